@@ -1,0 +1,23 @@
+# Everyday commands. `make check` is what a change must pass before it is sent.
+
+.PHONY: check lint test test-gpu bench tables
+
+check: lint test
+
+lint:
+	ruff check .
+	ruff format --check .
+	pyright
+
+test:
+	pytest
+
+test-gpu:
+	pytest -m gpu
+
+bench:
+	python benchmarks/kernels.py --peers
+
+# The tables in the docs are written from benchmarks/results/*.json, never by hand.
+tables:
+	python scripts/write_kernel_table.py

@@ -1,0 +1,85 @@
+"""Rewards of a step -> advantages, one function a rule. Knows nothing of tokens or models.
+
+A rule takes the rewards of all groups of the step, `rewards [B, G]`, and returns `advantages [B, G]`. `gdpo` looks at
+the parts of the reward instead. Equal rewards give advantage 0 under every rule but lite_ppo's shared scale, which
+gives 0 too because the group mean is taken off first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from grpo.types import Group
+
+# Keeps a group of nearly equal rewards from being blown up; the size that the field uses.
+EPSILON = 1e-4
+
+Rule = Callable[[list[Group], dict[str, float]], Tensor]
+
+
+def assign_advantages(groups: list[Group], rule: Rule, weights: dict[str, float]) -> None:
+    """Write `advantages [G]` into each group. weights: {reward name: weight}."""
+    for group, advantages in zip(groups, rule(groups, weights), strict=True):
+        group.advantages = advantages
+
+
+def grpo(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """(r - mean of the group) / (std of the group + eps): Shao et al. 2024, arXiv 2402.03300, section 4.1.2."""
+    rewards = _rewards(groups)
+    return _centered(rewards) / (rewards.std(dim=1, keepdim=True) + EPSILON)
+
+
+def dr_grpo(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """r - mean of the group; no std, which favours questions that are nearly always or never solved:
+    Liu et al. 2025, arXiv 2503.20783, section 3.2."""
+    return _centered(_rewards(groups))
+
+
+def lite_ppo(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """(r - mean of the group) / (std of the whole step + eps): Liu et al. 2025, arXiv 2508.08221, section 4.1."""
+    rewards = _rewards(groups)
+    return _centered(rewards) / (rewards.std() + EPSILON)
+
+
+def rloo(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """r - mean of the *other* completions of the group: Ahmadian et al. 2024, arXiv 2402.14740, equation 8."""
+    rewards = _rewards(groups)
+    size = rewards.shape[1]
+    return _centered(rewards) * (size / (size - 1))
+
+
+def gdpo(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """Each reward normalised in its group, then the weighted sum, scaled by its std over the step:
+    Liu et al. 2026, arXiv 2601.05242, section 3. Rewards that do not apply (NaN) count 0."""
+    total = torch.zeros_like(_rewards(groups))
+    for name, weight in weights.items():
+        part = torch.stack([group.parts[name] for group in groups])
+        total += weight * torch.nan_to_num(_normalized_where_known(part))
+    return total / (total.std() + EPSILON)
+
+
+def _rewards(groups: list[Group]) -> Tensor:
+    return torch.stack([group.rewards for group in groups])  # [B, G]
+
+
+def _centered(rewards: Tensor) -> Tensor:
+    centered = rewards - rewards.mean(dim=1, keepdim=True)
+    # The mean of equal numbers may differ from them by a rounding; equal rewards must give exactly 0.
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return centered.masked_fill(equal, 0.0)
+
+
+def _normalized_where_known(part: Tensor) -> Tensor:
+    """(x - mean) / (std + eps) along the group, [B, G], over the entries that are not NaN."""
+    known = ~part.isnan()
+    count = known.sum(dim=1, keepdim=True)
+    mean = part.nansum(dim=1, keepdim=True) / count
+    centered = (part - mean).masked_fill(part.nan_to_num(0.0) == mean, 0.0)
+    variance = (centered**2).nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    return centered / (variance.sqrt() + EPSILON)
+
+
+RULES: dict[str, Rule] = {"grpo": grpo, "dr_grpo": dr_grpo, "lite_ppo": lite_ppo, "rloo": rloo, "gdpo": gdpo}

@@ -1,0 +1,188 @@
+"""Build: a task and a configuration -> the objects that the loop calls. Every choice of a run is made here.
+
+build_questions(task, config)        tokenizer, prompts and rewards: what needs no model
+preflight_rewards(...)               the rewards on gold answers, before any GPU is touched
+build_policy(config, questions)      the model over its projections
+build_run(...)                       a Run, ready to train or resumed
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.advantages import RULES
+from grpo.checkpoint import Progress, load_checkpoint
+from grpo.config import Config
+from grpo.errors import UserError
+from grpo.evaluate import Evaluator
+from grpo.packing import build_packer
+from grpo.policy import Policy, load_model, load_tokenizer
+from grpo.policy.load import choose_device, context_length
+from grpo.record import Recorder
+from grpo.rewards import Preflight, Reward, build_rewards, preflight
+from grpo.rollout import Engine
+from grpo.rollout.torch_engine import TorchEngine
+from grpo.task import PromptStream, Task, build_prompts, load_rows, mix_seed
+from grpo.train import Run
+from grpo.types import Group, Prompt
+
+# Gold answers that every run tries its rewards on first; --check tries them all.
+PREFLIGHT_ROWS = 64
+
+ORDER_SEED, EVAL_SEED = 2, 3  # see train.ROLLOUT_SEED
+
+
+@dataclass
+class Questions:
+    """What is asked and how answers are paid."""
+
+    tokenizer: Any
+    train: list[Prompt]
+    test: list[Prompt]
+    rewards: list[Reward]
+
+    @property
+    def longest(self) -> int:
+        """The longest prompt, in tokens."""
+        return max(len(prompt.tokens) for prompt in self.train + self.test)
+
+
+def build_questions(task: Task, config: Config, all_tests: bool = False) -> Questions:
+    """Prompts of both splits and the task's rewards. Held-out prompts are the first `eval_prompts` of the test split,
+    or all of them.
+
+    Raises:
+        UserError: the data, a prompt or a reward is not as it must be.
+    """
+    data = config.data or task.data
+    tokenizer = load_tokenizer(config.model)
+    room = context_length(config.model, config) - config.max_completion_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-completion-tokens is {config.max_completion_tokens}, which leaves {room} tokens of the context of "
+            f"{config.model} for the prompt. Lower it."
+        )
+    train = build_prompts(task, load_rows(task, "train", data), tokenizer, room)
+    test_rows = load_rows(task, "test", data)
+    test = build_prompts(task, test_rows if all_tests else test_rows[: config.eval_prompts], tokenizer, room)
+    rewards = build_rewards(
+        task.rewards,
+        columns=train[0].fields,
+        chat=train[0].messages is not None,
+        probe=(train[0], task.gold_text(train[0].fields)),
+        timeout=config.reward_timeout or None,
+    )
+    check_solved(task, rewards)
+    return Questions(tokenizer, train, test, rewards)
+
+
+def check_solved(task: Task, rewards: list[Reward]) -> None:
+    """The reward that says whether an answer is right must be one of the task's."""
+    names = [reward.name for reward in rewards]
+    if task.solved[0] not in names:
+        raise UserError(
+            f"Task {task.name} says that `{task.solved[0]}` tells right from wrong, but its rewards are "
+            f"{', '.join(names)}. Change `solved` in the task file."
+        )
+
+
+def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Preflight:
+    """The rewards on gold answers of both splits, and on what is not an answer.
+
+    Raises:
+        UserError: a reward fails on a gold answer, or a gold answer does not count as right.
+    """
+    return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS))
+
+
+def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:
+    for split in (questions.train, questions.test):
+        for prompt in islice(split, limit):
+            yield prompt, task.gold_text(prompt.fields)
+
+
+def build_policy(config: Config, questions: Questions) -> Policy:
+    """The model of a configuration with a fresh adapter and its optimizer."""
+    device = choose_device(config)
+    longest = questions.longest + config.max_completion_tokens
+    return Policy(load_model(config, device, longest), config)
+
+
+def build_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
+    """The rollout engine that a configuration asks for."""
+    return TorchEngine(
+        policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature
+    )
+
+
+def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
+    """The held-out score of a task."""
+    return Evaluator(
+        prompts=questions.test,
+        rewards=questions.rewards,
+        solved=task.solved,
+        answer=task.answer,
+        samples=config.eval_samples,
+        k=config.eval_k,
+        seed=mix_seed(EVAL_SEED, config.seed),
+    )
+
+
+def build_run(task: Task, config: Config, folder: Path, questions: Questions, checkpoint: Path | None) -> Run:
+    """Everything that training needs, in the state of `checkpoint` or at the start."""
+    policy = build_policy(config, questions)
+    progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
+    engine = build_engine(config, policy, questions)
+    recorder = Recorder(
+        folder,
+        config.steps,
+        progress.step,
+        task.name,
+        [reward.name for reward in questions.rewards],
+        progress.position if checkpoint else None,
+    )
+    return Run(
+        config=config,
+        folder=folder,
+        policy=policy,
+        engine=engine,
+        stream=PromptStream(questions.train, mix_seed(ORDER_SEED, config.seed), progress.cursor),
+        rewards=questions.rewards,
+        rule=RULES[config.advantage],
+        pack=build_packer(config, policy.device),
+        evaluator=build_evaluator(task, config, questions),
+        recorder=recorder,
+        memory_peak=gpu_peak if policy.device.type == "cuda" else process_peak,
+        admits=has_different_rewards if config.dynamic_sampling else admit_all,
+        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
+        progress=progress,
+    )
+
+
+def admit_all(group: Group) -> bool:
+    """Without dynamic sampling every group is part of the step."""
+    return True
+
+
+def has_different_rewards(group: Group) -> bool:
+    """Some completion did better than another, so there is something to learn."""
+    return bool(group.rewards.min() < group.rewards.max())
+
+
+def gpu_peak() -> float:
+    """The most memory that PyTorch held on the GPU so far, GiB."""
+    return torch.cuda.max_memory_reserved() / 2**30
+
+
+def process_peak() -> float:
+    """The most memory that the process held so far, GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

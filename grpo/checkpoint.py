@@ -1,0 +1,235 @@
+"""Checkpoints: a run's whole state in a folder of safetensors and JSON. Loading never runs code.
+
+    checkpoints/step-000010/
+        adapter_model.safetensors, adapter_config.json   PEFT's format, float32
+        optimizer.safetensors                            AdamW's moments
+        rng.safetensors                                  random states of torch, CUDA, numpy and Python
+        state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
+                                                         with the size and SHA-256 of every other file
+
+A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from grpo.errors import UserError
+from grpo.policy import Policy
+from grpo.policy.adapter import adapter_files, load_adapter
+from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
+
+STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
+FORMAT = "grpo-checkpoint-1"
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything of its state that is not a tensor."""
+
+    step: int = 0  # steps done
+    cursor: int = 0  # prompts handed out
+    version: int = 0  # of the policy
+    best: float = -1.0  # best held-out pass@1 ...
+    best_step: int = -1  # ... and the checkpoint that has it
+    first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
+    last_scores: dict[str, float] = field(default_factory=dict)
+    position: dict[str, int] = field(default_factory=dict)  # of metrics.jsonl and completions.jsonl, bytes
+
+
+def save_checkpoint(folder: Path, policy: Policy, progress: Progress, keep: int) -> Path:
+    """Write checkpoints/step-N under the run's folder, then remove all but the last `keep` and the best.
+
+    Raises:
+        UserError: it cannot be written, for want of space say; the earlier checkpoints are still there.
+    """
+    checkpoints = folder / "checkpoints"
+    final = checkpoints / f"step-{progress.step:06d}"
+    files = adapter_files(policy) | {
+        OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
+        RNG: save(random_states()),
+    }
+    draft = checkpoints / f".{final.name}.partial"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        for name, content in files.items():
+            _write(draft / name, content)
+        state = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "files": {n: _fingerprint(c) for n, c in files.items()},
+        }
+        _write(draft / STATE, json.dumps(state, indent=2).encode())
+        _sync_folder(draft)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+        _sync_folder(checkpoints)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        kept = list_checkpoints(folder)
+        last = f"The last good checkpoint is {kept[-1]}." if kept else "There is no earlier checkpoint."
+        raise UserError(
+            f"The checkpoint {final} could not be written: {error.strerror or error}. {last} "
+            f"Make room and go on with --resume {folder}."
+        ) from error
+    _remove_old(folder, keep, progress.best_step)
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(folder: Path, policy: Policy) -> Progress:
+    """Put adapter, optimizer and random states back; return the progress.
+
+    Raises:
+        UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
+    """
+    state = read_state(folder)
+    for name, expected in state["files"].items():
+        path = folder / name
+        if not path.is_file() or _fingerprint(path.read_bytes()) != expected:
+            raise UserError(
+                f"{path} is missing or damaged: it is not what the checkpoint recorded ({expected['bytes']} bytes). "
+                f"Choose another checkpoint of {folder.parent}."
+            )
+    load_adapter(policy, folder)
+    try:
+        tensors = load((folder / OPTIMIZER).read_bytes())
+        tensors.pop("none", None)
+        restore_optimizer(policy.optimizer, tensors)
+        restore_random_states(load((folder / RNG).read_bytes()))
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
+    progress = Progress(**state["progress"])
+    policy.version = progress.version
+    return progress
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, checked for its format.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a checkpoint: its {STATE} cannot be read ({error}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{folder} is not a checkpoint of this program: its {STATE} does not say {FORMAT!r}.")
+    return state
+
+
+def resume_folder(run: Path) -> Path:
+    """The checkpoint that --resume RUN means: RUN itself if it is one, else the last of the run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (run / STATE).is_file():
+        return run
+    if not run.is_dir():
+        raise UserError(
+            f"There is no run folder {run}. --resume takes one, such as runs/gsm8k-20260101-120000."
+        )
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise UserError(f"{run} has no checkpoint to resume from. Start the run again without --resume.")
+    return checkpoints[-1]
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint with the best held-out score of a run's folder, or the one that `run` is.
+
+    Raises:
+        UserError: there is none.
+    """
+    last = resume_folder(run)
+    if last == run:
+        return run
+    best = run / "checkpoints" / f"step-{read_state(last)['progress']['best_step']:06d}"
+    return best if best.is_dir() else last
+
+
+def random_states() -> dict[str, Tensor]:
+    """The global generators, which reward functions may use; the run's own draws follow from seeds alone."""
+    version, internal, gauss = random.getstate()
+    assert version == 3
+    numpy_state = np.random.get_state(legacy=False)
+    states = {
+        "python": torch.tensor(internal, dtype=torch.int64),
+        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "numpy.rest": torch.tensor(
+            [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    """The inverse of `random_states`."""
+    gauss = states["python.gauss"].tolist()
+    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
+    pos, has_gauss, numpy_gauss = states["numpy.rest"].tolist()
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": states["numpy"].numpy().astype(np.uint32), "pos": int(pos)},
+            "has_gauss": int(has_gauss),
+            "gauss": numpy_gauss,
+        }
+    )
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fingerprint(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _remove_old(folder: Path, keep: int, best_step: int) -> None:
+    for old in list_checkpoints(folder)[:-keep]:
+        if old.name != f"step-{best_step:06d}":
+            shutil.rmtree(old)

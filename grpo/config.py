@@ -1,0 +1,200 @@
+"""Config: every number and choice of a run, each with its reason. Knows nothing of files, models or tasks.
+
+Each field is a flag of `python -m grpo.run` (`learning_rate` is `--learning-rate`) and there are no others.
+A task file gives its own defaults by building a Config; flags override them. The sentence under a field is its
+help text. Defaults that the literature supports are argued in docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo.errors import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run is made of."""
+
+    # The model
+    model: str = "embedded"
+    """Hugging Face name or folder of a causal language model, or "embedded" for the tiny one that ships here."""
+    base: Literal["float32", "bf16", "nf4"] = "nf4"
+    """How the frozen base weights are kept: float32, bf16, or 4-bit NF4 (bitsandbytes' format)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes the GPU if there is one."""
+    lora_rank: int = 32
+    """Rank r of the LoRA adapter on every linear layer but the head. RL needs little: 1 to 32."""
+    lora_alpha: float = 32.0
+    """The adapter is scaled by alpha / rank."""
+    recompute: Literal["auto", "none", "layer"] = "auto"
+    """Activations of the backward pass: keep all (none) or recompute each layer; auto recomputes on a GPU."""
+
+    # The data
+    data: str = ""
+    """A folder with train.jsonl and test.jsonl, a hub data set, or "embedded"; empty means the task's own."""
+
+    # The rollout
+    engine: Literal["auto", "torch"] = "auto"
+    """Who samples the completions. torch: the policy's own model in PyTorch."""
+    prompts_per_step: int = 8
+    """Prompts of one step."""
+    group_size: int = 8
+    """Completions sampled for each prompt; their rewards are compared with each other. Two or more."""
+    temperature: float = 1.0
+    """Sampling temperature. Training log-probabilities are taken at the same temperature."""
+    max_completion_tokens: int = 512
+    """A completion is cut off after this many tokens."""
+    max_context: int = 0
+    """Longest prompt + completion in tokens; 0 takes what the model was built for."""
+    dynamic_sampling: bool = False
+    """DAPO: replace groups whose rewards are all equal by new prompts until the step is full."""
+    max_refills: int = 4
+    """Dynamic sampling gives up after this many further rollouts and trains on what it has."""
+
+    # The advantage and the loss
+    advantage: Literal["grpo", "dr_grpo", "lite_ppo", "rloo", "gdpo"] = "grpo"
+    """Reward minus group mean, over: group std (grpo), nothing (dr_grpo), batch std (lite_ppo); leave-one-out
+    baseline (rloo); each reward normalised in its group, then summed (gdpo)."""
+    normalization: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
+    """What the token losses of a step are divided by: all sampled tokens (dapo), each sequence's length
+    (grpo), the tokens that carry gradient (bnpo), a constant length (dr_grpo)."""
+    objective: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """Clipped token ratio (grpo), clipped sequence ratio (gspo), clipped importance weight (cispo)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low. With gspo think of 3e-4."""
+    clip_high: float = 0.28
+    """The ratio is clipped above 1 + clip_high ("clip-higher" leaves room for rare tokens). With gspo 4e-4."""
+    dual_clip: float = math.inf
+    """With a negative advantage the ratio counts at most this much; 3.0 is usual. inf: no such bound."""
+    cispo_cap: float = 5.0
+    """cispo: the largest importance weight."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the base model (adapter off) in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """k1: log ratio, k2: half its square, k3: unbiased and never negative (Schulman 2020)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    top_entropy: float = 1.0
+    """Train only on this share of the tokens, those of highest entropy; 0.2 is the "80/20 rule"."""
+    mask_truncated: bool = True
+    """Completions cut off by the token limit are left out of the loss."""
+    off_policy_mask: float = math.inf
+    """Drop sequences of negative advantage whose mean log ratio sampler / policy is larger than this."""
+    correction: Literal["token_tis", "sequence_tis", "token_mask", "sequence_mask", "none"] = "token_tis"
+    """Importance weight trainer / sampler for their different numerics: truncated (tis) or masked outside
+    [correction_floor, correction_cap] (mask; a token mask is IcePop)."""
+    correction_cap: float = 2.0
+    """Largest importance weight of the correction."""
+    correction_floor: float = 0.5
+    """Smallest importance weight that a mask lets through."""
+
+    # The update
+    mini_batches: int = 1
+    """Optimizer steps that the groups of one rollout are dealt out to."""
+    epochs: int = 1
+    """Times that the same rollout is trained on (mu in the paper)."""
+    tokens_per_batch: int = 16384
+    """Tokens in one forward and backward pass. Changes memory and speed, never the result."""
+    learning_rate: float = 2e-5
+    """AdamW's learning rate. LoRA wants about ten times that of full training."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes on after the warm-up; linear and cosine end at 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.99
+    """Decay of AdamW's second moment."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of the adapter."""
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this norm."""
+
+    # The held-out score
+    eval_every: int = 20
+    """Steps between two held-out scores, beside the first and the last; 0: only these two."""
+    eval_prompts: int = 128
+    """Held-out prompts; the same ones each time."""
+    eval_samples: int = 4
+    """Completions for each of them, at the training temperature."""
+    eval_k: int = 4
+    """k of pass@k and majority@k; at most eval_samples."""
+
+    # The run
+    steps: int = 200
+    """Steps of the run."""
+    seed: int = 0
+    """Every random choice follows from it."""
+    save_every: int = 10
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, beside the best by held-out score."""
+    run_dir: str = ""
+    """Where everything is written; must not exist. Empty: runs/<task>-<time>."""
+    reward_timeout: float = 0.0
+    """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
+
+    def __post_init__(self) -> None:
+        for broken, sentence in _checks(self):
+            if broken:
+                raise UserError(sentence)
+
+
+def _checks(c: Config) -> list[tuple[bool, str]]:
+    """(is it broken, what to say) for everything that can be known from the numbers alone."""
+    at_least_one = ("lora_rank", "prompts_per_step", "max_completion_tokens", "mini_batches", "epochs",
+                    "tokens_per_batch", "eval_prompts", "eval_samples", "eval_k", "save_every", "keep")  # fmt: skip
+    not_negative = ("steps", "max_context", "max_refills", "warmup_steps", "weight_decay", "eval_every",
+                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "reward_timeout")  # fmt: skip
+    positive = ("temperature", "lora_alpha", "learning_rate", "max_grad_norm", "correction_cap", "dual_clip",
+                "cispo_cap")  # fmt: skip
+    return [
+        (c.group_size < 2, f"group_size is {c.group_size}, so every advantage would be 0. Use 2 or more."),
+        *((getattr(c, f) < 1, f"{f} is {getattr(c, f)}. Use 1 or more.") for f in at_least_one),
+        *((not getattr(c, f) >= 0, f"{f} is {getattr(c, f)}. Use 0 or more.") for f in not_negative),
+        *((not getattr(c, f) > 0, f"{f} is {getattr(c, f)}. Use a number above 0.") for f in positive),
+        (not 0 < c.top_entropy <= 1, f"top_entropy is {c.top_entropy}. Use a share above 0 and at most 1."),
+        (
+            not 0 <= c.adam_beta1 < 1 or not 0 <= c.adam_beta2 < 1,
+            "adam_beta1 and adam_beta2 must be in [0, 1).",
+        ),
+        (c.clip_low > 1, f"clip_low is {c.clip_low}. The ratio is never negative, so use at most 1."),
+        (
+            not 0 <= c.correction_floor <= c.correction_cap,
+            f"correction_floor is {c.correction_floor} and correction_cap is {c.correction_cap}. "
+            "Use 0 <= correction_floor <= correction_cap.",
+        ),
+        (
+            c.eval_k > c.eval_samples,
+            f"eval_k is {c.eval_k} but eval_samples is {c.eval_samples}: pass@k needs k samples of a prompt. "
+            "Raise eval_samples or lower eval_k.",
+        ),
+        (
+            c.mini_batches > c.prompts_per_step,
+            f"mini_batches is {c.mini_batches} but a step has only {c.prompts_per_step} groups to deal out. "
+            "Lower mini_batches or raise prompts_per_step.",
+        ),
+    ]
+
+
+def field_names() -> list[str]:
+    """The names of all fields, in the order of the class."""
+    return [field.name for field in dataclasses.fields(Config)]
+
+
+def from_dict(values: dict) -> Config:
+    """The Config saved in a run's config.json.
+
+    Raises:
+        UserError: a name that no field has, because the file was written by another version or by hand.
+    """
+    unknown = sorted(set(values) - set(field_names()))
+    if unknown:
+        raise UserError(
+            f"The saved configuration has fields that this version does not know: {', '.join(unknown)}."
+        )
+    return Config(**values)

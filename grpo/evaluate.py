@@ -1,0 +1,130 @@
+"""Held-out scores: pass@1, pass@k, majority@k, each with a 95% interval. Knows nothing of training.
+
+The same prompts and the same engine each time, at the training temperature, with n samples a prompt of which c are right:
+
+    pass@1       c / n
+    pass@k       1 - C(n - c, k) / C(n, k), unbiased: Chen et al. 2021, arXiv 2107.03374, equation 1
+    majority@k   whether the answer given most often by k samples is right; ties count their share of right answers
+
+Every score is the mean of one number in [0, 1] a prompt, so its interval is that of a clustered proportion: Wilson's
+(1927) with the effective sample size p (1 - p) / SE^2, SE being the standard error between prompts (Dean and Pagano 2015).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from grpo.rewards import Reward, score
+from grpo.rollout import Engine
+from grpo.types import Group, Prompt
+
+Z_95 = 1.959964  # of the normal distribution, two-sided 95%
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What is asked, how often, and what counts as right."""
+
+    prompts: list[Prompt]
+    rewards: list[Reward]
+    solved: tuple[str, float]  # (reward name, value from which a completion is right)
+    answer: Callable[[str], str | None]  # what a completion votes for in majority@k; None abstains
+    samples: int  # n
+    k: int
+    seed: int
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
+        groups = engine.rollout(self.prompts, self.samples, self.seed)
+        score(groups, self.rewards)
+        name, value = self.solved
+        right = [(group.parts[name] >= value).tolist() for group in groups]
+        votes = [[self.answer(completion.text) for completion in group.completions] for group in groups]
+        lengths = [len(completion.tokens) for group in groups for completion in group.completions]
+        return {
+            **_named("eval/pass@1", [sum(row) / len(row) for row in right]),
+            **_named(f"eval/pass@{self.k}", [pass_at_k(len(row), sum(row), self.k) for row in right]),
+            **_named(
+                f"eval/majority@{self.k}",
+                [majority_at_k(vote, row, self.k) for vote, row in zip(votes, right, strict=True)],
+            ),
+            "eval/reward": float(torch.cat([group.rewards for group in groups]).mean()),
+            "eval/length": sum(lengths) / len(lengths),
+            "eval/truncated": truncated_share(groups),
+        }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that at least one of k samples, drawn from the n of which c are right, is right."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority_at_k(votes: list[str | None], right: list[bool], k: int) -> float:
+    """The mean, over the full runs of k samples in order, of whether the most frequent answer is right, in [0, 1]."""
+    return sum(_majority(votes[s : s + k], right[s : s + k]) for s in _starts(len(votes), k)) / len(
+        _starts(len(votes), k)
+    )
+
+
+def _starts(n: int, k: int) -> range:
+    return range(0, n - k + 1, k)
+
+
+def _majority(votes: list[str | None], right: list[bool]) -> float:
+    counts = Counter(vote for vote in votes if vote is not None)
+    most = max(counts.values(), default=0)
+    leaders = {vote for vote, count in counts.items() if count == most}
+    correct = {vote for vote, is_right in zip(votes, right, strict=True) if is_right}
+    return len(leaders & correct) / max(1, len(leaders))
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of one number in [0, 1] a prompt: the 95% interval of the mean."""
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+    # Where all prompts agree there is no spread to learn from: then each prompt counts as one trial.
+    effective = mean * (1 - mean) / (variance / n) if variance > 0 else float(n)
+    z2 = Z_95**2 / effective
+    center = (mean + z2 / 2) / (1 + z2)
+    half = Z_95 / (1 + z2) * math.sqrt(mean * (1 - mean) / effective + z2 / (4 * effective))
+    return mean, min(mean, max(0.0, center - half)), max(mean, min(1.0, center + half))
+
+
+def _named(name: str, values: list[float]) -> dict[str, float]:
+    mean, low, high = interval(values)
+    return {name: mean, f"{name}/low": low, f"{name}/high": high}
+
+
+def truncated_share(groups: list[Group]) -> float:
+    """Share of completions that were cut off by the token limit."""
+    finishes = [completion.finish for group in groups for completion in group.completions]
+    return finishes.count("length") / len(finishes)
+
+
+def score_lines(scores: dict[str, float]) -> Iterator[str]:
+    """ "pass@1 31.2% (95% interval 27.5 to 35.1)" for each score that has an interval."""
+    for name, value in scores.items():
+        if f"{name}/low" in scores:
+            low, high = scores[f"{name}/low"], scores[f"{name}/high"]
+            yield f"{name.removeprefix('eval/')} {value:.1%} (95% interval {low:.1%} to {high:.1%})"
+
+
+def comparison(before: dict[str, float], after: dict[str, float]) -> str:
+    """The final line: first against last held-out score."""
+    first, last = (
+        f"{s['eval/pass@1']:.1%} [{s['eval/pass@1/low']:.1%}, {s['eval/pass@1/high']:.1%}]"
+        for s in (before, after)
+    )
+    gain = 100 * (after["eval/pass@1"] - before["eval/pass@1"])
+    apart = (
+        after["eval/pass@1/low"] > before["eval/pass@1/high"]
+        or after["eval/pass@1/high"] < before["eval/pass@1/low"]
+    )
+    verdict = "the 95% intervals are apart" if apart else "the 95% intervals overlap"
+    return f"held-out pass@1: {first} before, {last} after: {gain:+.1f} points; {verdict}"

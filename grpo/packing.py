@@ -1,0 +1,200 @@
+"""Groups -> batches of at most so many tokens; the only place that lays out tensors. Knows nothing of models.
+
+    trainable(groups)          the groups that carry a gradient; the rest is counted
+    normalizer(config)         what one token's loss is multiplied by, chosen once above the loop
+    pack(groups, ...)          one list of batches for each optimizer step
+
+A group's prompt is laid out once and shared by its completions. A group that does not fit into one batch is
+split between batches, each with its own copy of the prompt, which changes the cost and not the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grpo.config import Config
+from grpo.types import Batch, Completion, Group, Layout
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The counts of one optimizer step that a loss is normalised by; truncated completions are not in them if
+    they are masked."""
+
+    sampled_tokens: int  # of all groups, those of equal rewards included
+    trained_tokens: int  # of the groups that carry gradient
+    sequences: int  # completions of all groups
+    max_completion_tokens: int
+
+
+Normalizer = Callable[[int, Totals], float]  # (T of the sequence, totals) -> weight of each of its tokens
+
+NORMALIZERS: dict[str, Normalizer] = {
+    # Token mean over the step: Yu et al. 2025 (DAPO), arXiv 2503.14476, equation 8.
+    "dapo": lambda length, totals: 1 / totals.sampled_tokens,
+    # Mean over each sequence, then over sequences: Shao et al. 2024 (GRPO), arXiv 2402.03300, equation 3.
+    "grpo": lambda length, totals: 1 / (length * totals.sequences),
+    # Token mean over what carries gradient (the "bnpo" of TRL).
+    "bnpo": lambda length, totals: 1 / totals.trained_tokens,
+    # Sum over tokens by a constant length: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783, section 3.2.
+    "dr_grpo": lambda length, totals: 1 / (totals.sequences * totals.max_completion_tokens),
+}
+
+
+def has_gradient(group: Group) -> bool:
+    """False when all advantages are 0: such a group would be forward and backward passes for nothing."""
+    return bool((group.advantages != 0).any())
+
+
+def counts_all(completion: Completion) -> bool:
+    """Every completion has a part in the loss."""
+    return True
+
+
+def counts_finished(completion: Completion) -> bool:
+    """Truncated completions have none: "overlong filtering" of DAPO, section 3.4."""
+    return completion.finish == "stop"
+
+
+@dataclass(frozen=True)
+class Packer:
+    """The choices of packing, made once for a run."""
+
+    normalizer: Normalizer
+    counts: Callable[[Completion], bool]
+    mini_batches: int
+    tokens_per_batch: int
+    max_completion_tokens: int
+    device: torch.device
+
+    def __call__(self, groups: list[Group]) -> list[list[Batch]]:
+        """The batches of each optimizer step of one epoch; a step whose groups all have equal rewards is empty.
+
+        Groups are dealt out to the optimizer steps in turn.
+        """
+        return [
+            self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)
+        ]
+
+    def _optimizer_step(self, groups: list[Group]) -> list[Batch]:
+        pieces = [
+            (group, [i for i, completion in enumerate(group.completions) if self.counts(completion)])
+            for group in groups
+        ]
+        trained = [(group, members) for group, members in pieces if members and has_gradient(group)]
+        totals = Totals(
+            sampled_tokens=_count_tokens(pieces),
+            trained_tokens=_count_tokens(trained),
+            sequences=sum(len(members) for _, members in pieces),
+            max_completion_tokens=self.max_completion_tokens,
+        )
+        return [
+            lay_out(rows, lambda length: self.normalizer(length, totals), self.device)
+            for rows in fill(trained, self.tokens_per_batch)
+        ]
+
+
+def build_packer(config: Config, device: torch.device) -> Packer:
+    """The Packer that a configuration asks for."""
+    return Packer(
+        normalizer=NORMALIZERS[config.normalization],
+        counts=counts_finished if config.mask_truncated else counts_all,
+        mini_batches=config.mini_batches,
+        tokens_per_batch=config.tokens_per_batch,
+        max_completion_tokens=config.max_completion_tokens,
+        device=device,
+    )
+
+
+Piece = tuple[Group, list[int]]  # a group and which of its completions
+
+
+def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
+    """Pieces -> rows of pieces, each of at most `tokens_per_batch` packed tokens where one completion fits at all.
+
+    Greedy, in order; a group that does not fit goes on in the next batch with its prompt again.
+    """
+    rows: list[list[Piece]] = []
+    room = 0
+    for group, members in pieces:
+        prompt = len(group.prompt.tokens)
+        for place, member in enumerate(members):
+            length = len(group.completions[member].tokens)
+            if place > 0 and length <= room:
+                rows[-1][-1][1].append(member)
+                room -= length
+            elif rows and prompt + length <= room:
+                rows[-1].append((group, [member]))
+                room -= prompt + length
+            else:
+                rows.append([(group, [member])])
+                room = tokens_per_batch - prompt - length
+    return rows
+
+
+def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.device) -> Batch:
+    """One batch of these pieces. weight: T of a completion -> loss weight of each of its tokens."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    previous: list[int] = []
+    sequence: list[int] = []
+    mask: list[bool] = []
+    sampler_logprobs: list[float] = []
+    advantages: list[float] = []
+    weights: list[float] = []
+    num_sequences = 0
+    for group, members in pieces:
+        start, length = len(tokens), len(group.prompt.tokens)
+        tokens += group.prompt.tokens
+        positions += range(length)
+        previous += [start, *range(start, start + length - 1)]
+        zeros = [0] * length
+        sequence += zeros
+        mask += [False] * length
+        sampler_logprobs += zeros
+        advantages += zeros
+        weights += zeros
+        last_of_prompt = len(tokens) - 1
+        for member in members:
+            completion = group.completions[member]
+            start, size = len(tokens), len(completion.tokens)
+            tokens += completion.tokens
+            positions += range(length, length + size)
+            previous += [last_of_prompt, *range(start, start + size - 1)]
+            sequence += [num_sequences] * size
+            mask += [True] * size
+            sampler_logprobs += completion.sampler_logprobs
+            advantages += [float(group.advantages[member])] * size
+            weights += [weight(size)] * size
+            num_sequences += 1
+    layout = Layout(
+        prompts=tuple(len(group.prompt.tokens) for group, _ in pieces),
+        completions=tuple(
+            tuple(len(group.completions[m].tokens) for m in members) for group, members in pieces
+        ),
+    )
+
+    def integers(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def floats(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+    return Batch(
+        layout=layout,
+        tokens=integers(tokens),
+        positions=integers(positions),
+        previous=integers(previous),
+        sequence=integers(sequence),
+        mask=torch.tensor(mask, dtype=torch.bool, device=device),
+        sampler_logprobs=floats(sampler_logprobs),
+        advantages=floats(advantages),
+        weights=floats(weights),
+    )
+
+
+def _count_tokens(pieces: list[Piece]) -> int:
+    return sum(len(group.completions[member].tokens) for group, members in pieces for member in members)

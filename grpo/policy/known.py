@@ -1,0 +1,261 @@
+"""KnownModel: decoder-only transformers of the Llama family, their forward pass written over projections.
+
+Which architectures are known is decided by structure and by trial, not by class name: a layer with q/k/v/o and
+gate/up/down linears and two norms is rebuilt here, and must give what Hugging Face's own layer gives on random input
+(`recognise`). Llama, Mistral, Qwen2 and Qwen3 pass; whatever does not is left to `PlainModel`.
+
+Everything is packed: hidden states are [N, D], whether N counts the tokens of packed groups or the one new token of each
+of S sequences. What attention does with them is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from grpo.policy.attention import KeyValueCache, PackedAttention
+from grpo.policy.projections import Projection, ProjectionStore
+from grpo.types import Batch, Layout
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, each [N, E]
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # (layer, q, k, v, scale) -> [N, H, E]
+
+# Each projection's name, and the Hugging Face linears whose rows it holds in order.
+FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+class Norm(nn.Module):
+    """RMSNorm as in Llama: Zhang and Sennrich 2019, arXiv 1910.07467, in float32."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.weight = module.weight
+        self.epsilon = module.variance_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class KnownLayer(nn.Module):
+    """One decoder layer over four projections."""
+
+    def __init__(self, layer: nn.Module, projections: dict[str, Any], index: int):
+        super().__init__()
+        attention = layer.self_attn
+        self.index = index
+        self.head_size: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.input_norm = Norm(layer.input_layernorm)
+        self.mlp_norm = Norm(layer.post_attention_layernorm)
+        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else nn.Identity()
+        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else nn.Identity()
+        self.activation = layer.mlp.act_fn
+        self.qkv, self.o = projections["qkv"], projections["o"]
+        self.gate_up, self.down = projections["gate_up"], projections["down"]
+        self.q_size = attention.q_proj.out_features
+        self.kv_size = attention.k_proj.out_features
+        self.mlp_size = layer.mlp.gate_proj.out_features
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """[N, D] -> [N, D]."""
+        fused = self.qkv(self.input_norm(x))
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_size))
+            for part in fused.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        )
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        x = x + self.o(attend(self.index, q, k, v, self.scale).flatten(-2))
+        gate, up = self.gate_up(self.mlp_norm(x)).split(self.mlp_size, dim=-1)
+        return x + self.down(self.activation(gate) * up)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding, halves convention: Su et al. 2021, arXiv 2104.09864. x [N, heads, E]."""
+    cos, sin = (part.unsqueeze(1) for part in rope)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KnownModel(nn.Module):
+    """Embedding, known layers, final norm; the head is a plain weight that `linear_logprob` multiplies by."""
+
+    can_decode_packed = True
+
+    def __init__(self, model: nn.Module, store: ProjectionStore, recompute: bool):
+        super().__init__()
+        body = model.model
+        self.embed = body.embed_tokens
+        self.rope = body.rotary_emb
+        self.norm = Norm(body.norm)
+        self.layers = nn.ModuleList(
+            KnownLayer(layer, {name: store[f"{index}.{name}"] for name in FUSED}, index)
+            for index, layer in enumerate(body.layers)
+        )
+        self.head: Tensor = model.lm_head.weight  # [V, D]
+        self.softcap: float | None = None
+        self.recompute = recompute
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states of a packed batch, [N, D]."""
+        attention = PackedAttention(batch.layout)
+        return self._run(batch.tokens, batch.positions, lambda index, *qkv: attention(*qkv))
+
+    def prefill(
+        self, tokens: Tensor, positions: Tensor, prompts: tuple[int, ...], copies: int, room: int
+    ) -> tuple:
+        """Packed prompts [N] -> hidden states [N, D] and a cache with each prompt `copies` times."""
+        attention = PackedAttention(Layout(prompts, tuple(() for _ in prompts)))
+        cache = KeyValueCache(len(self.layers))
+
+        def attend(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            cache.fill(index, k, v, prompts, copies, room)
+            return attention(q, k, v, scale)
+
+        return self._run(tokens, positions, attend), cache
+
+    def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """One new token a sequence, [S] -> hidden states [S, D]."""
+        positions = torch.tensor(cache.lengths, device=tokens.device)
+        cache.advance()
+        return self._run(tokens, positions, cache.append)
+
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        x = self.embed(tokens)
+        cos, sin = self.rope(x, positions.unsqueeze(0))
+        rope = (cos.squeeze(0), sin.squeeze(0))
+        run = _recomputed if self.recompute and torch.is_grad_enabled() else _kept
+        for layer in self.layers:
+            x = run(layer, x, rope, attend)
+        return self.norm(x)
+
+
+def _kept(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    return layer(x, rope, attend)
+
+
+def _recomputed(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    return checkpoint(layer, x, rope, attend, use_reentrant=False)
+
+
+# ---- recognition
+
+
+def recognise(model: nn.Module, longest: int) -> bool:
+    """Whether KnownModel computes what this Hugging Face model computes on sequences up to `longest` tokens.
+
+    By structure first, then by trial: each layer, and the way from token to logits without layers, on random input.
+    """
+    if not _has_structure(model, longest):
+        return False
+    with torch.no_grad():
+        return _same_frame(model) and all(
+            _same_layer(model, index) for index in range(len(model.model.layers))
+        )
+
+
+def _has_structure(model: nn.Module, longest: int) -> bool:
+    body = getattr(model, "model", None)
+    named = {"embed_tokens", "layers", "norm", "rotary_emb"}
+    if body is None or not named <= {name for name, _ in body.named_children()} or len(body.layers) == 0:
+        return False
+    if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
+        return False
+    parts = [part for parts in FUSED.values() for part in parts]
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    allowed = {*norms, *parts, "self_attn", "mlp", "self_attn.q_norm", "self_attn.k_norm", "mlp.act_fn"}
+    for layer in body.layers:
+        modules = {name: module for name, module in layer.named_modules() if name}
+        if not {*parts, *norms} <= set(modules) <= allowed:
+            return False
+        if not all(isinstance(modules[part], nn.Linear) for part in parts):
+            return False
+        if not all(hasattr(modules[name], "variance_epsilon") for name in norms):
+            return False
+        attention = layer.self_attn
+        if not hasattr(attention, "head_dim") or not hasattr(attention, "scaling"):
+            return False
+        if _window(attention, model.config) < longest:
+            return False
+    return hasattr(body.norm, "variance_epsilon")
+
+
+def _window(attention: nn.Module, config: Any) -> float:
+    """How many tokens back a layer looks: its own setting where the class has one, else the model's (Mistral)."""
+    owner = attention if hasattr(attention, "sliding_window") else config
+    window = getattr(owner, "sliding_window", None)  # Llama has neither
+    return math.inf if window is None else window
+
+
+def _same_frame(model: nn.Module) -> bool:
+    """Token to logits with the layers taken out: embedding, final norm and head, and nothing else."""
+    body, layers = model.model, model.model.layers
+    tokens = torch.arange(7, device=body.embed_tokens.weight.device)
+    body.layers = nn.ModuleList()
+    try:
+        theirs = model(input_ids=tokens[None], use_cache=False).logits[0]
+    finally:
+        body.layers = layers
+    return _agree(F.linear(Norm(body.norm)(body.embed_tokens(tokens)), model.lm_head.weight), theirs)
+
+
+def _same_layer(model: nn.Module, index: int) -> bool:
+    layer, body = model.model.layers[index], model.model
+    weight = layer.input_layernorm.weight
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(11, weight.shape[0], generator=generator).to(weight)
+    cos, sin = body.rotary_emb(x, torch.arange(11, device=x.device)[None])
+    if cos.shape[-1] != layer.self_attn.head_dim:
+        return False
+    theirs = layer(x[None], attention_mask=None, position_embeddings=(cos, sin))
+    theirs = theirs[0] if theirs.ndim == 3 else theirs
+    attention = PackedAttention(Layout((11,), ((),)))
+    ours = KnownLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
+    return _agree(ours(x, (cos[0], sin[0]), lambda index, *qkv: attention(*qkv)), theirs)
+
+
+class _Together(nn.Module):
+    """Several Hugging Face linears read as one, for the trial: no copy of their weights is kept."""
+
+    def __init__(self, layer: nn.Module, parts: tuple[str, ...]):
+        super().__init__()
+        self.linears = [layer.get_submodule(part) for part in parts]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([linear(x) for linear in self.linears], dim=-1)
+
+
+def _agree(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to the rounding of the weights' dtype."""
+    tolerance = 32 * torch.finfo(theirs.dtype).eps
+    difference = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+    return bool(difference < tolerance)
+
+
+def fuse(model: nn.Module, build: Callable[[str, list[nn.Linear], list[str]], Projection]) -> ProjectionStore:
+    """The projections of every layer, under names such as "3.qkv"; each linear's own weight is given up.
+
+    build: (name, linears, their Hugging Face names) -> Projection.
+    """
+    store = ProjectionStore()
+    for index, layer in enumerate(model.model.layers):
+        for name, parts in FUSED.items():
+            linears = [layer.get_submodule(part) for part in parts]
+            names = [f"model.layers.{index}.{part}" for part in parts]
+            store.add(f"{index}.{name}", build(f"{index}.{name}", linears, names))
+    return store

@@ -1,0 +1,156 @@
+"""Load: a Hugging Face checkpoint -> tokenizer and a model over projections. Knows nothing of losses or rollouts."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from grpo.config import Config
+from grpo.embedded import MODEL_DIR
+from grpo.errors import UserError
+from grpo.policy import known, plain
+from grpo.policy.known import KnownModel
+from grpo.policy.plain import PlainModel
+from grpo.policy.projections import Projection, ProjectionStore, join_rows
+
+transformers_logging.disable_progress_bar()  # the run has one of its own
+
+Model = KnownModel | PlainModel
+
+
+@dataclass
+class Loaded:
+    """A model ready to be trained: its weights live in `store`."""
+
+    model: Model
+    store: ProjectionStore
+    conv1d: bool  # the checkpoint keeps its linears transposed (GPT-2), which PEFT wants to know
+    stop_tokens: list[int]  # any of them ends a completion
+    source: str  # name or folder, as the adapter's files record it
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device a run is on.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda is asked for, but PyTorch sees no GPU here. Use --device cpu or auto.")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def model_source(name: str) -> str:
+    """Where Hugging Face finds a model: the folder that ships with the package for "embedded", else the name itself."""
+    return str(MODEL_DIR) if name == "embedded" else name
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        UserError: no such model here or on the hub.
+    """
+    return _from_hub(AutoTokenizer.from_pretrained, name)
+
+
+def context_length(name: str, config: Config) -> int:
+    """Prompt + completion in tokens: --max-context, else what the model was built for.
+
+    Raises:
+        UserError: --max-context is more than the model can.
+    """
+    built_for = _from_hub(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
+    if config.max_context > built_for:
+        raise UserError(
+            f"--max-context is {config.max_context}, but {name} was built for {built_for} tokens."
+        )
+    return config.max_context or built_for
+
+
+def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
+    """The model of a configuration over a fresh adapter, on `device`.
+
+    The checkpoint is read into the CPU's memory and each projection is moved and quantised on its own, so the GPU never
+    holds more than the finished model. longest: the longest sequence that will be run, in tokens.
+    """
+    dtype = compute_dtype(config.base, device)
+    model = _from_hub(partial(AutoModelForCausalLM.from_pretrained, dtype=dtype), config.model)
+    model.eval().requires_grad_(False)
+    recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
+    build = partial(_projection, config=config, dtype=dtype, device=device)
+    stop_tokens = _stop_tokens(model)
+    conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    if known.recognise(model, longest):
+        store = known.fuse(model, build)
+        ours: Model = KnownModel(model, store, recompute).to(device)
+    else:
+        store = plain.fuse(model, build)
+        ours = PlainModel(model.to(device), recompute)
+    store.initialise(config.lora_alpha, config.seed)
+    gc.collect()
+    return Loaded(ours, store, conv1d, stop_tokens, model_source(config.model))
+
+
+def compute_dtype(base: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations: float32 over a float32 base and on a CPU, else bf16 (float16 on GPUs without it)."""
+    if base == "float32" or device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _projection(
+    name: str,
+    linears: list[nn.Linear | Conv1D],
+    names: list[str],
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Projection:
+    """One projection of these linears, whose own weights are freed."""
+    # Conv1D (GPT-2) is a linear whose weight is stored transposed.
+    weights = [
+        linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data for linear in linears
+    ]
+    sizes = [weight.shape[0] for weight in weights]
+    biases = [linear.bias for linear in linears]
+    base = join_rows([weight.to(device).contiguous() for weight in weights], config.base)
+    bias = None
+    if any(b is not None for b in biases):
+        parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
+        bias = torch.cat([part.to(device, dtype) for part in parts])
+    for linear in linears:
+        linear.weight.data = linear.weight.data.new_empty(0)
+    return Projection(base, bias, names, sizes, config.lora_rank, dtype)
+
+
+def _stop_tokens(model: nn.Module) -> list[int]:
+    """The tokens that end a completion, from the checkpoint's generation settings."""
+    stop = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    if stop is None:
+        raise UserError(
+            "The model's generation_config.json names no eos_token_id, so no completion could end."
+        )
+    return [stop] if isinstance(stop, int) else list(stop)
+
+
+def _from_hub(load: Any, name: str) -> Any:
+    """load(source), with the dozen ways in which a hub can fail told as one sentence."""
+    try:
+        return load(model_source(name))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The model {name} is neither a folder here nor to be had from the hub: {reason} "
+            "Check the name and the network, or use --model embedded, which ships with the package."
+        ) from error

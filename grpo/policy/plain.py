@@ -1,0 +1,110 @@
+"""PlainModel: any Hugging Face causal language model, its linears replaced by projections, its forward left as it is.
+
+Slower than KnownModel and never wrong: sequences are run one group at a time, padded at their end, each with its own
+copy of the prompt, because an unknown architecture cannot be trusted with packed or shared sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.pytorch_utils import Conv1D
+
+from grpo.errors import UserError
+from grpo.policy.projections import Projection, ProjectionStore
+from grpo.types import Batch
+
+Linear = nn.Linear | Conv1D
+
+
+class PlainModel(nn.Module):
+    """The same calls as KnownModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
+
+    can_decode_packed = False
+
+    def __init__(self, model: nn.Module, recompute: bool):
+        super().__init__()
+        self.model = model
+        self.head, self.softcap = _find_head(model)
+        if recompute and model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.train()  # checkpointing is only done in train mode; dropout is off, see `silence`
+        silence(model)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states of a packed batch, [N, D]."""
+        rows: list[Tensor] = []
+        start = 0
+        for prompt, lengths in zip(batch.layout.prompts, batch.layout.completions, strict=True):
+            end = start + prompt + sum(lengths)
+            head, *tails = batch.tokens[start:end].split([prompt, *lengths])
+            padded = pad_sequence([torch.cat([head, tail]) for tail in tails], batch_first=True)
+            states = last_hidden(
+                self.model, padded
+            )  # [completions, L, D]; a causal model cannot see the padding
+            rows.append(states[0, :prompt])
+            rows += [state[prompt : prompt + length] for state, length in zip(states, lengths, strict=True)]
+            start = end
+        return torch.cat(rows)
+
+
+def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What the head reads: [rows, L] -> [rows, L, D]."""
+    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+
+
+def silence(model: nn.Module) -> None:
+    """Dropout off, in train mode too: the policy that is trained must be the policy that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _find_head(model: nn.Module) -> tuple[Tensor, float | None]:
+    """The head's weight [V, D] and soft cap, proved on a few tokens.
+
+    Raises:
+        UserError: the model's logits are something else than (capped) products with its output embedding.
+    """
+    weight = model.get_output_embeddings().weight
+    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 and its kin
+    tokens = torch.arange(1, 9, device=weight.device)[None]
+    with torch.no_grad():
+        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        ours = last_hidden(model, tokens).float() @ weight.float().T
+    ours = softcap * torch.tanh(ours / softcap) if softcap else ours
+    # A shift of all logits changes no probability.
+    theirs, ours = (x.log_softmax(-1) for x in (theirs, ours))
+    if not torch.allclose(ours, theirs, rtol=0, atol=256 * torch.finfo(weight.dtype).eps):
+        raise UserError(
+            f"{type(model).__name__} computes its logits in a way that is not supported (they are not the product of "
+            "the last hidden state and the output embedding). Use another model."
+        )
+    return weight, softcap
+
+
+def fuse(model: nn.Module, build: Callable[[str, list[Linear], list[str]], Projection]) -> ProjectionStore:
+    """A projection of its own in place of every linear but the head.
+
+    build: (name, [linear], [Hugging Face name]) -> Projection.
+    """
+    store = ProjectionStore()
+    for parent, child, name, linear in list(_linears(model)):
+        projection = build(name, [linear], [name])
+        store.add(name, projection)
+        setattr(parent, child, projection)
+    if not store.projections:
+        raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on.")
+    return store
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
+    """(parent, attribute, full name, linear) of every linear but the head, in the model's order."""
+    head = model.get_output_embeddings()
+    for parent_name, parent in model.named_modules():
+        for child, module in parent.named_children():
+            if isinstance(module, Linear) and module is not head:
+                yield parent, child, f"{parent_name}.{child}" if parent_name else child, module

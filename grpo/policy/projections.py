@@ -1,0 +1,158 @@
+"""Projections: the linear maps of a model as one set of weights, base and adapter, that everything multiplies by.
+
+A projection holds the rows of one or several linears that read the same input ([q;k;v], [gate;up]):
+
+    base     [M, K]     frozen, float32, bf16 or NF4; M = sum of the parts' output sizes
+    lora_a   [P r, K]   the parts' A stacked, float32 master
+    lora_b   [M_p, r]   one a part, float32 masters
+    mirrors             the factors in the dtype of the computation, at fixed addresses; the masters themselves in float32
+
+    y = x base^T + bias + scale * [ (x A_p^T) B_p^T for each part p ]
+
+`scale` is one element, shared by all projections of a store: alpha / r, or 0 for the reference policy. The policy's own
+forward and backward and every rollout engine read these same tensors, so nothing is ever copied between them;
+`ProjectionStore.refresh` brings the mirrors up to date after an optimizer step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from grpo_kernels.lora_linear import LoraFactors, lora_linear
+from grpo_kernels.nf4 import NF4, nf4_concat, nf4_quantize
+from torch import Tensor, nn
+
+Base = Tensor | NF4
+
+
+class Projection(nn.Module):
+    """One or several linears over the same input, with their LoRA factors."""
+
+    def __init__(
+        self,
+        base: Base,
+        bias: Tensor | None,
+        names: list[str],
+        sizes: list[int],
+        rank: int,
+        dtype: torch.dtype,
+    ):
+        """names: the Hugging Face module names of the parts; sizes: their output sizes; dtype: of the computation."""
+        super().__init__()
+        rows, columns = base.shape
+        assert rows == sum(sizes)
+        device = base.device
+        self.base = base
+        self.bias = bias
+        self.names = names
+        self.sizes = sizes
+        self.rank = rank
+        self.lora_a = nn.Parameter(torch.zeros(len(sizes) * rank, columns, device=device))
+        self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(size, rank, device=device)) for size in sizes)
+        self.mirrors = [
+            m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()
+        ]
+        self.share_scale(torch.ones(1, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., M]."""
+        return lora_linear(x, self.base, self.lora, self.bias)
+
+    def masters(self) -> list[nn.Parameter]:
+        """A and the parts' B, the tensors that are trained."""
+        return [self.lora_a, *self.lora_b]
+
+    def share_scale(self, scale: Tensor) -> None:
+        """Multiply the adapter by this one-element tensor from now on."""
+        a, *b = self.mirrors
+        self.lora = LoraFactors(self.lora_a, tuple(self.lora_b), a, tuple(b), scale)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """A uniform as PEFT draws it (kaiming with a = sqrt 5), B zero: the adapter starts as nothing."""
+        bound = 1 / math.sqrt(self.lora_a.shape[1])
+        with torch.no_grad():
+            drawn = torch.rand(self.lora_a.shape, generator=generator) * (2 * bound) - bound
+            self.lora_a.copy_(drawn)
+            for b in self.lora_b:
+                b.zero_()
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, A [r, K], B [M_p, r]) of each part: views of the masters."""
+        for name, a, b in zip(self.names, self.lora_a.detach().split(self.rank), self.lora_b, strict=True):
+            yield name, a, b.detach()
+
+
+def join_rows(weights: list[Tensor], keep_as: str) -> Base:
+    """The weights [M_p, K] of several linears as one base: "float32", "bf16" or "nf4".
+
+    Each part is quantised on its own, so that a part's rows are those bitsandbytes would have written; only where
+    blocks of 64 would span rows of two parts is the whole quantised at once.
+    """
+    if keep_as == "nf4":
+        aligned = all(weight.shape[1] % 64 == 0 for weight in weights)
+        return nf4_concat([nf4_quantize(w) for w in weights]) if aligned else nf4_quantize(torch.cat(weights))
+    return torch.cat(weights).to({"float32": torch.float32, "bf16": torch.bfloat16}[keep_as])
+
+
+class ProjectionStore:
+    """All projections of a model by name, and the one scale that they share."""
+
+    def __init__(self) -> None:
+        self.projections: dict[str, Projection] = {}
+        self.scale = torch.ones(1)
+        self._alpha_over_rank = 1.0
+
+    def __getitem__(self, name: str) -> Projection:
+        return self.projections[name]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that projections compute in."""
+        return next(iter(self.projections.values())).mirrors[0].dtype
+
+    def add(self, name: str, projection: Projection) -> None:
+        """Take a projection in; its scale becomes the store's."""
+        if not self.projections:
+            self.scale = torch.ones(1, device=projection.base.device)
+        self.projections[name] = projection
+        projection.share_scale(self.scale)
+
+    def initialise(self, alpha: float, seed: int) -> None:
+        """Draw the adapter anew: A random, B zero, each projection from the one seeded generator in turn."""
+        generator = torch.Generator().manual_seed(seed)
+        for projection in self.projections.values():
+            projection.initialise(generator)
+        self.set_alpha(alpha)
+        self.refresh()
+
+    def set_alpha(self, alpha: float) -> None:
+        """Scale the adapter by alpha / rank."""
+        self._alpha_over_rank = alpha / next(iter(self.projections.values())).rank
+        self.scale.fill_(self._alpha_over_rank)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, every projection is the frozen base alone: the reference policy."""
+        self.scale.zero_()
+        try:
+            yield
+        finally:
+            self.scale.fill_(self._alpha_over_rank)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The float32 masters, in a fixed order."""
+        return [master for projection in self.projections.values() for master in projection.masters()]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the masters to their mirrors; a no-op in float32, where they are the same memory."""
+        mirrors = [mirror for projection in self.projections.values() for mirror in projection.mirrors]
+        torch._foreach_copy_(mirrors, [p.detach() for p in self.parameters()])
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(Hugging Face module name, A [r, K], B [M, r]) of every linear: views of the masters."""
+        for projection in self.projections.values():
+            yield from projection.factors()

@@ -1,0 +1,172 @@
+"""curves.png: a run at a glance. Reads metrics.jsonl, so that it can be drawn again at any time.
+
+Knows nothing of the run that writes the file. Drawn without pyplot, which keeps global state.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from numpy.typing import NDArray
+
+from grpo.record.jsonl import read_lines
+
+_INK = "#22262e"
+_MAIN, _SECOND = "#1f5fbf", "#d9622b"
+_PARTS = ("#d9622b", "#2a9d6f", "#8a5bc4", "#c9a227", "#5aa9c7", "#b5487a", "#7a7f87", "#6b8e23")
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#b8bdc7",
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e8eaee",
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+
+_LONGEST_LABEL = 16  # characters of a reward's name beside its curve
+
+Curves = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # {metric: (steps [n], values [n])}
+
+
+def draw_curves(metrics_path: Path, out_png: Path) -> None:
+    """Draw the metrics of a run, if it has any; the old picture stands until the new one is whole."""
+    curves = _read_curves(metrics_path)
+    if not curves:
+        return
+    with matplotlib.rc_context(_STYLE):
+        # Placed by hand: a layout engine would take longer than the drawing itself.
+        figure = Figure(figsize=(11, 6.2))
+        above = figure.add_gridspec(1, 2, left=0.045, right=0.885, top=0.945, bottom=0.55, wspace=0.46)
+        below = figure.add_gridspec(1, 4, left=0.045, right=0.985, top=0.425, bottom=0.085, wspace=0.52)
+        for place, draw in zip([*above, *below], _PANELS, strict=True):
+            axes = figure.add_subplot(place)
+            axes.set_xlabel("step", labelpad=2)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            draw(axes, curves)
+        partial = out_png.with_name(out_png.name + ".partial")
+        figure.savefig(partial, format="png", dpi=130)
+    os.replace(partial, out_png)
+
+
+def _read_curves(metrics_path: Path) -> Curves:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for record in read_lines(metrics_path):
+        step = record.pop("step")
+        for name, value in record.items():
+            points.setdefault(name, []).append((step, np.nan if value is None else value))
+    columns = {name: np.array(pairs, dtype=np.float64).T for name, pairs in points.items()}
+    return {name: (steps, values) for name, (steps, values) in columns.items()}
+
+
+def _draw_reward(axes: Axes, curves: Curves) -> None:
+    names = [
+        name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")
+    ]
+    for place, name in enumerate(names):
+        label = name.removeprefix("reward/").replace("_", " ")[:_LONGEST_LABEL]
+        _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4)
+    _line(axes, curves, "reward/mean", _MAIN, label="sum, weighted", width=2.4)
+    axes.set_title("Reward, mean of a step")
+    _legend_beside(axes)
+
+
+def _draw_held_out(axes: Axes, curves: Curves) -> None:
+    axes.set_title("Held-out problems solved, with 95% interval")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name))
+    styles = {"eval/pass@1": (_MAIN, "-", 2.4)}
+    others = [name for name in names if name not in styles]
+    styles |= {name: (_PARTS[place % len(_PARTS)], "--", 1.4) for place, name in enumerate(others)}
+    for name in names:
+        colour, dashes, width = styles[name]
+        steps, values = curves[name]
+        label = name.removeprefix("eval/")
+        axes.plot(steps, values, dashes, color=colour, linewidth=width, marker="o", markersize=4, label=label)
+    if {"eval/pass@1/low", "eval/pass@1/high"} <= curves.keys():
+        steps, low = curves["eval/pass@1/low"]
+        axes.fill_between(steps, low, curves["eval/pass@1/high"][1], color=_MAIN, alpha=0.15, linewidth=0)
+    _legend_beside(axes)
+
+
+def _draw_length(axes: Axes, curves: Curves) -> None:
+    _line(axes, curves, "completion/length", _MAIN)
+    axes.set_title("Length, tokens")
+    axes.set_ylim(bottom=0)
+    share = axes.twinx()
+    _line(share, curves, "completion/truncated", _SECOND, width=1.4)
+    share.set_ylim(0, 1)
+    share.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    share.tick_params(axis="y", colors=_SECOND)
+    share.set_title("cut off", loc="right", x=1.24, color=_SECOND, fontweight="normal")
+    share.grid(False)
+
+
+def _drawer(metric: str, title: str) -> Callable[[Axes, Curves], None]:
+    def draw(axes: Axes, curves: Curves) -> None:
+        _line(axes, curves, metric, _MAIN)
+        axes.set_title(title)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        # A log-probability gap estimated from samples may be below 0; the others start at it.
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0] * (axes.dataLim.y0 < 0)))
+
+    return draw
+
+
+def _legend_beside(axes: Axes) -> None:
+    """A legend to the right of the axes, where it hides nothing, in the order in which the lines end."""
+    lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
+    lines.sort(key=lambda line: -np.nan_to_num(np.asarray(line.get_ydata())[-1]))
+    axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
+
+
+def _line(
+    axes: Axes, curves: Curves, metric: str, colour: str, label: str | None = None, width: float = 2.0
+) -> None:
+    """The values as they are, faint, and their running mean over a tenth of the run."""
+    if metric not in curves:
+        return
+    steps, values = curves[metric]
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(
+        steps, _running_mean(values, max(1, len(values) // 20)), color=colour, linewidth=width, label=label
+    )
+
+
+def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
+    """[n] -> [n]: the mean of the values at most `reach` places away, NaN left out."""
+    known = np.isfinite(values)
+    ones = np.ones(2 * reach + 1)
+    # "full" and cut, because "same" gives as many values as the longer of the two.
+    totals = np.convolve(np.where(known, values, 0.0), ones, "full")[reach : reach + len(values)]
+    counts = np.convolve(known.astype(np.float64), ones, "full")[reach : reach + len(values)]
+    return np.divide(totals, counts, out=np.full(len(values), np.nan), where=counts > 0.5)
+
+
+# Two above, four below.
+_PANELS: tuple[Callable[[Axes, Curves], None], ...] = (
+    _draw_reward,
+    _draw_held_out,
+    _draw_length,
+    _drawer("policy/entropy", "Entropy, nats a token"),
+    _drawer("mismatch/kl", "KL, sampler to trainer"),
+    _drawer("optim/grad_norm", "Gradient norm"),
+)

@@ -1,0 +1,130 @@
+"""All that a run writes down: the step line, metrics.jsonl, completions.jsonl, TensorBoard, curves.png.
+
+Knows nothing of how a metric is computed. The numbers of a step are written under these names:
+
+    reward/mean  reward/std  reward/<name>            completion/length  completion/truncated
+    eval/pass@1  eval/pass@K  eval/majority@K         (each with /low and /high, its 95% interval)
+    groups/zero_variance                              policy/entropy  policy/loss  policy/clip_fraction
+    mismatch/kl                                       optim/grad_norm  optim/learning_rate
+    sync/gap  sync/moved                              speed/...  time/<stage>  memory/peak_gib
+
+Names that begin with speed/, time/ or memory/ may differ between two runs that are otherwise equal. Steps
+count from 0: `step` is the number of updates behind the policy that sampled, in an evaluation too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from torch.utils.tensorboard import SummaryWriter
+
+from grpo.record.console import Console
+from grpo.record.curves import draw_curves
+from grpo.record.jsonl import JsonLines, finite, read_lines
+from grpo.types import Group
+
+TIMING_PREFIXES = ("time/", "speed/", "memory/")
+STEPS_BETWEEN_SAMPLES = 10
+
+
+class Recorder:
+    """Records the steps from `start_step` to `total_steps` into `run_dir`, which exists.
+
+    `position` is what `position()` returned when the checkpoint was saved that the run goes on from: what was
+    written later is dropped, so that a resumed run leaves the files of an uninterrupted one. None: new files.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int,
+        task_name: str,
+        reward_names: list[str],
+        position: Mapping[str, int] | None = None,
+    ):
+        self._run_dir = Path(run_dir)
+        at = position or {}
+        self._metrics = JsonLines(self._run_dir / "metrics.jsonl", at.get("metrics.jsonl"))
+        self._completions = JsonLines(self._run_dir / "completions.jsonl", at.get("completions.jsonl"))
+        self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step)
+        self._held_out: dict[str, float] = {}
+        self._restore(start_step)
+        self._console = Console(total_steps, start_step, task_name, reward_names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The numbers of one training step, everywhere."""
+        self._write(step, metrics)
+        self._console.step(step, self._held_out | dict(metrics))
+
+    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """The held-out scores of the policy after `step` updates, under eval/ names; draws the curves."""
+        self._write(step, scores)
+        self._held_out = dict(scores)
+        self._console.evaluation(step, scores)
+        draw_curves(self._metrics.path, self._run_dir / "curves.png")
+
+    def completions(self, step: int, groups: list[Group]) -> None:
+        """One line a completion in completions.jsonl; now and then one of them on the screen."""
+        self._completions.write([record for group in groups for record in _records(step, group)])
+        if step % STEPS_BETWEEN_SAMPLES == 0:
+            self._console.sample(step, groups[step // STEPS_BETWEEN_SAMPLES % len(groups)])
+
+    def message(self, text: str) -> None:
+        """A line on the screen, above the progress bar."""
+        self._console.message(text)
+
+    def position(self) -> dict[str, int]:
+        """How far the files are written, in bytes that are on the disk: for the checkpoint."""
+        return {file.path.name: file.position() for file in (self._metrics, self._completions)}
+
+    def close(self) -> None:
+        """Draw the curves a last time and close every file, whatever goes wrong on the way."""
+        with ExitStack() as stack:
+            for sink in (self._metrics, self._completions, self._events, self._console):
+                stack.callback(sink.close)
+            draw_curves(self._metrics.path, self._run_dir / "curves.png")
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._metrics.write([{"step": step, **finite(metrics)}])
+        self._add_events(step, metrics)
+
+    def _add_events(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def _restore(self, start_step: int) -> None:
+        """After a resume: the held-out score to show, and its events where the purge hides them."""
+        for record in read_lines(self._metrics.path):
+            step = record.pop("step")
+            if "eval/pass@1" in record:
+                self._held_out = record
+                if step >= start_step:
+                    self._add_events(step, record)
+
+
+def _records(step: int, group: Group) -> list[dict[str, Any]]:
+    parts = {name: values.tolist() for name, values in group.parts.items()}
+    rewards, advantages = group.rewards.tolist(), group.advantages.tolist()
+    return [
+        {
+            "step": step,
+            "prompt": group.prompt.index,
+            "text": completion.text,
+            "finish": completion.finish,
+            "tokens": len(completion.tokens),
+            "parts": finite({name: values[index] for name, values in parts.items()}),
+            **finite({"reward": rewards[index], "advantage": advantages[index]}),
+            "policy_version": completion.policy_version,
+        }
+        for index, completion in enumerate(group.completions)
+    ]

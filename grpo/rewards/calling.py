@@ -1,0 +1,329 @@
+"""How a reward function is called: by the names of its arguments, decided once, from its signature.
+
+Knows nothing of weights, groups or advantages. Axis: S completions scored together, flat, in group order.
+
+    f(completion, answer) -> float | None               one completion; any data set column by its name
+    f(prompts, completions, answer, **kwargs) -> list    all S of them, as TRL and Unsloth call theirs
+    async def f(...)                                     either kind
+
+A batch function is called with lists of S: `prompts`, `completions`, `completion_ids` and each column it
+names (all columns if it takes **kwargs), and with TRL's `trainer_state` (None), `log_metric`, `log_extra`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import signal
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
+
+from grpo.errors import UserError
+from grpo.types import Completion, Prompt
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What rewards are called with: S completions, and beside each the prompt it answers.
+
+    `metrics` collects what rewards report through `log_metric`, as "logged/<name>".
+    """
+
+    prompts: list[Prompt]  # S
+    completions: list[Completion]  # S
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[f"logged/{name}"] = float(value)
+
+    def log_extra(self, column: str, values: list[Any]) -> None:
+        """Accepted, as TRL's rewards may call it, and ignored: completions.jsonl has no extra columns."""
+
+
+Source = Callable[[Samples], Any]  # where one argument comes from
+Caller = Callable[[Samples], Any]  # a list of S values, or whatever else the function returned
+AsyncCaller = Callable[[Samples], Awaitable[Any]]
+Finish = Callable[[], Any]
+Limit = Callable[[], AbstractContextManager[Any]]  # the time that one call may take
+AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]
+Start = Callable[[Samples], Finish]  # returns with async rewards under way; Finish waits for the values
+
+_ONE_COMPLETION: dict[str, Source] = {
+    "prompt": lambda samples: [prompt.text for prompt in samples.prompts],
+    "completion": lambda samples: [completion.text for completion in samples.completions],
+    "completion_ids": lambda samples: [completion.tokens for completion in samples.completions],
+}
+_BATCH: dict[str, Source] = {
+    "completion_ids": _ONE_COMPLETION["completion_ids"],
+    "trainer_state": lambda samples: None,
+    "log_metric": lambda samples: samples.log_metric,
+    "log_extra": lambda samples: samples.log_extra,
+}
+_BATCH_OF_TEXT: dict[str, Source] = {
+    **_BATCH,
+    "prompts": _ONE_COMPLETION["prompt"],
+    "completions": _ONE_COMPLETION["completion"],
+}
+_BATCH_OF_CHATS: dict[str, Source] = {
+    **_BATCH,
+    "prompts": lambda samples: [prompt.messages for prompt in samples.prompts],
+    "completions": lambda samples: [
+        [{"role": "assistant", "content": completion.text}] for completion in samples.completions
+    ],
+}
+_NAMES_A_BATCH = {"prompts", "completions", "completion_ids"}
+
+
+def starter(
+    name: str,
+    function: Callable,
+    columns: Iterable[str],
+    chat: bool,
+    probe: Samples | None,
+    timeout: float | None,
+) -> Start:
+    """Decide how `function` is called, so that scoring has nothing left to decide.
+
+    In a chat task a batch function gets TRL's chat form, `[[{"role": "assistant", "content": ...}], ...]`,
+    unless calling it on `probe` shows that it wants strings.
+    """
+    parameters = _parameters(name, function)
+    sources_of_columns: dict[str, Source] = {column: partial(_column, column) for column in columns}
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    limit = partial(asyncio.timeout, timeout) if is_async else _time_limit(name, timeout)
+    start, call_each, call_batch = _WAYS[is_async]
+
+    def start_with(call: Callable, form: dict[str, Source]) -> Start:
+        sources = _choose_sources(name, parameters, sources_of_columns | form)
+        return partial(start, partial(call, name, function, sources, limit))
+
+    if "completion" in parameters:
+        return start_with(call_each, _ONE_COMPLETION)
+    _check_names_a_batch(name, parameters)
+    start_batch = partial(start_with, call_batch)
+    if not chat:
+        return start_batch(_BATCH_OF_TEXT)
+    if probe is None:
+        return start_batch(_BATCH_OF_CHATS)
+    return start_batch(_form_that_works(start_batch, probe))
+
+
+def _parameters(name: str, function: Callable) -> dict[str, inspect.Parameter]:
+    try:
+        parameters = dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"Reward `{name}` is {function!r}, whose arguments cannot be read. Wrap it in a function: "
+            "`def my_reward(completion): ...`."
+        ) from error
+    unnamed = [key for key, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
+    if unnamed:
+        raise UserError(
+            f"Reward `{name}` takes `{unnamed[0]}` by position only. Rewards are called by argument name: "
+            "remove the `/` from its signature, or wrap it in a function."
+        )
+    return {key: each for key, each in parameters.items() if each.kind is not each.VAR_POSITIONAL}
+
+
+def _check_names_a_batch(name: str, parameters: dict[str, inspect.Parameter]) -> None:
+    takes_anything = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    if not takes_anything and not _NAMES_A_BATCH & parameters.keys():
+        asked = ", ".join(parameters) or "nothing"
+        raise UserError(
+            f"Reward `{name}` asks for {asked}, and so never sees what it should score. Name an argument "
+            "`completion` (one string; return a float) or `completions` (the batch; return a list of floats)."
+        )
+
+
+def _choose_sources(
+    name: str, parameters: dict[str, inspect.Parameter], available: dict[str, Source]
+) -> dict[str, Source]:
+    named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
+    for key, parameter in named.items():
+        if key not in available and parameter.default is parameter.empty:
+            nearest = difflib.get_close_matches(key, available, n=1, cutoff=0.5)
+            hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
+            raise UserError(
+                f"Reward `{name}` asks for `{key}`, and the data set has no such column.{hint} "
+                f"It can ask for: {', '.join(available)}."
+            )
+    if len(named) < len(parameters):
+        return available
+    return {key: available[key] for key in named if key in available}
+
+
+def _column(column: str, samples: Samples) -> list[Any]:
+    # A row without the column gives None, as the `datasets` library does.
+    return [prompt.fields.get(column) for prompt in samples.prompts]
+
+
+def _call_each(
+    name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples
+) -> list[Any]:
+    values = []
+    for index, arguments in enumerate(_rows(sources, samples)):
+        with _blame(name, samples, slice(index, index + 1)), limit():
+            values.append(function(**arguments))
+    return values
+
+
+def _call_batch(
+    name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples
+) -> Any:
+    with _blame(name, samples, slice(None)), limit():
+        return function(**{key: source(samples) for key, source in sources.items()})
+
+
+async def _call_each_async(
+    name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
+) -> list[Any]:
+    async def call_one(index: int, arguments: dict[str, Any]) -> Any:
+        with _blame(name, samples, slice(index, index + 1)):
+            async with limit():
+                return await function(**arguments)
+
+    rows = enumerate(_rows(sources, samples))
+    return await asyncio.gather(*(call_one(index, arguments) for index, arguments in rows))
+
+
+async def _call_batch_async(
+    name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
+) -> Any:
+    with _blame(name, samples, slice(None)):
+        async with limit():
+            return await function(**{key: source(samples) for key, source in sources.items()})
+
+
+def _rows(sources: dict[str, Source], samples: Samples) -> Iterator[dict[str, Any]]:
+    columns = [source(samples) for source in sources.values()]
+    return (dict(zip(sources, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+@contextmanager
+def _blame(name: str, samples: Samples, scored: slice) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"Reward `{name}` raised {type(error).__name__} ({str(error) or 'no result in time'}) on "
+            f"{where(samples, scored)}. A crash or a time-out is never scored 0: mend the reward, or let it "
+            "return None where it does not apply."
+        ) from error
+
+
+def where(samples: Samples, scored: slice) -> str:
+    """Which completions, in words for an error: the row of the data set and how the text begins."""
+    prompts, completions = samples.prompts[scored], samples.completions[scored]
+    if len(completions) == 1:
+        return f"row {prompts[0].index}, completion {completions[0].text[:80]!r}"
+    rows = list(dict.fromkeys(prompt.index for prompt in prompts))
+    listed = ", ".join(str(row) for row in rows[:4]) + ", ..." * (len(rows) > 4)
+    return f"a batch of {len(completions)} completions (rows {listed})"
+
+
+def _start_sync(call: Caller, samples: Samples) -> Finish:
+    return partial(call, samples)
+
+
+def _start_async(call: AsyncCaller, samples: Samples) -> Finish:
+    async def run() -> Any:
+        return await call(samples)
+
+    return asyncio.run_coroutine_threadsafe(run(), _event_loop()).result
+
+
+_WAYS = {
+    False: (_start_sync, _call_each, _call_batch),
+    True: (_start_async, _call_each_async, _call_batch_async),
+}
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    # One loop for all async rewards and steps, so that a client which a reward keeps stays usable. On its own
+    # thread, so that they run while other rewards compute, and inside a notebook's running loop too.
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="grpo-async-rewards", daemon=True).start()
+    return loop
+
+
+def _time_limit(name: str, timeout: float | None) -> Limit:
+    if timeout is None:
+        return nullcontext
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError(
+            f"Reward `{name}` cannot have a time limit outside the main thread. Start the run from the main "
+            "thread, write the reward as `async def`, or set no timeout."
+        )
+    return partial(_alarm, timeout)
+
+
+@contextmanager
+def _alarm(timeout: float) -> Iterator[None]:
+    # A signal, because a thread that waits cannot interrupt a regular expression that holds the interpreter.
+    def ring(signal_number: int, frame: object) -> None:
+        raise TimeoutError(f"no result in {timeout:g} s")
+
+    previous = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class _WatchedMessage(dict[str, str]):
+    """A chat message that notices when it is read."""
+
+    was_read = False
+
+    def __getitem__(self, key: str) -> str:
+        self.was_read = True
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.was_read = True
+        return super().get(key, default)
+
+    def values(self) -> Any:
+        self.was_read = True
+        return super().values()
+
+    def items(self) -> Any:
+        self.was_read = True
+        return super().items()
+
+
+def _form_that_works(start_with: Callable[[dict[str, Source]], Start], probe: Samples) -> dict[str, Source]:
+    """Chat messages if the function reads them, else strings if it runs on those.
+
+    Running is not enough: `"</answer>" in completion` runs on a list of messages too, and is false there.
+    """
+    messages = [
+        _WatchedMessage(role="assistant", content=completion.text) for completion in probe.completions
+    ]
+    watched = {**_BATCH_OF_CHATS, "completions": lambda samples: [[message] for message in messages]}
+    chat_error = _error_of(start_with(watched), probe)
+    reads_chats = any(message.was_read for message in messages)
+    if reads_chats and chat_error is None:
+        return _BATCH_OF_CHATS
+    text_error = _error_of(start_with(_BATCH_OF_TEXT), probe)
+    if text_error is None:
+        return _BATCH_OF_TEXT
+    if chat_error is None:
+        return _BATCH_OF_CHATS
+    raise chat_error if reads_chats else text_error
+
+
+def _error_of(start: Start, samples: Samples) -> UserError | None:
+    try:
+        start(samples)()
+    except UserError as error:
+        return error
+    return None

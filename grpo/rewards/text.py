@@ -1,0 +1,25 @@
+"""Plain text against plain text, for tasks whose whole completion is the answer. Knows nothing of tags."""
+
+from __future__ import annotations
+
+from difflib import SequenceMatcher
+
+
+def exact_match(completion: str, answer: str) -> float:
+    """1.0 if the completion is the answer, white space at both ends aside; else 0.
+
+    >>> exact_match("olleh\\n", "olleh"), exact_match("Olleh", "olleh")
+    (1.0, 0.0)
+    """
+    return float(completion.strip() == answer.strip())
+
+
+def similarity(completion: str, answer: str) -> float:
+    """0 to 1: twice the matching characters over the characters of both texts (Ratcliff and Obershelp).
+
+    Pays for getting closer, where `exact_match` is too rare to learn from.
+
+    >>> similarity("olleh", "olleh"), similarity("oll", "olleh"), similarity("", "olleh")
+    (1.0, 0.75, 0.0)
+    """
+    return SequenceMatcher(None, completion.strip(), answer.strip(), autojunk=False).ratio()

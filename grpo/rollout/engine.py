@@ -1,0 +1,31 @@
+"""Engine: the protocol of whoever samples completions. Knows nothing of rewards or gradients."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from grpo.types import Group, Prompt
+
+
+class Engine(Protocol):
+    """Samples from the policy, and says so with the policy's version on every completion."""
+
+    def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
+        """A group of completions for each prompt, at the engine's temperature; the same ones for the same seed."""
+        ...
+
+    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """log p of given completions [T] after given prompts [P], computed the way the engine samples."""
+        ...
+
+    def sync(self) -> dict[str, float]:
+        """Take up the policy's present weights and prove it (grpo/rollout/canary.py). Returns `sync/...` metrics.
+
+        Raises:
+            UserError: engine and policy are not the same model.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...

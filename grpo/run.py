@@ -1,0 +1,351 @@
+"""The command line: `python -m grpo.run TASK.py [flags]`. Loads a task, resolves the configuration, and starts.
+
+    python -m grpo.run tasks/gsm8k.py                     train
+    python -m grpo.run tasks/gsm8k.py --check             try data and rewards, no training
+    python -m grpo.run --resume runs/gsm8k-...            go on where the last checkpoint was
+    python -m grpo.run --eval runs/gsm8k-...              held-out score of a run, or of any model with a task file
+
+Bad input ends with one sentence and exit code 2; Ctrl-C finishes the step, saves, and ends with exit code 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from grpo.config import Config, field_names, from_dict
+from grpo.errors import UserError
+from grpo.task import Task, load_task
+
+CONFIG_FILE = "config.json"
+HUB_TIMEOUT = 3.0  # seconds
+
+console = Console(soft_wrap=False, highlight=False)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train a language model with GRPO on the task of a Python file."""
+
+    task: tyro.conf.Positional[str] = ""
+    """The task file, such as tasks/gsm8k.py; it comes first. With --resume or --eval RUN it may be left out."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Try the data and the rewards on every gold answer, then stop. Loads no model."""
+    resume: str = ""
+    """A run's folder, or one checkpoint in it: go on with that run."""
+    eval: str = ""
+    """A run's folder, a checkpoint, or a model: print its held-out scores, then stop."""
+    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a command line comes to: the task, the configuration, and where each value came from."""
+
+    task: Task
+    task_path: str
+    config: Config
+    origins: dict[str, str]  # field -> "default", "task", "embedded", "run" or "flag"
+    missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        console.file.flush()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(argv: list[str]) -> int:
+    arguments, resolved = resolve(argv)
+    if arguments.check:
+        return check(resolved)
+    if arguments.eval:
+        return evaluate_only(resolved, arguments.eval)
+    return start(resolved, arguments.resume)
+
+
+# ---- the configuration
+
+
+def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
+    """Task file (or saved run), then flags, then the embedded default where something is missing."""
+    earlier = _option(argv, "--resume") or _option(argv, "--eval")
+    saved = _saved_run(earlier)
+    task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
+    task = load_task(task_path) if task_path else None
+    base, origins = Config(), {}
+    if task is not None:
+        base = task.config
+        origins = {name: "task" for name in field_names() if getattr(base, name) != getattr(Config(), name)}
+    if saved:
+        base = from_dict(saved["config"])
+        origins = {name: "run" for name in field_names()}
+    arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
+    if task is None:
+        raise UserError(
+            "Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags."
+        )
+    config, flags = arguments.config, _flags(argv)
+    origins |= dict.fromkeys(flags, "flag")
+    missing: list[str] = []
+    if task.embedded and not saved:
+        missing = [] if "model" in flags else what_is_missing(config, task)
+        if missing or config.model == "embedded":
+            overrides = {name: value for name, value in task.embedded.items() if name not in flags}
+            config = dataclasses.replace(config, **overrides)
+            origins |= dict.fromkeys(overrides, "embedded")
+    return arguments, Resolved(task, task_path, config, origins, missing)
+
+
+def _option(argv: list[str], name: str) -> str:
+    """The value of an option before the real parsing, which needs to know its defaults first."""
+    for place, word in enumerate(argv):
+        if word == name and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _flags(argv: list[str]) -> list[str]:
+    """The fields of Config that the command line names."""
+    given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
+    return [name for name in field_names() if name in given]
+
+
+def _saved_run(path: str) -> dict[str, Any]:
+    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither."""
+    for folder in (Path(path), *Path(path).parents[:2]) if path else ():
+        file = folder / CONFIG_FILE
+        if file.is_file() and (folder / "metrics.jsonl").exists():
+            try:
+                return json.loads(file.read_text())
+            except ValueError as error:
+                raise UserError(f"{file} is damaged: {error}. Start a new run.") from error
+    return {}
+
+
+def what_is_missing(config: Config, task: Task) -> list[str]:
+    """What the task's own model and data need and this machine does not have."""
+    data = config.data or task.data
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("a CUDA GPU")
+    if not (Path(config.model).is_dir() or _hub_has(config.model, "model")):
+        missing.append(f"the model {config.model} (no network, and it is not in the local cache)")
+    if not (Path(data).is_dir() or data == "embedded" or _hub_has(data, "dataset")):
+        missing.append(f"the data set {data} (no network)")
+    return missing
+
+
+def _hub_has(name: str, kind: str) -> bool:
+    """Whether the hub answers for a repository, or the local cache has a model."""
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if kind == "model" else None
+    if isinstance(cached, str):
+        return True
+    try:
+        huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
+    except (
+        Exception
+    ):  # offline, unknown and refused come as unrelated classes; all mean that it is not to be had
+        return False
+    return True
+
+
+def banner(resolved: Resolved) -> Panel:
+    """One visible notice that this is not the real thing, and how to get it."""
+    task, missing = resolved.task, "\n".join(f"  - {what}" for what in resolved.missing)
+    return Panel(
+        f"Missing here:\n{missing}\n"
+        "So this run uses what ships with the package: a tiny model and "
+        f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
+        f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
+        f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} --data {task.data}",
+        title="EMBEDDED DEFAULT",
+        border_style="yellow",
+    )
+
+
+def describe(resolved: Resolved) -> Table:
+    """The values that are not defaults, with where each came from."""
+    table = Table(title="configuration", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for column in ("field", "value", "from"):
+        table.add_column(column)
+    for name in field_names():
+        origin = resolved.origins.get(name, "default")
+        if origin != "default":
+            table.add_row(name, str(getattr(resolved.config, name)), origin)
+    defaults = sum(resolved.origins.get(name, "default") == "default" for name in field_names())
+    table.caption = f"and {defaults} defaults; all are in {CONFIG_FILE}, --help explains them"
+    table.caption_justify = "left"
+    return table
+
+
+# ---- the three things to do
+
+
+def check(resolved: Resolved) -> int:
+    """--check: every gold answer of both splits through every reward."""
+    from grpo.build import build_questions, preflight_rewards
+    from grpo.rewards import preflight_table
+
+    _announce(resolved)
+    questions = build_questions(resolved.task, resolved.config, all_tests=True)
+    report = preflight_rewards(resolved.task, questions, every_row=True)
+    console.print(preflight_table(report))
+    name, value = resolved.task.solved
+    console.print(f"{len(questions.train):,} training and {len(questions.test):,} held-out rows, prompts of at most "
+                  f"{questions.longest} tokens.")  # fmt: skip
+    for warning in report.warnings:
+        console.print(f"note: {warning}")
+    lowest = next(check.lowest["gold"] for check in report.checks if check.name == name)
+    if lowest < value:
+        raise UserError(
+            f"The gold answer of some row gets {lowest:g} from `{name}`, which must pay {value:g} for a right answer. "
+            "Mend the rows named above, `gold` in the task file, or the reward."
+        )
+    console.print(f"Every gold answer gets full marks from `{name}` ({value}). The task is ready.")
+    return 0
+
+
+def evaluate_only(resolved: Resolved, target: str) -> int:
+    """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
+    from grpo.build import build_engine, build_evaluator, build_policy, build_questions
+    from grpo.checkpoint import best_checkpoint
+    from grpo.evaluate import score_lines
+    from grpo.policy.adapter import load_adapter
+
+    is_run = bool(_saved_run(target))
+    config = resolved.config if is_run else dataclasses.replace(resolved.config, model=target)
+    questions = build_questions(resolved.task, config)
+    policy = build_policy(config, questions)
+    if is_run:
+        checkpoint = best_checkpoint(Path(target))
+        load_adapter(policy, checkpoint)
+        console.print(f"adapter of {checkpoint}")
+    engine = build_engine(config, policy, questions)
+    scores = build_evaluator(resolved.task, config, questions)(engine)
+    console.print(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
+    for line in score_lines(scores):
+        console.print("  " + line)
+    return 0
+
+
+def start(resolved: Resolved, resume: str) -> int:
+    """Train, from the start or from a checkpoint."""
+    from grpo.build import build_questions, build_run, preflight_rewards
+    from grpo.checkpoint import resume_folder
+    from grpo.evaluate import comparison
+
+    _announce(resolved)
+    checkpoint = resume_folder(Path(resume)) if resume else None
+    questions = build_questions(resolved.task, resolved.config)
+    preflight_rewards(resolved.task, questions, every_row=False)
+    folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
+    run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
+    _write_config(resolved, folder)
+    console.print(f"run folder: {folder}")
+    with run.recorder, stops_gently(run):
+        _train_and_keep(run)
+    run.engine.close()
+    if run.progress.step < resolved.config.steps:
+        console.print(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with\n"
+                      f"  python -m grpo.run --resume {folder}")  # fmt: skip
+        return 130
+    console.print(comparison(run.progress.first_scores, run.progress.last_scores))
+    console.print(f"curves: {folder / 'curves.png'}   completions: {folder / 'completions.jsonl'}   "
+                  f"adapter: {folder / 'checkpoints'}")  # fmt: skip
+    return 0
+
+
+def _announce(resolved: Resolved) -> None:
+    if resolved.missing:
+        console.print(banner(resolved))
+    console.print(describe(resolved))
+
+
+def _train_and_keep(run: Any) -> None:
+    """Train; when that ends early, for an error or on request, save what is done so far."""
+    from grpo.train import save, train
+
+    try:
+        train(run)
+    finally:
+        # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
+        if run.policy.version == run.progress.version and run.progress.step > 0:
+            save(run)
+
+
+@contextmanager
+def stops_gently(run: Any) -> Iterator[None]:
+    """The first Ctrl-C lets the step finish, the second one does not."""
+
+    def request(signal_number: int, frame: object) -> None:
+        run.stop_requested = True
+        run.recorder.message(
+            "Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays)."
+        )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def new_run_folder(resolved: Resolved) -> Path:
+    """The run's own folder, made now; an existing one is never written into.
+
+    Raises:
+        UserError: it exists.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(resolved.config.run_dir or f"runs/{resolved.task.name}-{stamp}")
+    try:
+        folder.mkdir(parents=True, exist_ok=False)
+    except FileExistsError as error:
+        raise UserError(
+            f"The run folder {folder} exists already, and a run never overwrites another. Choose another --run-dir, or go "
+            f"on with that run by --resume {folder}."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"The run folder {folder} cannot be made: {error.strerror}. Choose another --run-dir."
+        ) from error
+    return folder
+
+
+def _write_config(resolved: Resolved, folder: Path) -> None:
+    origins = {name: resolved.origins.get(name, "default") for name in field_names()}
+    content = {
+        "task": str(Path(resolved.task_path).resolve()),
+        "config": dataclasses.asdict(resolved.config),
+        "origins": origins,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Task: rows, prompt and rewards of one problem, loaded from a Python file. Knows nothing of models or GPUs.
+
+load_task(path)                        the `task` of a task file
+read_rows(data, split, ...)            rows from a folder of JSON lines or from the hub
+build_prompts(task, rows, tokenizer)   rows -> list[Prompt], tokenised, none longer than the context allows
+PromptStream                           prompts in a seeded order, an epoch after the other, with a cursor
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo.config import Config
+from grpo.errors import UserError
+from grpo.rewards.xml_format import extract_answer
+from grpo.types import Message, Prompt
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task file defines as `task`.
+
+    rows      (split, data) -> rows; split is "train" or "test", data is `Config.data` or the field below
+    prompt    row -> chat messages, or row -> text for a model without a chat template
+    rewards   {reward: weight}; a reward is a function, "package.module:function", or an installed plugin's name
+    gold      a completion that deserves full marks, as a template over the row's columns
+    solved    (name of a reward, its value from which a completion counts as right): what pass@1 measures
+    data      the data set when --data is not given
+    config    the run's defaults
+    embedded  what replaces them where there is no GPU or no hub: the tiny model that ships with the package
+    answer    completion text -> the answer that it votes for in majority@k, None for none
+    """
+
+    name: str
+    rows: Callable[[str, str], Iterable[Row]]
+    prompt: Callable[[Row], list[Message] | str]
+    rewards: dict[Callable | str, float]
+    gold: str
+    solved: tuple[str, float]
+    data: str
+    config: Config = field(default_factory=Config)
+    embedded: dict[str, Any] = field(default_factory=dict)
+    answer: Callable[[str], str | None] = extract_answer
+
+    def gold_text(self, row: Row) -> str:
+        """The gold completion of a row."""
+        try:
+            return self.gold.format(**row)
+        except KeyError as missing:
+            raise UserError(
+                f"The gold template of task {self.name} uses {missing}, but its rows have the columns "
+                f"{', '.join(row)}. Change `gold` in the task file or the columns that `rows` gives."
+            ) from missing
+
+
+def load_task(path: str | Path) -> Task:
+    """The object called `task` in the Python file at `path`.
+
+    Raises:
+        UserError: no such file, the file does not run, or it defines no Task.
+    """
+    path = Path(path)
+    if not path.is_file():
+        shipped = sorted(str(p) for p in Path("tasks").glob("*.py"))
+        hint = f" Here are: {', '.join(shipped)}." if shipped else ""
+        raise UserError(f"There is no task file {path}.{hint}")
+    spec = importlib.util.spec_from_file_location(f"grpo_task_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{path} line {error.lineno} is not Python: {error.msg}.") from error
+    except Exception as error:  # the user's own code may raise anything
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{path} raised {type(error).__name__}: {error} ({Path(line.filename).name} line {line.lineno}). "
+            "A task file must be importable; mend that line."
+        ) from error
+    task = getattr(module, "task", None)
+    if not isinstance(task, Task):
+        found = "nothing of that name" if task is None else f"a {type(task).__name__}"
+        raise UserError(
+            f"{path} must define `task = Task(...)` (from grpo import Task), but it defines {found}. "
+            "tasks/gsm8k.py shows how."
+        )
+    return task
+
+
+def read_rows(data: str, split: str, **hub_arguments: Any) -> Iterable[Row]:
+    """Rows of a data set: a folder with `{split}.jsonl`, else the hub's data set of that name.
+
+    hub_arguments go to `datasets.load_dataset` (`name="main"`, say).
+
+    Raises:
+        UserError: neither exists, the hub cannot be reached, or a line is not a JSON object.
+    """
+    folder = Path(data)
+    if folder.is_dir():
+        return _read_jsonl(folder / f"{split}.jsonl")
+    if folder.suffix or data.startswith((".", "/", "~")):
+        raise UserError(f"There is no folder {data}. --data takes a folder with train.jsonl and test.jsonl.")
+    return _read_hub(data, split, hub_arguments)
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    if not path.is_file():
+        raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl.")
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{path} line {number} is {line.strip()[:40]!r}; each line must be a JSON object."
+                )
+            rows.append(row)
+    return rows
+
+
+def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(data, split=split, **arguments)  # pyright: ignore[reportReturnType]
+    except Exception as error:  # the hub's client raises a dozen unrelated classes when it is offline
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"The data set {data} ({split}) is neither a folder here nor to be had from the hub: {reason} "
+            "Check the name and the network, or pass --data FOLDER with train.jsonl and test.jsonl."
+        ) from error
+
+
+def load_rows(task: Task, split: str, data: str) -> list[Row]:
+    """All rows of a split.
+
+    Raises:
+        UserError: there are none, or a row lacks a column that `rows` reads.
+    """
+    try:
+        rows = list(task.rows(split, data))
+    except KeyError as missing:
+        raise UserError(
+            f"The rows of {data} ({split}) have no column {missing}, which task {task.name} reads. "
+            "Rename the column in the data or change `rows` in the task file."
+        ) from missing
+    if not rows:
+        raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows.")
+    return rows
+
+
+def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> list[Prompt]:
+    """Rows as prompts: messages through the chat template, then tokens.
+
+    room: the longest prompt allowed, i.e. the context less the completion, in tokens.
+
+    Raises:
+        UserError: a prompt is longer than that, or the model has no chat template for messages.
+    """
+    contents = [task.prompt(row) for row in rows]
+    chat = isinstance(contents[0], list)
+    if chat and not tokenizer.chat_template:
+        raise UserError(
+            f"Task {task.name} asks with chat messages, but the model's tokenizer has no chat template. "
+            "Use an instruct model, or let `prompt` return text."
+        )
+    texts = [_render(tokenizer, content) for content in contents]
+    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    prompts = [
+        Prompt(index, text, tokens, row, content if isinstance(content, list) else None)
+        for index, (text, tokens, row, content) in enumerate(zip(texts, encoded, rows, contents, strict=True))
+    ]
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) > room:
+        raise UserError(
+            f"The prompt of row {longest.index} has {len(longest.tokens)} tokens, but only {room} fit beside a "
+            "completion in the context. Lower --max-completion-tokens, raise --max-context, or leave the row out."
+        )
+    return prompts
+
+
+def _render(tokenizer: Any, content: list[Message] | str) -> str:
+    if isinstance(content, str):
+        return content
+    return tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+
+
+class PromptStream:
+    """Prompts without end: each epoch is a permutation that depends on (seed, epoch) alone.
+
+    `cursor` counts the prompts handed out; a stream built with the same seed and cursor goes on the same.
+    """
+
+    def __init__(self, prompts: list[Prompt], seed: int, cursor: int = 0):
+        self.prompts = prompts
+        self.seed = seed
+        self.cursor = cursor
+        self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its permutation)
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        chosen = [self.prompts[self._at(self.cursor + i)] for i in range(count)]
+        self.cursor += count
+        return chosen
+
+    def _at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.prompts))
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
+        return self._order[1][place]
+
+
+def mix_seed(*parts: int) -> int:
+    """One 63-bit seed from several numbers, so that each (run seed, step, purpose) draws its own randomness.
+
+    Deriving seeds, instead of carrying generator states along, makes any step repeatable on its own.
+    """
+    mixed = 0x9E3779B97F4A7C15
+    for part in parts:  # the finaliser of splitmix64 (Steele et al. 2014) after each part
+        mixed = (mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return mixed >> 1

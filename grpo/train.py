@@ -1,0 +1,171 @@
+"""The loop, and nothing that the loop calls.
+
+    prompts -> rollout -> score -> advantages -> pack -> update -> sync -> record        (a step)
+                                                         then evaluate and save, when due
+
+Every choice (engine, loss, advantage rule, precision) was made when the `Run` was built (grpo/build.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from grpo.advantages import Rule, assign_advantages
+from grpo.checkpoint import Progress, save_checkpoint
+from grpo.config import Config
+from grpo.evaluate import Evaluator, truncated_share
+from grpo.packing import Packer, has_gradient
+from grpo.policy import Policy
+from grpo.record import Recorder
+from grpo.rewards import Reward, score
+from grpo.rollout import Engine
+from grpo.task import PromptStream, mix_seed
+from grpo.types import Group
+
+# Seeds of different purposes never meet: the first part of each mix says what is drawn.
+ROLLOUT_SEED = 1
+
+
+@dataclass
+class Run:
+    """The objects that the loop calls, and how far it is."""
+
+    config: Config
+    folder: Path
+    policy: Policy
+    engine: Engine
+    stream: PromptStream
+    rewards: list[Reward]
+    rule: Rule
+    pack: Packer
+    evaluator: Evaluator
+    recorder: Recorder
+    memory_peak: Callable[[], float]  # GiB
+    admits: Callable[[Group], bool]  # dynamic sampling: which groups are worth training on
+    max_rollouts: int  # in one step
+    progress: Progress = field(default_factory=Progress)
+    stop_requested: bool = False
+
+
+def train(run: Run) -> None:
+    """Train from where the run is to its last step, or until somebody asks it to stop."""
+    config = run.config
+    weights = {reward.name: reward.weight for reward in run.rewards}
+    eval_every = config.eval_every or config.steps + 1
+    if not run.progress.first_scores:
+        run.progress.first_scores = evaluate(run)
+
+    for step in range(run.progress.step, config.steps):
+        clock = Clock()
+        groups, num_rolled_out = sample(run, step, clock)
+        assign_advantages(groups, run.rule, weights)
+        with clock("update"):
+            update = run.policy.update(run.pack(groups), step)
+        with clock("sync"):
+            sync = run.engine.sync()
+        metrics = step_metrics(groups, num_rolled_out) | update | sync | clock.metrics(groups)
+        run.recorder.step(step, metrics | {"memory/peak_gib": run.memory_peak()})
+        run.recorder.completions(step, groups)
+
+        done = step + 1
+        run.progress.step, run.progress.cursor, run.progress.version = (
+            done,
+            run.stream.cursor,
+            run.policy.version,
+        )
+        if done % eval_every == 0 or done == config.steps:
+            evaluate(run)
+        if done % config.save_every == 0 or done in (config.steps, run.progress.best_step):
+            save(run)
+        if run.stop_requested:
+            break
+
+
+def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], int]:
+    """The scored groups of a step, and how many were rolled out for them.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
+    """
+    wanted, groups, scored = run.config.prompts_per_step, [], []
+    num_rolled_out = 0
+    for attempt in range(run.max_rollouts):
+        with clock("rollout"):
+            prompts = run.stream.take(wanted - len(groups))
+            scored = run.engine.rollout(
+                prompts, run.config.group_size, mix_seed(ROLLOUT_SEED, run.config.seed, step, attempt)
+            )
+        with clock("score"):
+            score(scored, run.rewards)
+        num_rolled_out += len(scored)
+        groups += filter(run.admits, scored)
+        if len(groups) == wanted:
+            break
+    # Nothing worth training on after all: the step shows what it last saw, and trains nothing.
+    return groups or scored, num_rolled_out
+
+
+def step_metrics(groups: list[Group], num_rolled_out: int) -> dict[str, float]:
+    """What the groups of a step look like, before any update."""
+    rewards = torch.cat([group.rewards for group in groups])
+    parts = {
+        f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts
+    }
+    lengths = [len(completion.tokens) for group in groups for completion in group.completions]
+    trained = sum(map(has_gradient, groups))
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        **{name: float(mean) for name, mean in parts.items()},
+        "completion/length": sum(lengths) / len(lengths),
+        "completion/truncated": truncated_share(groups),
+        "groups/zero_variance": 1 - trained / num_rolled_out,
+        "groups/trained": trained,
+    }
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Score the policy on the held-out prompts and remember whether it is the best so far."""
+    scores = run.evaluator(run.engine)
+    done = run.progress.step
+    run.recorder.evaluation(done, scores)
+    run.progress.last_scores = scores
+    if scores["eval/pass@1"] > run.progress.best:
+        run.progress.best, run.progress.best_step = scores["eval/pass@1"], done
+    return scores
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the run as it is between two steps."""
+    run.progress.position = run.recorder.position()
+    save_checkpoint(run.folder, run.policy, run.progress, run.config.keep)
+
+
+class Clock:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def metrics(self, groups: list[Group]) -> dict[str, float]:
+        """time/<stage> in seconds, and sampled tokens a second of the whole step and of the rollout alone."""
+        total = time.perf_counter() - self.start
+        tokens = sum(len(completion.tokens) for group in groups for completion in group.completions)
+        return {
+            **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
+            "time/step": total,
+            "speed/tokens_per_second": tokens / total,
+            "speed/rollout_tokens_per_second": tokens / self.seconds["rollout"],
+        }

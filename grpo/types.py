@@ -1,0 +1,116 @@
+"""The nouns: Prompt, Completion, Group, Batch. Plain data, no behaviour beyond what is derived from it.
+
+Axes used everywhere:
+    B prompts in a step    G completions of a group    P prompt tokens    T completion tokens
+    N packed tokens        S packed sequences          V vocabulary       D hidden size
+
+Three conventions:
+1. A per-token array is aligned with the token it describes: logprobs[i] = log p(tokens[i] | tokens[:i]).
+   The shift by one happens in one place, `Policy.logprobs`.
+2. A field is written once, by the function named after it: `score` fills `parts` and `rewards`,
+   `assign_advantages` fills `advantages`.
+3. What belongs to a completion is a field of it, never a parallel list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of the data set, ready to be sampled from.
+
+    `fields` is the row itself; rewards receive its columns by name.
+    `messages` is None for a task whose prompt is plain text.
+    """
+
+    index: int
+    text: str
+    tokens: list[int]  # [P]
+    fields: dict[str, Any]
+    messages: list[Message] | None = None
+
+
+@dataclass
+class Completion:
+    """What the engine sampled after a prompt.
+
+    `tokens` includes the stop token, so the policy is trained to stop; `text` does not show it.
+    `sampler_logprobs` are those of the distribution sampled from, i.e. at the sampling temperature.
+    """
+
+    tokens: list[int]  # [T]
+    sampler_logprobs: list[float]  # [T]
+    text: str
+    finish: Literal["stop", "length"]
+    policy_version: int
+
+
+@dataclass
+class Group:
+    """The G completions of one prompt and what they earned.
+
+    `parts[name]` holds what each reward returned, unweighted; NaN where the reward does not apply.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]  # G
+    parts: dict[str, Tensor] = field(default_factory=dict)  # {reward name: [G]}
+    rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # [G], the weighted sum of the parts
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [G]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a packed batch is laid out: for each group its prompt once, then its completions, end to end.
+
+    A completion's tokens attend to their group's prompt and to their own past, to nothing else.
+    """
+
+    prompts: tuple[int, ...]  # P of each packed group
+    completions: tuple[tuple[int, ...], ...]  # T of each of its completions
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return sum(self.prompts) + sum(map(sum, self.completions))
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the number of completions."""
+        return sum(map(len, self.completions))
+
+
+@dataclass
+class Batch:
+    """Groups packed end to end without padding: what one forward and backward pass eats.
+
+    A prompt is there once and shared by its group's completions. `weights` carries the loss normalisation: the
+    loss of an optimizer step is sum(weights * token_loss) over all of its batches. One denominator for the whole
+    step, so splitting into batches changes nothing.
+    """
+
+    layout: Layout
+    tokens: Tensor  # [N] int64
+    positions: Tensor  # [N] int64, place in its own prompt + completion
+    previous: (
+        Tensor  # [N] int64, the packed index of the token before; a completion's first follows its prompt
+    )
+    sequence: Tensor  # [N] int64, which of the S completions a token belongs to; 0 on prompts
+    mask: Tensor  # [N] bool, True = sampled by the policy
+    sampler_logprobs: Tensor  # [N] float32, 0 where not sampled
+    advantages: Tensor  # [N] float32, 0 where not sampled
+    weights: Tensor  # [N] float32, 0 where the token has no part in the loss
+    # Filled before the first optimizer step of a rollout by the passes that the loss asks for; empty otherwise.
+    old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
+    reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, adapter off
+    entropy_floor: float = float(
+        "-inf"
+    )  # tokens of lower entropy are left out when only the top share trains

@@ -1,0 +1,323 @@
+"""Causal attention over packed sequences in which the completions of a group attend to one copy of their prompt.
+Knows nothing of projections, positions' embedding or losses.
+
+Axes: N packed tokens, of which the first P belong to prompts; Hq query heads, Hk key heads (Hk divides Hq), E head size.
+
+A completion's token attends to its group's prompt and, causally, to its own completion. Softmax over the union of two key
+sets is the two softmaxes merged by their log-sum-exps (as in Milakov and Gimelshein 2018, arXiv:1805.02867):
+
+    l = log(exp(l_self) + exp(l_prompt))        out = exp(l_self - l) out_self + exp(l_prompt - l) out_prompt
+
+so two variable-length flash attention calls suffice: every prompt and completion causally with itself, and all completions
+of a group, end to end, with their prompt. The backward of each call needs only probabilities exp(s - l) and
+rowsum(dout * out), hence the merged out and l: it is exact, and keys of a prompt sum over all completions by themselves.
+
+With G completions of T tokens after a prompt of P tokens the pairs of tokens are P^2 / 2 + G T (P + T / 2), where
+packing whole sequences takes G (P + T)^2 / 2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.dispatch import Impl, capability, choose, tl, triton
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """Where prompts and completions lie in the packed tokens: all prompts first, then the completions, group by group.
+
+    Build it with `GroupLayout.of`. A prompt without completions is a plain sequence, so packed causal attention is the
+    layout with no completions at all.
+    """
+
+    prompt_lengths: tuple[int, ...]
+    completion_lengths: tuple[tuple[int, ...], ...]  # of each prompt's group
+    segments: Tensor  # [prompts + completions + 1] int32, where each prompt and completion starts, and N
+    prompts: Tensor  # [prompts + 1] int32, where each prompt starts, and P
+    groups: Tensor  # [prompts + 1] int32, where each group's completions start, counted from P, and N - P
+
+    @staticmethod
+    def of(
+        prompt_lengths: Sequence[int],
+        completion_lengths: Sequence[Sequence[int]] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "GroupLayout":
+        """The layout of prompts, each with the lengths of its completions, in tokens.
+
+        Raises ValueError if the two do not have the same length, or a prompt has no token.
+        """
+        completions = [()] * len(prompt_lengths) if completion_lengths is None else completion_lengths
+        if len(completions) != len(prompt_lengths):
+            raise ValueError(
+                f"{len(prompt_lengths)} prompts and {len(completions)} groups of completions; give one group a prompt."
+            )
+        if any(length < 1 for length in prompt_lengths):
+            raise ValueError(f"prompt lengths are {list(prompt_lengths)}; a completion needs a prompt of 1 token or more.")
+        in_order = [*prompt_lengths, *(length for group in completions for length in group)]
+        return GroupLayout(
+            tuple(prompt_lengths),
+            tuple(tuple(group) for group in completions),
+            _starts(in_order, device),
+            _starts(prompt_lengths, device),
+            _starts([sum(group) for group in completions], device),
+        )
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(self.prompt_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt_tokens + sum(map(sum, self.completion_lengths))
+
+    @property
+    def longest(self) -> tuple[int, int, int]:
+        """Tokens of the longest prompt or completion, of the longest group's completions together, of the longest prompt."""
+        longest_prompt = max(self.prompt_lengths, default=0)
+        longest_completion = max((length for group in self.completion_lengths for length in group), default=0)
+        return max(longest_prompt, longest_completion), max(map(sum, self.completion_lengths), default=0), longest_prompt
+
+    def positions(self) -> Tensor:
+        """[N] int64: a token's place in its sequence. A completion goes on where its prompt ends."""
+        starts = [0] * len(self.prompt_lengths)
+        lengths = list(self.prompt_lengths)
+        for prompt_length, group in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            starts += [prompt_length] * len(group)
+            lengths += group
+        device = self.segments.device
+        first = torch.tensor(starts, dtype=torch.int64, device=device) - self.segments[:-1]
+        repeated = first.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=device))
+        return repeated + torch.arange(self.num_tokens, device=device)
+
+
+def _starts(lengths: Sequence[int], device: torch.device | str) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def group_attention(
+    q: Tensor,  # [N, Hq, E]
+    k: Tensor,  # [N, Hk, E]
+    v: Tensor,  # [N, Hk, E]
+    layout: GroupLayout,
+    *,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> Tensor:  # [N, Hq, E]
+    """Attention of packed tokens, each to its prompt and what precedes it in its completion; differentiable in q, k, v.
+
+    `scale` multiplies the scores, 1 / sqrt(E) unless given. Flash attention runs it on a CUDA device of compute
+    capability 8.0 and up in float16 and bfloat16, SDPA one sequence at a time elsewhere.
+    Raises ValueError for shapes that do not belong together.
+    """
+    _check(q, k, v, layout)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not _can_flash(q) or choose("group_attention", impl, q, k, v) == "torch":
+        if impl == "triton":
+            raise ValueError(
+                f"group_attention has no kernel for {q.dtype} on {q.device}: flash attention needs float16 or bfloat16, a "
+                "CUDA device of compute capability 8.0, and a head size of at most 256. Use impl='auto' or 'torch'."
+            )
+        return _torch_attention(q, k, v, layout, scale)
+    out, _ = _attention_op(
+        q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale
+    )
+    return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
+    if q.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % max(k.shape[1], 1) != 0:
+        raise ValueError(
+            f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; give [N, Hq, E], and [N, Hk, E] with Hk "
+            "dividing Hq."
+        )
+    if q.shape[0] != layout.num_tokens:
+        raise ValueError(f"q has {q.shape[0]} tokens and the layout {layout.num_tokens}; they must be the same tokens.")
+
+
+def _can_flash(q: Tensor) -> bool:
+    is_16_bit = q.dtype in (torch.float16, torch.bfloat16)
+    return capability(q.device) >= (8, 0) and is_16_bit and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float) -> Tensor:
+    """One SDPA call a prompt and a completion."""
+    prompts = list(layout.prompt_lengths)
+    completions = [length for group in layout.completion_lengths for length in group]
+    queries, keys, values = (tensor.split(prompts + completions) for tensor in (q, k, v))
+    outs = [
+        _causal(queries[prompt], keys[prompt], values[prompt], scale) for prompt in range(len(prompts))
+    ]
+    segment = len(prompts)
+    for prompt, group in enumerate(layout.completion_lengths):
+        for _ in group:
+            own_and_prompt = [
+                torch.cat([tensors[prompt], tensors[segment]]) for tensors in (keys, values)
+            ]
+            outs.append(_causal(queries[segment], *own_and_prompt, scale))
+            segment += 1
+    return torch.cat(outs) if outs else q
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The last len(q) tokens of a sequence of len(k), each attending to all before it and itself."""
+    T, S = len(q), len(k)
+    if T == 0:
+        return q
+    # With as many queries as keys the mask need not exist.
+    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
+
+
+# Two flash attention calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest.
+
+
+@torch.library.custom_op("grpo_kernels::group_attention", mutates_args=())
+def _attention_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    groups: Tensor,
+    prompts: Tensor,
+    longest: list[int],
+    num_prompt_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32."""
+    longest_segment, longest_group, longest_prompt = longest
+    P = num_prompt_tokens
+    out, lse = _flash(q, k, v, segments, segments, longest_segment, longest_segment, True, scale)
+    if P < len(q):
+        to_prompt, prompt_lse = _flash(q[P:], k[:P], v[:P], groups, prompts, longest_group, longest_prompt, False, scale)
+        _merge(out, lse, to_prompt, prompt_lse, P)
+    return out, lse
+
+
+@_attention_op.register_fake
+def _(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
+    return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+@torch.library.custom_op("grpo_kernels::group_attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    groups: Tensor,
+    prompts: Tensor,
+    longest: list[int],
+    num_prompt_tokens: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    longest_segment, longest_group, longest_prompt = longest
+    P = num_prompt_tokens
+    grad = grad.contiguous()
+    grad_q, grad_k, grad_v = _flash_backward(
+        grad, q, k, v, out, lse, segments, segments, longest_segment, longest_segment, True, scale
+    )
+    if P < len(q):
+        more_q, more_k, more_v = _flash_backward(
+            grad[P:], q[P:], k[:P], v[:P], out[P:], lse[:, P:].contiguous(),
+            groups, prompts, longest_group, longest_prompt, False, scale,
+        )  # fmt: skip
+        grad_q[P:] += more_q
+        grad_k[:P] += more_k
+        grad_v[:P] += more_v
+    return grad_q, grad_k, grad_v
+
+
+@_attention_backward_op.register_fake
+def _(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, segments, groups, prompts, ctx.longest, ctx.num_prompt_tokens, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, segments, groups, prompts)
+
+
+def _backward(ctx, grad: Tensor | None, _lse):
+    if grad is None:
+        return (None,) * 9
+    grads = _attention_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.num_prompt_tokens, ctx.scale)
+    return (*grads, None, None, None, None, None, None)
+
+
+_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+# PyTorch's own flash attention: the operators behind torch.nn.attention.varlen.varlen_attn, which before torch 2.13 takes
+# no grouped heads, and which keeps the log-sum-exp that the backward needs to itself.
+
+
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, q_starts, k_starts, longest_q, longest_k, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, is_causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, q_starts, k_starts, longest_q, longest_k, 0.0, is_causal, no_dropout, unused, scale=scale
+    )
+
+
+def _merge(out: Tensor, lse: Tensor, to_prompt: Tensor, prompt_lse: Tensor, P: int) -> None:
+    """Merge into out [N, Hq, E] and lse [Hq, N], from token P on, to_prompt [N - P, Hq, E] and prompt_lse [Hq, N - P]."""
+    num_tokens, num_heads, E = to_prompt.shape
+    block = triton.next_power_of_2(E)
+    rows = max(1, 4096 // block)
+    _merge_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
+        out, lse, to_prompt, prompt_lse, num_tokens * num_heads, num_heads, E, P, lse.stride(0), prompt_lse.stride(0),
+        ROWS=rows, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _merge_kernel(
+    out, lse, to_prompt, prompt_lse, num_rows, num_heads, E, P, lse_stride, prompt_lse_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A row is one head of one token.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < num_rows
+    token, head = rows // num_heads, rows % num_heads
+    own = tl.load(lse + head * lse_stride + P + token, mask=inside, other=0.0)
+    prompt = tl.load(prompt_lse + head * prompt_lse_stride + token, mask=inside, other=0.0)
+    largest = tl.maximum(own, prompt)
+    merged = largest + tl.log(tl.exp(own - largest) + tl.exp(prompt - largest))
+    columns = tl.arange(0, BLOCK)[None, :]
+    mask = inside[:, None] & (columns < E)
+    offsets = rows[:, None] * E + columns
+    first = out + P.to(tl.int64) * num_heads * E
+    own_out = tl.load(first + offsets, mask=mask, other=0.0).to(tl.float32)
+    prompt_out = tl.load(to_prompt + offsets, mask=mask, other=0.0).to(tl.float32)
+    merged_out = tl.exp(own - merged)[:, None] * own_out + tl.exp(prompt - merged)[:, None] * prompt_out
+    tl.store(first + offsets, merged_out.to(out.dtype.element_ty), mask=mask)
+    # Every value that this program reads has to be read before one is overwritten.
+    tl.debug_barrier()
+    tl.store(lse + head * lse_stride + P + token, merged, mask=inside)

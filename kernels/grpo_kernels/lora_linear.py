@@ -1,0 +1,231 @@
+"""LoRA linear: a frozen base weight, dense or NF4, plus trained low-rank factors, in one differentiable function.
+Knows nothing of what the projection is for, nor of optimizers.
+
+A projection of P parts (q, k and v, say) holds their base rows below each other. With W_j, A_j, B_j of part j and scale s:
+
+    y_j  = x W_j^T + s (x A_j^T) B_j^T + bias_j
+    dx   = sum_j  dy_j W_j + s (dy_j B_j) A_j
+    dA_j = s (dy_j B_j)^T x
+    dB_j = s dy_j^T (x A_j^T)
+
+(LoRA, arXiv 2106.09685.) An NF4 base is dequantised in the forward and once more in the backward, so autograd never holds it.
+That gives room for the factors: with A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j beside W,
+dy [W | B] = [dy W | dy B] is another. What is left is a product of rank r, added in one pass over the result.
+
+Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r rounded up to a multiple of 16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.dispatch import Impl, choose, tl, triton
+from grpo_kernels.nf4 import NF4, nf4_dequantize
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The low-rank factors of a projection of P parts.
+
+    The masters get the gradients, in float32; the mirrors, their copies in the compute dtype, are what is multiplied by.
+    In float32 the mirrors are the masters themselves.
+    """
+
+    a: Tensor  # float32 [P * r, K], A of the parts below each other
+    b: tuple[Tensor, ...]  # P times float32 [N_j, r]
+    a_mirror: Tensor  # [P * r, K]
+    b_mirror: tuple[Tensor, ...]  # P times [N_j, r]
+    scale: Tensor  # float32 [1], on the device: alpha / r, or 0 for the reference policy
+
+    @property
+    def rank(self) -> int:
+        return self.b[0].shape[1]
+
+
+def lora_linear(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """x [..., K] through the projection: [..., N]. Differentiable in x and in the factors' masters; base and bias are frozen."""
+    rows = x.reshape(-1, x.shape[-1])
+    function = _LoraLinearFused if choose("lora_linear", impl, x) == "triton" else _LoraLinear
+    out = function.apply(rows, base, factors, bias, factors.a, *factors.b)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, *_masters: Tensor) -> Tensor:
+        out = torch.nn.functional.linear(x, dense_weight(base, x.dtype), bias)  # [T, N]
+        xa = _scaled(x @ factors.a_mirror.t(), factors.scale)  # [T, P * r]
+        for out_part, xa_part, b in parts_of(out, xa, factors.b_mirror):
+            out_part.addmm_(xa_part, b.t())
+        ctx.base = base
+        ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # grad [T, N]
+        x, xa, scale, a, *b = ctx.saved_tensors
+        grad_b, grad_xa = [], []
+        for grad_part, xa_part, b_part in parts_of(grad, xa, b):
+            grad_b.append(product_float32(grad_part.t(), xa_part))
+            grad_xa.append(grad_part @ b_part)
+        grad_xa = _scaled(torch.cat(grad_xa, dim=1) if len(b) > 1 else grad_xa[0], scale)  # [T, P * r]
+        grad_a = product_float32(grad_xa.t(), x)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(grad, dense_weight(ctx.base, x.dtype)).addmm_(grad_xa, a)
+        return grad_x, None, None, None, grad_a, *grad_b
+
+
+class _LoraLinearFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, *_masters: Tensor) -> Tensor:
+        out, xa = fused_forward(x, base, factors, bias)
+        ctx.base = base
+        ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, xa, scale, a, *b = ctx.saved_tensors
+        grad_x, grad_a, grad_b = fused_backward(grad, x, xa, ctx.base, a, b, scale, ctx.needs_input_grad[0])
+        return grad_x, None, None, None, grad_a, *grad_b
+
+
+def fused_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y [T, N] and x A^T [T, P * r] of x [T, K]."""
+    extended = product_with_a(x, base, factors.a_mirror)
+    num_outputs = sum(b.shape[0] for b in factors.b_mirror)
+    out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
+    xa = extended[:, num_outputs : num_outputs + factors.a_mirror.shape[0]]
+    biases = bias.split([b.shape[0] for b in factors.b_mirror]) if bias is not None else [None] * len(factors.b_mirror)
+    for (y, xa_part, b), out_part, bias_part in zip(
+        parts_of(extended[:, :num_outputs], xa, factors.b_mirror), column_parts(out, factors.b_mirror), biases, strict=True
+    ):
+        add_low_rank(y, xa_part, b.t(), factors.scale, bias_part, out_part)
+    # A copy, so that autograd holds R columns and not the whole product.
+    return out, xa.contiguous()
+
+
+def fused_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """dx [T, K], dA [P * r, K] and the dB_j [N_j, r] of grad [T, N], the last two in float32."""
+    if needs_x:
+        extended = product_with_b(grad, base, b, x.shape[1])
+        grad_xa = extended[:, x.shape[1] : x.shape[1] + a.shape[0]]  # [T, P * r], without the scale
+        grad_x = torch.empty_like(x)
+        add_low_rank(extended[:, : x.shape[1]], grad_xa, a, scale, None, grad_x)
+    else:
+        grad_x, grad_xa = None, torch.cat([part @ b_part for part, b_part in zip(column_parts(grad, b), b, strict=True)], dim=1)
+    grad_a = product_float32(grad_xa.t(), x).mul_(scale)
+    grad_b = [product_float32(part.t(), xa_part).mul_(scale) for part, xa_part, _ in parts_of(grad, xa, b)]
+    return grad_x, grad_a, grad_b
+
+
+def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
+    """[x W^T | x A^T], [T, N + R], for x [T, K] and a [P * r, K]. The columns beyond N + P * r are undefined."""
+    num_outputs, num_inputs = base.shape
+    width = num_outputs + _padded(a.shape[0])
+    if isinstance(base, NF4):
+        weight = torch.empty(width, num_inputs, dtype=x.dtype, device=x.device)
+        nf4_dequantize(base, x.dtype, out=weight[:num_outputs])
+        weight[num_outputs : num_outputs + a.shape[0]] = a
+        return x @ weight.t()
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    torch.mm(x, base.t(), out=out[:, :num_outputs])
+    torch.mm(x, a.t(), out=out[:, num_outputs : num_outputs + a.shape[0]])
+    return out
+
+
+def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], num_inputs: int) -> Tensor:
+    """[dy W | dy_1 B_1 | dy_2 B_2 ...], [T, K + R], for grad [T, N] and the B_j [N_j, r]. The columns beyond K + P * r are undefined."""
+    rank = b[0].shape[1]
+    width = num_inputs + _padded(len(b) * rank)
+    if isinstance(base, NF4):
+        weight = torch.empty(base.shape[0], width, dtype=grad.dtype, device=grad.device)
+        nf4_dequantize(base, grad.dtype, out=weight[:, :num_inputs])
+        beside = weight[:, num_inputs:]
+        beside.zero_()
+        for j, (rows, b_part) in enumerate(zip(column_parts(beside.t(), b), b, strict=True)):
+            rows.t()[:, j * rank : (j + 1) * rank] = b_part
+        return grad @ weight
+    out = torch.empty(grad.shape[0], width, dtype=grad.dtype, device=grad.device)
+    torch.mm(grad, base, out=out[:, :num_inputs])
+    for j, (grad_part, b_part) in enumerate(zip(column_parts(grad, b), b, strict=True)):
+        torch.mm(grad_part, b_part, out=out[:, num_inputs + j * rank : num_inputs + (j + 1) * rank])
+    return out
+
+
+def dense_weight(base: Tensor | NF4, dtype: torch.dtype) -> Tensor:
+    """The base weight [N, K] as a tensor to multiply by."""
+    return nf4_dequantize(base, dtype) if isinstance(base, NF4) else base
+
+
+def product_float32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right as float32, with no rounding to the inputs' dtype in between."""
+    if left.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+def column_parts(columns: Tensor, b: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns [T, N_j] of each part in [T, N]."""
+    return [columns] if len(b) == 1 else columns.split([part.shape[0] for part in b], dim=1)
+
+
+def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each part's columns of [T, N], its columns of [T, P * r], and its B."""
+    if len(b) == 1:
+        return [(columns, low_rank, b[0])]
+    return list(zip(column_parts(columns, b), low_rank.split(b[0].shape[1], dim=1), b, strict=True))
+
+
+def _scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
+    return low_rank.mul_(scale) if low_rank.dtype == torch.float32 else (low_rank * scale).to(low_rank.dtype)
+
+
+def _padded(count: int) -> int:
+    """Rounded up so that rows of the extended products stay aligned to 16 bytes and more."""
+    return -(-count // 16) * 16
+
+
+@triton.jit
+def _add_low_rank_kernel(
+    y, left, right, scale, bias, out,
+    num_rows, num_columns, rank, y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
+    HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    row_inside, column_inside = row < num_rows, column < num_columns
+    row64 = row.to(tl.int64)
+    inside = row_inside[:, None] & column_inside[None, :]
+    low = tl.load(left + row64[:, None] * left_stride + r[None, :], mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
+    high = tl.load(
+        right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0
+    )
+    value = tl.dot(low, high, input_precision=PRECISION) * tl.load(scale)
+    value += tl.load(y + row64[:, None] * y_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        value += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row64[:, None] * out_stride + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def add_low_rank(y: Tensor, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [T, N] = y [T, N] + scale * left [T, r] @ right [r, N] + bias [N], the sum in float32. Rows may have any pitch."""
+    num_rows, num_columns = out.shape
+    if out.numel() == 0:
+        return
+    rank = left.shape[1]
+    block_t, block_n = 64, 128
+    _add_low_rank_kernel[(triton.cdiv(num_columns, block_n), triton.cdiv(num_rows, block_t))](
+        y, left, right, scale, bias if bias is not None else y, out,
+        num_rows, num_columns, rank, y.stride(0), left.stride(0), right.stride(0), right.stride(1), out.stride(0),
+        HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        PRECISION="ieee" if y.dtype == torch.float32 else "tf32", num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,243 @@
+"""LoRA MLP: gate and up, the gated activation, down: SwiGLU and GeGLU.
+Knows nothing of norms or residuals.
+
+    gate | up = x W_gu^T + LoRA        h = f(gate) * up        y = h W_d^T + LoRA
+
+with f = SiLU for SwiGLU, GELU for GeGLU (arXiv 2002.05202), the projections as in `lora_linear`.
+
+The fused form keeps x and the product [x W_gu^T | x A_gu^T], nothing else of size T * I. Two kernels stand between the products:
+forward, adds the LoRA part of gate and up and writes h; backward, recomputes gate, up and h, writes d gate and d up over the kept
+product, and gathers dB_gate, dB_up and dA_down, all of which need the tile that is in registers anyway.
+
+    dh = dy W_d + s (dy B_d) A_d      d gate = dh * up * f'(gate)      d up = dh * f(gate)
+
+Shapes: T rows of x (tokens), D inputs and outputs, I inner width, r the rank.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
+from grpo_kernels.lora_linear import (
+    LoraFactors,
+    add_low_rank,
+    lora_linear,
+    product_float32,
+    product_with_a,
+    product_with_b,
+)
+from grpo_kernels.nf4 import NF4
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+def lora_mlp(
+    x: Tensor,
+    gate_up_base: Tensor | NF4,
+    gate_up_factors: LoraFactors,
+    down_base: Tensor | NF4,
+    down_factors: LoraFactors,
+    activation: Activation = "silu",
+    impl: Impl = "auto",
+) -> Tensor:
+    """x [..., D] through the gated MLP: [..., D]. `gate_up_base` is [2 * I, D], gate first; `down_base` is [D, I]."""
+    if activation not in ("silu", "gelu", "gelu_tanh"):
+        raise ValueError(f"activation is {activation!r}. Use 'silu' (SwiGLU), 'gelu' or 'gelu_tanh' (GeGLU).")
+    if choose("lora_mlp", impl, x) == "torch":
+        gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl="torch").chunk(2, dim=-1)
+        return lora_linear(_activate(gate, activation) * up, down_base, down_factors, impl="torch")
+    rows = x.reshape(-1, x.shape[-1])
+    out = _LoraMlpFused.apply(
+        rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
+        gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,
+    )  # fmt: skip
+    return out.view(x.shape)
+
+
+def _activate(gate: Tensor, activation: Activation) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+class _LoraMlpFused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gate_up_base, gate_up_factors, down_base, down_factors, activation, *_masters):
+        gate_up = product_with_a(x, gate_up_base, gate_up_factors.a_mirror)  # [T, 2 * I + R]
+        inner = down_base.shape[1]
+        h = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
+        _launch_gated(gate_up, gate_up_factors.b_mirror, gate_up_factors.scale, activation, h)
+        extended = product_with_a(h, down_base, down_factors.a_mirror)  # [T, D + R]
+        del h
+        out = torch.empty_like(x)
+        ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]
+        add_low_rank(extended[:, : x.shape[1]], ha, down_factors.b_mirror[0].t(), down_factors.scale, None, out)
+        ctx.bases, ctx.activation, ctx.is_spent = (gate_up_base, down_base), activation, False
+        ctx.save_for_backward(
+            x, gate_up, ha.contiguous(),
+            gate_up_factors.scale, gate_up_factors.a_mirror, *gate_up_factors.b_mirror,
+            down_factors.scale, down_factors.a_mirror, *down_factors.b_mirror,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # grad [T, D]
+        if ctx.is_spent:
+            raise RuntimeError("lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again.")
+        ctx.is_spent = True
+        x, gate_up, ha, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.saved_tensors
+        gate_up_base, down_base = ctx.bases
+        inner, rank = down_base.shape[1], down_a.shape[0]
+        grad_b_down = product_float32(grad.t(), ha).mul_(down_scale)  # [D, r]
+        grad_h = product_with_b(grad, down_base, [b_down], inner)  # [T, I + R], dh without its LoRA part | dy B_d
+        grad_b_gate, grad_b_up, grad_a_down = _launch_gated_backward(
+            gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, down_scale, ctx.activation
+        )
+        del grad_h
+        extended = product_with_b(gate_up[:, : 2 * inner], gate_up_base, [b_gate, b_up], x.shape[1])  # [T, D + R]
+        grad_xa = extended[:, x.shape[1] : x.shape[1] + 2 * rank]
+        grad_a = product_float32(grad_xa.t(), x).mul_(gu_scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            add_low_rank(extended[:, : x.shape[1]], grad_xa, gu_a, gu_scale, None, grad_x)
+        return grad_x, None, None, None, None, None, grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down
+
+
+@triton.jit
+def _gate(gate, ACTIVATION: tl.constexpr):
+    """f(gate) and f'(gate), float32."""
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(gate)
+        value = gate * sigmoid
+        return value, sigmoid * (1 + gate - value)
+    if ACTIVATION == "gelu":
+        cumulative = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        return gate * cumulative, cumulative + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    # tanh(u) = 2 sigmoid(2 u) - 1, and GELU's tanh form is gate * sigmoid(2 u).
+    twice = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    sigmoid = tl.sigmoid(twice)
+    slope = 1.5957691216057308 * (1 + 3 * 0.044715 * gate * gate)
+    return gate * sigmoid, sigmoid + gate * sigmoid * (1 - sigmoid) * slope
+
+
+@triton.jit
+def _gated_kernel(
+    gate_up, b_gate, b_up, scale, h, num_rows, inner, rank, gate_up_stride,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    r = tl.arange(0, BLOCK_R)
+    factor_inside = (column < inner)[None, :] & (r < rank)[:, None]
+    low_inside = (row < num_rows)[:, None] & (r < rank)[None, :]
+    inside = (row < num_rows)[:, None] & (column < inner)[None, :]
+    kept = gate_up + row.to(tl.int64)[:, None] * gate_up_stride
+    xa = kept + 2 * inner + r[None, :]
+    factor = column[None, :] * rank + r[:, None]
+    s = tl.load(scale)
+    gate = s * tl.dot(
+        tl.load(xa, mask=low_inside, other=0.0), tl.load(b_gate + factor, mask=factor_inside, other=0.0), input_precision=PRECISION
+    )
+    up = s * tl.dot(
+        tl.load(xa + rank, mask=low_inside, other=0.0), tl.load(b_up + factor, mask=factor_inside, other=0.0), input_precision=PRECISION
+    )
+    gate += tl.load(kept + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    up += tl.load(kept + inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    value, _ = _gate(gate, ACTIVATION)
+    target = row.to(tl.int64)[:, None] * inner + column[None, :]
+    tl.store(h + target, (value * up).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gated_backward_kernel(
+    gate_up, b_gate, b_up, gate_up_scale, grad_h, a_down, down_scale, partial,
+    num_rows, inner, rank, gate_up_stride, grad_h_stride, rows_of_program,
+    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_I columns of gate and up over a stretch of rows: d gate and d up in place, dB_gate, dB_up and dA_down^T of the stretch."""
+    column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    stretch = tl.program_id(1)
+    r = tl.arange(0, BLOCK_R)
+    factor_inside = (column < inner)[None, :] & (r < rank)[:, None]
+    factor = column[None, :] * rank + r[:, None]
+    gate_factor = tl.load(b_gate + factor, mask=factor_inside, other=0.0)  # [R, I], B_gate^T
+    up_factor = tl.load(b_up + factor, mask=factor_inside, other=0.0)
+    down_factor = tl.load(a_down + r[:, None] * inner + column[None, :], mask=factor_inside, other=0.0)
+    s, s_down = tl.load(gate_up_scale), tl.load(down_scale)
+    grad_b_gate = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
+    grad_b_up = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
+    grad_a_down = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
+    first = stretch * rows_of_program
+    for start in range(first, tl.minimum(first + rows_of_program, num_rows), BLOCK_T):
+        row = start + tl.arange(0, BLOCK_T)
+        inside = (row < num_rows)[:, None] & (column < inner)[None, :]
+        low_inside = (row < num_rows)[:, None] & (r < rank)[None, :]
+        kept = gate_up + row.to(tl.int64)[:, None] * gate_up_stride
+        incoming = grad_h + row.to(tl.int64)[:, None] * grad_h_stride
+        xa_gate = tl.load(kept + 2 * inner + r[None, :], mask=low_inside, other=0.0)
+        xa_up = tl.load(kept + 2 * inner + rank + r[None, :], mask=low_inside, other=0.0)
+        grad_ha = tl.load(incoming + inner + r[None, :], mask=low_inside, other=0.0)  # dy B_d
+        gate = s * tl.dot(xa_gate, gate_factor, input_precision=PRECISION)
+        gate += tl.load(kept + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = s * tl.dot(xa_up, up_factor, input_precision=PRECISION)
+        up += tl.load(kept + inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        grad = s_down * tl.dot(grad_ha, down_factor, input_precision=PRECISION)
+        grad += tl.load(incoming + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        value, slope = _gate(gate, ACTIVATION)
+        grad_gate = (grad * up * slope).to(xa_gate.dtype)
+        grad_up = (grad * value).to(xa_gate.dtype)
+        h = (value * up).to(xa_gate.dtype)
+        tl.store(kept + column[None, :], grad_gate, mask=inside)
+        tl.store(kept + inner + column[None, :], grad_up, mask=inside)
+        grad_b_gate = tl.dot(tl.trans(grad_gate), xa_gate, grad_b_gate, input_precision=PRECISION)
+        grad_b_up = tl.dot(tl.trans(grad_up), xa_up, grad_b_up, input_precision=PRECISION)
+        grad_a_down = tl.dot(tl.trans(h), grad_ha, grad_a_down, input_precision=PRECISION)
+    target = column[:, None].to(tl.int64) * rank + r[None, :]
+    target_inside = (column < inner)[:, None] & (r < rank)[None, :]
+    size = inner * rank
+    partial += stretch.to(tl.int64) * 3 * size
+    tl.store(partial + target, grad_b_gate * s, mask=target_inside)
+    tl.store(partial + size + target, grad_b_up * s, mask=target_inside)
+    tl.store(partial + 2 * size + target, grad_a_down * s_down, mask=target_inside)
+
+
+def _launch_gated(gate_up: Tensor, b: tuple[Tensor, ...], scale: Tensor, activation: Activation, h: Tensor) -> None:
+    """h [T, I] from gate_up [T, 2 * I + R] = [x W_gu^T | x A_gu^T] and B of gate and up, each [I, r]."""
+    num_rows, inner = h.shape
+    if h.numel() == 0:
+        return
+    block_t, block_i = 64, 128
+    _gated_kernel[(triton.cdiv(inner, block_i), triton.cdiv(num_rows, block_t))](
+        gate_up, b[0], b[1], scale, h, num_rows, inner, b[0].shape[1], gate_up.stride(0),
+        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(b[0].shape[1]), PRECISION=_precision(h), num_warps=8,
+    )  # fmt: skip
+
+
+def _launch_gated_backward(
+    gate_up: Tensor, b: tuple[Tensor, Tensor], scale: Tensor, grad_h: Tensor, a_down: Tensor, down_scale: Tensor, activation: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dB_gate [I, r], dB_up [I, r] and dA_down [r, I] in float32; gate_up's first 2 * I columns become d gate | d up."""
+    (inner, rank), num_rows = b[0].shape, gate_up.shape[0]
+    block_t, block_i = 64, 64
+    tiles = triton.cdiv(inner, block_i)
+    stretches = max(1, min(8 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
+    rows_of_program = triton.cdiv(triton.cdiv(num_rows, stretches), block_t) * block_t
+    partial = torch.empty(stretches, 3, inner, rank, dtype=torch.float32, device=gate_up.device)
+    _gated_backward_kernel[(tiles, stretches)](
+        gate_up, b[0], b[1], scale, grad_h, a_down, down_scale, partial,
+        num_rows, inner, rank, gate_up.stride(0), grad_h.stride(0), rows_of_program,
+        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), PRECISION=_precision(gate_up), num_warps=4,
+    )  # fmt: skip
+    grad_b_gate, grad_b_up, grad_a_down = partial.sum(0)
+    return grad_b_gate, grad_b_up, grad_a_down.t()
+
+
+def _rank_block(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _precision(tensor: Tensor) -> str:
+    return "ieee" if tensor.dtype == torch.float32 else "tf32"

@@ -1,0 +1,411 @@
+"""NF4: weights of 4 bits in bitsandbytes' format: quantise, dequantise, multiply by few rows.
+Knows nothing of layers, LoRA or models.
+
+The format (QLoRA, arXiv 2305.14314; the layout is that of bitsandbytes, which also fixes every rounding here): the weight [N, K]
+is read row by row and cut in blocks of 64 values. A block keeps its largest magnitude, `absmax`, and each value becomes the
+nearest of 16 levels of value / absmax: w = NF4_LEVELS[code] * absmax. Two codes share a byte, the even element in the high four bits.
+With double quantisation the absmax values, less their mean (`offset`), become codes of 8 bits in blocks of 256.
+
+Shapes: N rows (outputs), K columns (inputs), B = ceil(N * K / 64) blocks, C = ceil(B / 256) nested blocks, M rows of x.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+# The 16 quantiles of a normal distribution of QLoRA's appendix E, in the float32 values that bitsandbytes uses.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NF4:
+    """A weight [N, K] in 4 bits. `nested_absmax` and `offset` are there when the absmax values are quantised too."""
+
+    packed: Tensor  # uint8 [ceil(N * K / 2)], the even element in the high four bits
+    absmax: Tensor  # float32 [B], or uint8 [B] when double-quantised
+    shape: tuple[int, int]  # (N, K)
+    nested_absmax: Tensor | None = None  # float32 [C]
+    offset: Tensor | None = None  # float32 [C]: bitsandbytes has one for a tensor, several tensors joined have several
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def to(self, device: torch.device | str) -> "NF4":
+        packed, absmax, *nested = (tensor.to(device) for tensor in self._tensors())
+        return NF4(packed, absmax, self.shape, *nested)
+
+    def row_slice(self, start: int, stop: int) -> "NF4":
+        """Rows start to stop, over the same memory. Needs K % 64 == 0, so that no block spans two rows.
+
+        A double-quantised slice that starts inside a nested block gets its absmax values in float32, as a copy.
+        """
+        num_rows, num_columns = self.shape
+        if num_columns % BLOCK:
+            raise ValueError(f"Rows of {num_columns} columns cannot be sliced: blocks of {BLOCK} values span two rows. Dequantise first.")
+        if not 0 <= start <= stop <= num_rows:
+            raise ValueError(f"Rows {start} to {stop} are not within the {num_rows} rows of this weight.")
+        first, last = start * num_columns // BLOCK, stop * num_columns // BLOCK
+        packed, shape = self.packed[first * BLOCK // 2 : last * BLOCK // 2], (stop - start, num_columns)
+        if self.nested_absmax is None or self.offset is None:
+            return NF4(packed, self.absmax[first:last], shape)
+        if first % NESTED_BLOCK:
+            return NF4(packed, absmax_float32(self)[first:last], shape)
+        nested = slice(first // NESTED_BLOCK, -(-last // NESTED_BLOCK))
+        return NF4(packed, self.absmax[first:last], shape, self.nested_absmax[nested], self.offset[nested])
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        if self.nested_absmax is None or self.offset is None:
+            return (self.packed, self.absmax)
+        return (self.packed, self.absmax, self.nested_absmax, self.offset)
+
+
+def nf4_concat(parts: list[NF4]) -> NF4:
+    """The rows of all parts below each other, [sum N_j, K]. Needs K % 64 == 0.
+
+    Double quantisation is kept when every part but the last fills its nested blocks; else absmax becomes float32.
+    """
+    columns = {part.shape[1] for part in parts}
+    if len(columns) != 1 or columns.pop() % BLOCK:
+        raise ValueError(f"Parts of {[part.shape for part in parts]} cannot be joined by rows: the columns must agree and be a multiple of {BLOCK}.")
+    shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    packed = torch.cat([part.packed for part in parts])
+    nested = [(part.nested_absmax, part.offset) for part in parts]
+    if all(a is not None for a, _ in nested) and not any(part.absmax.numel() % NESTED_BLOCK for part in parts[:-1]):
+        absmax = torch.cat([part.absmax for part in parts])
+        nested_absmax = torch.cat([a for a, _ in nested if a is not None])
+        return NF4(packed, absmax, shape, nested_absmax, torch.cat([o for _, o in nested if o is not None]))
+    return NF4(packed, torch.cat([absmax_float32(part) for part in parts]), shape)
+
+
+def nf4_quantize(weight: Tensor, double_quant: bool = False, impl: Impl = "auto") -> NF4:
+    """The weight [N, K] (float32, float16 or bfloat16) in 4 bits, bit for bit as bitsandbytes writes it."""
+    if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"A weight is [rows, columns] in float32, float16 or bfloat16; this is {weight.dtype} {list(weight.shape)}.")
+    values = weight.detach().reshape(-1)
+    absmax, codes = _scale_to_levels(values)
+    packed = codes[0::2] << 4 | codes[1::2]
+    quantized = NF4(packed, absmax, (weight.shape[0], weight.shape[1]))
+    return _nest_absmax(quantized) if double_quant else quantized
+
+
+def nf4_dequantize(nf4: NF4, dtype: torch.dtype, out: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """The weight [N, K] in `dtype`, each value rounded once from float32 level * absmax. `out` may be a view with a longer row pitch."""
+    if out is not None and (out.shape != nf4.shape or out.dtype != dtype):
+        raise ValueError(f"out is {out.dtype} {list(out.shape)}; the weight needs {dtype} {list(nf4.shape)}.")
+    if choose("nf4_dequantize", impl, _empty(nf4, dtype)) == "torch":
+        values = _dequantize_torch(nf4, dtype)
+        return values if out is None else out.copy_(values)
+    if out is None:
+        out = torch.empty(nf4.shape, dtype=dtype, device=nf4.device)
+    if torch.compiler.is_compiling():
+        _dequantize_op(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
+    else:
+        _launch_dequantize(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
+    return out
+
+
+def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient). The weight stays in 4 bits while that is
+    faster than dequantising it for a dense product, which for M rows holds up to some M (measured, see `_fused_rows`).
+
+    Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if choose("nf4_linear", impl, x) == "torch":
+        out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
+    elif impl == "auto" and not 0 < rows.shape[0] <= _fused_rows(weight.shape) or weight.shape[1] % BLOCK:
+        out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
+    elif torch.compiler.is_compiling():
+        out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
+    else:
+        out = _launch_linear(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def absmax_float32(nf4: NF4) -> Tensor:
+    """The blocks' largest magnitudes, float32 [B], with double quantisation undone."""
+    if nf4.nested_absmax is None or nf4.offset is None:
+        return nf4.absmax
+    codes = _dynamic_levels(nf4.device)[nf4.absmax.int()]
+    nested = torch.repeat_interleave(torch.stack([nf4.nested_absmax, nf4.offset]), NESTED_BLOCK, dim=1)[:, : codes.numel()]
+    return codes * nested[0] + nested[1]
+
+
+def _dequantize_torch(nf4: NF4, dtype: torch.dtype) -> Tensor:
+    num_values = nf4.shape[0] * nf4.shape[1]
+    levels = _pair_levels(nf4.device).index_select(0, nf4.packed.int()).view(-1)  # float32 [N * K], with the odd one's padding
+    absmax = absmax_float32(nf4)
+    if num_values % BLOCK == 0:
+        values = levels.view(-1, BLOCK).mul_(absmax[:, None])
+    else:
+        values = levels[:num_values] * torch.repeat_interleave(absmax, BLOCK)[:num_values]
+    return values.view(nf4.shape).to(dtype)
+
+
+def _scale_to_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """absmax float32 [B] and codes uint8 [N * K], padded to an even count, of values [N * K]."""
+    num_values, values = values.numel(), values.float()
+    whole = num_values - num_values % BLOCK
+    blocks = values[:whole].view(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
+    if whole < num_values:
+        # bitsandbytes divides in the short last block and multiplies by the reciprocal in the others.
+        last = values[whole:].abs().amax().clamp(min=1e-38)
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, values[whole:] / last])
+    scaled = torch.nn.functional.pad(scaled, (0, num_values % 2))
+    return absmax, torch.bucketize(scaled, _midpoints(_levels(values.device)), out_int32=True).to(torch.uint8)
+
+
+def _nest_absmax(nf4: NF4) -> NF4:
+    """Double quantisation: absmax less its mean, in 8-bit codes of bitsandbytes' signed dynamic map, blocks of 256."""
+    offset = nf4.absmax.mean()
+    num_blocks = nf4.absmax.numel()
+    num_nested = -(-num_blocks // NESTED_BLOCK)
+    centred = torch.nn.functional.pad(nf4.absmax - offset, (0, num_nested * NESTED_BLOCK - num_blocks)).view(num_nested, NESTED_BLOCK)
+    largest = centred.abs().amax(1)
+    # A block of zeros has code 0 throughout; so has the value -1.
+    scaled = torch.where(largest[:, None] > 0, centred * (1.0 / largest)[:, None], -1.0)
+    if nf4.device.type == "cpu":
+        # bitsandbytes' CPU library looks the code up on a grid of 2**16 points; on a GPU it compares with exact midpoints.
+        grid = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int()
+        scaled = grid / 65535.0 * 2 - 1
+    codes = torch.bucketize(scaled, _midpoints(_dynamic_levels(nf4.device)), out_int32=True).to(torch.uint8)
+    return replace(nf4, absmax=codes.view(-1)[:num_blocks].clone(), nested_absmax=largest, offset=offset.expand(num_nested).contiguous())
+
+
+def _empty(nf4: NF4, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=nf4.device)
+
+
+@triton.jit
+def _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, mask, NESTED: tl.constexpr):
+    """absmax in float32 of the blocks `block` (int64 or int32, any shape)."""
+    if NESTED:
+        code = tl.load(absmax + block, mask=mask, other=0)
+        scale = tl.load(dynamic_levels + code) * tl.load(nested_absmax + block // 256, mask=mask, other=0.0)
+        scale += tl.load(offset + block // 256, mask=mask, other=0.0)
+    else:
+        scale = tl.load(absmax + block, mask=mask, other=0.0)
+    return scale
+
+
+@triton.jit
+def _dequantize_kernel(
+    packed, absmax, nested_absmax, offset, dynamic_levels, levels, out,
+    num_values, num_columns, out_stride,
+    NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS blocks of 64 values, as [BLOCKS, 32] bytes. WHOLE_BLOCKS: K % 64 == 0, and then `out` may have a row pitch."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    within = tl.arange(0, 32)
+    byte = block[:, None] * 32 + within[None, :]
+    code = tl.load(packed + byte, mask=byte * 2 < num_values, other=0)
+    scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, block * 64 < num_values, NESTED)
+    even = tl.load(levels + (code >> 4)) * scale[:, None]
+    odd = tl.load(levels + (code & 15)) * scale[:, None]
+    values = tl.interleave(even, odd).to(out.dtype.element_ty)
+    column = tl.arange(0, 64)
+    if WHOLE_BLOCKS:
+        first = block * 64
+        row = first // num_columns
+        target = row * out_stride + (first - row * num_columns)
+        tl.store(out + target[:, None] + column[None, :], values, mask=(first < num_values)[:, None])
+    else:
+        element = block[:, None] * 64 + column[None, :]
+        tl.store(out + element, values, mask=element < num_values)
+
+
+def _launch_dequantize(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+    num_rows, num_columns = out.shape
+    if out.numel() == 0:
+        return
+    if num_columns % BLOCK and not out.is_contiguous():
+        contiguous = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        _launch_dequantize(packed, absmax, nested_absmax, offset, contiguous)
+        out.copy_(contiguous)
+        return
+    nested = nested_absmax is not None
+    blocks = 64
+    # Without fusion of multiply and add: double quantisation rounds the product, then the sum, as bitsandbytes does.
+    _dequantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+        packed, absmax, nested_absmax if nested else absmax, offset if nested else absmax, _dynamic_levels(out.device), _levels(out.device),
+        out, num_rows * num_columns, num_columns, out.stride(0),
+        NESTED=nested, WHOLE_BLOCKS=num_columns % BLOCK == 0, BLOCKS=blocks, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _linear_kernel(
+    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
+    num_x_rows, num_rows, num_columns, x_stride,
+    NESTED: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K; the last program to arrive at a tile adds the stretches up."""
+    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Rows beyond the edge read the last row and are not stored, so that the loop has no masks in N.
+    row = tl.minimum(n, num_rows - 1).to(tl.int64)
+    blocks_of_row = num_columns // 64
+    steps = tl.cdiv(num_columns, BLOCK_K)
+    steps_of_split = tl.cdiv(steps, SPLITS)
+    accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for step in tl.range(split * steps_of_split, tl.minimum((split + 1) * steps_of_split, steps), num_stages=STAGES):
+        column_block = step * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
+        within_row = column_block < blocks_of_row
+        block = row[:, None] * blocks_of_row + column_block[None, :]  # [BLOCK_N, BLOCK_K / 64]
+        byte = block[:, :, None] * 32 + tl.arange(0, 32)[None, None, :]
+        code = tl.load(packed + byte, mask=within_row[None, :, None], other=0)
+        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row[None, :], NESTED)
+        even = tl.load(levels + (code >> 4)) * scale[:, :, None]
+        odd = tl.load(levels + (code & 15)) * scale[:, :, None]
+        weight = tl.join(even, odd).to(x.dtype.element_ty).reshape(BLOCK_N, BLOCK_K)
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(
+            x + m[None, :].to(tl.int64) * x_stride + k[:, None], mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None], other=0.0
+        )
+        accumulator = tl.dot(weight, x_tile, accumulator, input_precision=PRECISION)
+    inside = (n < num_rows)[:, None] & (m < num_x_rows)[None, :]
+    target = m[None, :].to(tl.int64) * num_rows + n[:, None]
+    if SPLITS > 1:
+        size = num_x_rows.to(tl.int64) * num_rows
+        tl.store(partial + split * size + target, accumulator, mask=inside)
+        tl.debug_barrier()
+        tile = tile_m * tl.num_programs(0) + tile_n
+        before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
+        if before < SPLITS - 1:
+            return
+        tl.store(arrived + tile, 0)
+        accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for part in tl.static_range(SPLITS):
+            accumulator += tl.load(partial + part * size + target, mask=inside, other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        accumulator += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)[:, None]
+    tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
+
+
+def _launch_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+) -> Tensor:
+    """x [M, K] -> [M, N]"""
+    num_x_rows, num_columns = x.shape
+    out = torch.empty(num_x_rows, num_rows, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    nested = nested_absmax is not None
+    tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.device)
+    grid = (triton.cdiv(num_rows, tiling.block_n), triton.cdiv(num_x_rows, tiling.block_m), tiling.splits)
+    partial = torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device) if tiling.splits > 1 else out
+    _linear_kernel[grid](
+        x, packed, absmax, nested_absmax if nested else absmax, offset if nested else absmax,
+        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, out, partial, _arrived(x.device, grid[0] * grid[1]),
+        num_x_rows, num_rows, num_columns, x.stride(0),
+        NESTED=nested, HAS_BIAS=bias is not None, SPLITS=tiling.splits,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tiling.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def _linear_tiling(num_x_rows: int, num_rows: int, num_columns: int, device: torch.device) -> _Tiling:
+    block_m = min(64, max(16, triton.next_power_of_2(num_x_rows)))
+    tiles = triton.cdiv(num_rows, 64) * triton.cdiv(num_x_rows, block_m)
+    splits = max(1, min(8, 2 * num_multiprocessors(device) // tiles, num_columns // 512))
+    return _Tiling(block_m, 64, 128, splits, 4, 3)
+
+
+@functools.cache
+def _fused_rows(shape: tuple[int, int]) -> int:
+    """The largest number of rows of x for which the fused product is the faster one."""
+    return 64
+
+
+@functools.cache
+def _arrived(device: torch.device, num_tiles: int) -> Tensor:
+    """A counter for each output tile, zero between launches: the last program to arrive sets it back."""
+    return torch.zeros(num_tiles, dtype=torch.int32, device=device)
+
+
+@torch.library.custom_op("grpo_kernels::nf4_dequantize", mutates_args=("out",))
+def _dequantize_op(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+    _launch_dequantize(packed, absmax, nested_absmax, offset, out)
+
+
+@_dequantize_op.register_fake
+def _(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("grpo_kernels::nf4_linear", mutates_args=())
+def _linear_op(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+) -> Tensor:
+    return _launch_linear(x, packed, absmax, nested_absmax, offset, bias, num_rows)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], num_rows)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _pair_levels(device: torch.device) -> Tensor:
+    """The two levels of each byte, float32 [256, 2]."""
+    levels = _levels(device)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
+
+
+@functools.cache
+def _dynamic_levels(device: torch.device) -> Tensor:
+    """bitsandbytes' signed dynamic map, float32 [256] in rising order (arXiv 1511.04561, 2110.02861): seven decades, each with
+    twice the steps of the one below, at the centres of equal steps from 0.1 to 1 of the decade; and 0 and 1."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        centres = (edges[:-1] + edges[1:]) / 2.0
+        decade = ((10 ** (exponent - 6)) * centres).tolist()
+        values += decade + [-value for value in decade]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def _midpoints(levels: Tensor) -> Tensor:
+    return (levels[:-1] + levels[1:]) / 2

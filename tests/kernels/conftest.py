@@ -1,0 +1,75 @@
+"""What every kernel test shares: where and in which types it runs, and memory that shows an unwritten element.
+Knows nothing of any operation.
+"""
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is defined, so it comes before the first import of grpo_kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The interpreter's tl.dot is wrong in bfloat16, so without a GPU the kernels are tested in the other two.
+KERNEL_DTYPES = (
+    [torch.float32, torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32, torch.float16]
+)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
+    """Each test that takes it runs on the torch twin and on the Triton kernel."""
+    return request.param
+
+
+@pytest.fixture(params=KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from torch.empty and its kin holds NaN (or the largest integer), so an element nobody wrote shows."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype.is_floating_point:
+            return tensor.fill_(float("nan"))
+        if tensor.dtype != torch.bool and not tensor.dtype.is_complex:
+            return tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor if tensor.is_meta or torch.compiler.is_compiling() else poison(tensor)
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def relative_error():
+    """‖got - truth‖ / ‖truth‖ in float64; NaN in `got` gives NaN, which no bound accepts."""
+
+    def measure(got: torch.Tensor, truth: torch.Tensor) -> float:
+        got, truth = got.detach().double().cpu(), truth.detach().double().cpu()
+        assert got.shape == truth.shape
+        scale = truth.norm().item()
+        difference = (got - truth).norm().item()
+        return difference / scale if scale > 0 else difference
+
+    return measure

@@ -1,0 +1,106 @@
+"""group_attention against float64 attention over whole, unshared sequences.
+Knows nothing of how the sequences are computed.
+"""
+
+import pytest
+import torch
+from grpo_kernels import GroupLayout, group_attention
+
+ON_GPU = torch.cuda.is_available()
+# Flash attention is PyTorch's and has no interpreter: without a GPU only the twin runs.
+IMPLS_AND_DTYPES = [("torch", torch.float32), ("torch", torch.bfloat16)] + (
+    [("triton", torch.float16), ("triton", torch.bfloat16)] if ON_GPU else []
+)
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+LAYOUTS = {
+    "one group": ([13], [[5, 9, 1]]),
+    "groups of several sizes": ([13, 1, 130], [[5, 9, 1], [7], [64, 3]]),
+    "an empty completion and an empty group": ([4, 6, 3], [[5, 0, 2], [], [8]]),
+    "no completions": ([13, 1, 70], [[], [], []]),
+}
+
+
+def sequences_of(layout):
+    """Indices into the packed tokens of every whole sequence: (indices of a prompt and completion, tokens that are its own)."""
+    starts = layout.segments.tolist()
+    segments = [torch.arange(start, end) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    prompts = segments[: len(layout.prompt_lengths)]
+    completions = iter(segments[len(layout.prompt_lengths) :])
+    sequences = [(prompt, len(prompt)) for prompt in prompts]
+    for prompt, group in zip(prompts, layout.completion_lengths, strict=True):
+        for length in group:
+            sequences.append((torch.cat([prompt, next(completions)]), length))
+    return sequences
+
+
+def float64_truth(q, k, v, layout, scale):
+    q, k, v = (tensor.detach().double().cpu().requires_grad_() for tensor in (q, k, v))
+    repeats = q.shape[1] // k.shape[1]
+    outs = []
+    for indices, own in sequences_of(layout):
+        queries = q[indices].transpose(0, 1)
+        keys, values = (tensor[indices].repeat_interleave(repeats, 1).transpose(0, 1) for tensor in (k, v))
+        scores = queries @ keys.transpose(1, 2) * scale
+        length = len(indices)
+        scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+        outs.append((scores.softmax(-1) @ values).transpose(0, 1)[length - own :])
+    return torch.cat(outs), q, k, v
+
+
+@pytest.mark.parametrize(("impl", "dtype"), IMPLS_AND_DTYPES)
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("Hq", "Hk", "E"), [(4, 4, 32), (4, 2, 64), (6, 1, 128)])
+def test_attention_and_gradients(device, relative_error, impl, dtype, lengths, Hq, Hk, E):
+    layout = GroupLayout.of(*lengths, device=device)
+    q = torch.randn(layout.num_tokens, Hq, E, device=device).to(dtype).requires_grad_()
+    k, v = (torch.randn(layout.num_tokens, Hk, E, device=device).to(dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(layout.num_tokens, Hq, E, device=device).to(dtype)
+    truth, true_q, true_k, true_v = float64_truth(q, k, v, layout, E**-0.5)
+    truth.backward(grad.double().cpu())
+
+    out = group_attention(q, k, v, layout, impl=impl)
+    out.backward(grad)
+    assert out.dtype == dtype
+    assert relative_error(out, truth) < TOLERANCE[dtype]
+    for tensor, expected in ((q, true_q), (k, true_k), (v, true_v)):
+        assert relative_error(tensor.grad, expected.grad) < 2 * TOLERANCE[dtype]
+
+
+def test_scale_and_strided_heads(device, relative_error):
+    """q, k and v as columns of one fused projection's output."""
+    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device)
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    projected = torch.randn(layout.num_tokens, (4 + 2 + 2) * 32, device=device).to(dtype)
+    q, k, v = (part.unflatten(1, (-1, 32)) for part in projected.split([128, 64, 64], 1))
+    truth, *_ = float64_truth(q, k, v, layout, 0.3)
+    assert relative_error(group_attention(q, k, v, layout, scale=0.3), truth) < TOLERANCE[dtype]
+
+
+def test_positions_go_on_after_the_prompt():
+    layout = GroupLayout.of([3, 2], [[2, 1], [4]])
+    assert layout.positions().tolist() == [0, 1, 2, 0, 1, 3, 4, 3, 2, 3, 4, 5]
+    assert layout.num_tokens == 12
+    assert layout.num_prompt_tokens == 5
+
+
+def test_a_layout_may_be_empty(device):
+    layout = GroupLayout.of([], [], device=device)
+    nothing = torch.zeros(0, 2, 8, device=device, requires_grad=True)
+    assert group_attention(nothing, nothing, nothing, layout).shape == (0, 2, 8)
+    assert layout.positions().shape == (0,)
+
+
+def test_bad_arguments_are_named(device):
+    layout = GroupLayout.of([3], [[2]], device=device)
+    q = torch.zeros(5, 4, 8, device=device)
+    with pytest.raises(ValueError, match="q has 5 tokens and the layout 3"):
+        group_attention(q, q, q, GroupLayout.of([3], device=device))
+    with pytest.raises(ValueError, match=r"k \[5, 3, 8\]"):
+        group_attention(q, q[:, :3], q[:, :3], layout)
+    with pytest.raises(ValueError, match="1 prompts and 2 groups"):
+        GroupLayout.of([3], [[2], [1]])
+    with pytest.raises(ValueError, match="1 token or more"):
+        GroupLayout.of([3, 0], [[2], [1]])
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="flash attention needs"):
+            group_attention(q, q, q, layout, impl="triton")

@@ -1,0 +1,183 @@
+"""The policy against transformers + PEFT and bitsandbytes: logits, gradients, adapter files; and its invariants."""
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import KNOWN, UNKNOWN
+
+from grpo.packing import build_packer
+from grpo.policy import Policy, load_model
+from grpo.policy.adapter import adapter_files, load_adapter
+from grpo.policy.known import KnownModel
+from grpo.policy.plain import PlainModel
+
+CPU = torch.device("cpu")
+
+
+def build_policy(config):
+    return Policy(load_model(config, CPU, 64), config)
+
+
+def randomise(policy, seed=1, size=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.store.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    policy.store.refresh()
+
+
+def save_adapter(policy, folder):
+    for name, content in adapter_files(policy).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def peft_model(policy, base, folder):
+    """The same adapter opened by PEFT over transformers' own model."""
+    model = peft.PeftModel.from_pretrained(base, save_adapter(policy, folder), is_trainable=True)
+    return model.eval()
+
+
+def reference_model(config):
+    return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+
+
+def reference_logprobs(model, groups, temperature):
+    """log p and entropy of each completion's tokens, one unpacked sequence at a time, in float64."""
+    logprobs, entropies = [], []
+    for group in groups:
+        for completion in group.completions:
+            tokens = torch.tensor([group.prompt.tokens + completion.tokens])
+            logits = (
+                model(input_ids=tokens, use_cache=False).logits[0, len(group.prompt.tokens) - 1 : -1].double()
+            )
+            log_p = torch.log_softmax(logits / temperature, dim=-1)
+            logprobs.append(log_p.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1))
+            entropies.append(-(log_p.exp() * log_p).sum(1))
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+def one_batch(groups, config):
+    [[batch]] = build_packer(config, CPU)(groups)
+    return batch
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_architectures_are_told_apart_by_what_they_compute(name, tiny_config):
+    model = load_model(tiny_config(name), CPU, 64).model
+    assert isinstance(model, KnownModel if name in KNOWN else PlainModel)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups, tmp_path):
+    config = tiny_config(name, temperature=0.7, entropy_coef=0.1)
+    policy = build_policy(config)
+    randomise(policy)
+    theirs = peft_model(policy, reference_model(config), tmp_path)
+    batch = one_batch(groups, config)
+    weights = torch.randn(int(batch.mask.sum()), generator=torch.Generator().manual_seed(2))
+
+    logprobs, entropy = (x[batch.mask] for x in policy.logprobs(batch))
+    expected_logprobs, expected_entropy = reference_logprobs(theirs, groups, 0.7)
+    torch.testing.assert_close(logprobs.double(), expected_logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
+
+    (weights * logprobs + 0.3 * weights.flip(0) * entropy).sum().backward()
+    (weights * expected_logprobs + 0.3 * weights.flip(0) * expected_entropy).sum().backward()
+    gradients = peft_gradients(theirs)
+    for projection in policy.store.projections.values():
+        for part, (linear, a_grad) in enumerate(
+            zip(projection.names, projection.lora_a.grad.split(config.lora_rank), strict=True)
+        ):
+            torch.testing.assert_close(a_grad, gradients[linear + ".lora_A"], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(
+                projection.lora_b[part].grad, gradients[linear + ".lora_B"], atol=1e-5, rtol=1e-4
+            )
+
+
+def peft_gradients(model):
+    """{linear.lora_A: gradient} under Hugging Face's module names."""
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".default.weight"): parameter.grad
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt2"])
+def test_nf4_equals_bitsandbytes_dequantised_weights(name, tiny_config, groups, tmp_path):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    config = tiny_config(name, base="nf4")
+    policy = build_policy(config)
+    randomise(policy)
+    base = reference_model(config)
+    for linear in [linear for linear, _, _ in policy.store.factors()]:
+        weight = base.get_submodule(linear).weight
+        stored = weight.data.T if name == "gpt2" else weight.data
+        rounded = dequantize_4bit(*quantize_4bit(stored.contiguous(), quant_type="nf4", blocksize=64))
+        weight.data = (rounded.T if name == "gpt2" else rounded).contiguous()
+    theirs = peft_model(policy, base, tmp_path)
+    batch = one_batch(groups, config)
+    expected, _ = reference_logprobs(theirs, groups, 1.0)
+    logprobs = policy.logprobs(batch)[0][batch.mask]
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+    logprobs.sum().backward()
+    expected.sum().backward()
+    gradients = peft_gradients(theirs)
+    projection = policy.store.projections[next(iter(policy.store.projections))]
+    first = projection.lora_a.grad[: config.lora_rank]
+    torch.testing.assert_close(first, gradients[projection.names[0] + ".lora_A"], atol=1e-5, rtol=1e-4)
+
+
+def test_bf16_base_is_the_rounded_weight(tiny_config, groups, tmp_path):
+    config = tiny_config(base="bf16")
+    policy = build_policy(config)
+    randomise(policy)
+    base = reference_model(config)
+    for linear in [linear for linear, _, _ in policy.store.factors()]:
+        weight = base.get_submodule(linear).weight
+        weight.data = weight.data.bfloat16().float()
+    expected, _ = reference_logprobs(peft_model(policy, base, tmp_path), groups, 1.0)
+    batch = one_batch(groups, config)
+    assert policy.store["0.qkv"].base.dtype == torch.bfloat16
+    torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_that_peft_wrote_is_read(tiny_config, groups, tmp_path):
+    config = tiny_config()
+    names = [name for name, _, _ in build_policy(config).store.factors()]
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=12.0, target_modules=names, task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(reference_model(config), settings)
+    theirs.save_pretrained(tmp_path)
+    policy = build_policy(config)
+    load_adapter(policy, tmp_path)
+    batch = one_batch(groups, config)
+    expected, _ = reference_logprobs(theirs, groups, 1.0)
+    torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_policy_is_the_model_without_adapter(tiny_config, groups):
+    config = tiny_config()
+    policy = build_policy(config)
+    batch = one_batch(groups, config)
+    fresh = policy.score(batch)[0]
+    randomise(policy)
+    assert not torch.allclose(policy.score(batch)[0], fresh, atol=1e-3)
+    torch.testing.assert_close(policy.score_reference(batch), fresh)
+
+
+def test_recomputing_layers_changes_no_gradient(tiny_config, groups):
+    gradients = []
+    for recompute in ("none", "layer"):
+        config = tiny_config(recompute=recompute)
+        policy = build_policy(config)
+        randomise(policy)
+        batch = one_batch(groups, config)
+        policy.logprobs(batch)[0].sum().backward()
+        gradients.append([p.grad for p in policy.store.parameters()])
+    for kept, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(kept, recomputed, atol=0, rtol=0)

@@ -1,0 +1,496 @@
+"""How reward functions are called, what they may return, what an error says, and the preflight."""
+
+import asyncio
+import functools
+import math
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from grpo.errors import UserError
+from grpo.rewards import (
+    build_rewards,
+    correctness,
+    exact_match,
+    integer,
+    preflight,
+    preflight_table,
+    resolve_reward,
+    score,
+    soft_xml,
+    strict_xml,
+    xml_count,
+)
+from grpo.types import Completion, Group, Prompt
+
+COLUMNS = ["question", "answer"]
+
+
+def make_prompt(index, answer="5"):
+    question = f"question {index}"
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": question}]
+    return Prompt(index, f"<user>{question}", [1, 2], {"question": question, "answer": answer}, messages)
+
+
+def make_group(index, texts, answer="5"):
+    completions = [
+        Completion(list(range(len(text) + 1)), [0.0] * (len(text) + 1), text, "stop", 0) for text in texts
+    ]
+    return Group(make_prompt(index, answer), completions)
+
+
+def scored(rewards, groups=None, chat=False, **arguments):
+    """The groups after `score`; two groups of different sizes unless given."""
+    groups = groups or [make_group(7, ["5", "four"], "5"), make_group(9, ["", "6", "66"], "6")]
+    score(groups, build_rewards(rewards, COLUMNS, chat, **arguments))
+    return groups
+
+
+def error_of(rewards, groups=None, **arguments):
+    with pytest.raises(UserError) as caught:
+        scored(rewards, groups, **arguments)
+    return str(caught.value)
+
+
+def test_a_reward_of_one_completion_is_called_by_the_names_of_its_arguments():
+    def right(answer, completion, missing="default"):
+        assert missing == "default"
+        return float(completion == answer)
+
+    first, second = scored({right: 2.0})
+    assert first.parts["right"].dtype == torch.float32
+    assert first.parts["right"].tolist() == [1, 0]
+    assert second.parts["right"].tolist() == [0, 1, 0]
+    assert first.rewards.tolist() == [2, 0]
+    assert second.rewards.tolist() == [0, 2, 0]
+
+
+def test_a_reward_of_the_batch_gets_lists_as_trl_passes_them():
+    seen = {}
+
+    def trl_style(prompts, completions, answer, **kwargs):
+        seen.update(kwargs, prompts=prompts, completions=completions, answer=answer)
+        return [float(len(completion)) for completion in completions]
+
+    groups = scored({trl_style: 1.0})
+    assert seen["completions"] == ["5", "four", "", "6", "66"]
+    assert seen["prompts"] == ["<user>question 7"] * 2 + ["<user>question 9"] * 3
+    assert seen["answer"] == ["5", "5", "6", "6", "6"]
+    assert seen["question"] == ["question 7"] * 2 + ["question 9"] * 3
+    assert seen["completion_ids"] == [[0, 1], [0, 1, 2, 3, 4], [0], [0, 1], [0, 1, 2]]
+    assert seen["trainer_state"] is None
+    assert seen.keys() == {
+        *("prompts", "completions", "answer", "question", "completion_ids"),
+        *("trainer_state", "log_metric", "log_extra"),
+    }
+    assert [group.rewards.tolist() for group in groups] == [[1, 4], [0, 1, 2]]
+
+
+def test_only_what_a_function_names_is_passed():
+    def lengths(completion_ids):
+        return [len(tokens) for tokens in completion_ids]
+
+    def of_prompt(prompt, completion_ids, completion):
+        return prompt.count("7") + len(completion_ids) - len(completion)
+
+    first, second = scored({lengths: 1, of_prompt: 1})
+    assert first.parts["lengths"].tolist() == [2, 5]
+    assert first.parts["of_prompt"].tolist() == [2, 2]
+    assert second.parts["of_prompt"].tolist() == [1, 1, 1]
+
+
+def test_chat_tasks_give_the_chat_form_to_those_who_read_it_and_strings_to_the_rest():
+    def of_chats(prompts, completions, **kwargs):
+        assert prompts[0][-1] == {"role": "user", "content": "question 7"}
+        return [float(completion[0]["content"] == "5") for completion in completions]
+
+    def of_strings(completions, **kwargs):
+        return [float(completion.strip() == "5") for completion in completions]
+
+    # On chat messages it would run too, and always return 0.
+    def silently_wrong(completions, **kwargs):
+        return [float("5" in completion) for completion in completions]
+
+    def of_both(completions, **kwargs):
+        texts = [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
+        return [float(text == "5") for text in texts]
+
+    def of_copies(completions, **kwargs):
+        return [float({**completion[-1]}["content"] == "5") for completion in completions]
+
+    def of_prompts(prompts, completion_ids):
+        return [float(prompt[-1]["content"][-1] == "7") for prompt in prompts]
+
+    async def asynchronous(completions, **kwargs):
+        return [float(completion[0].get("content") == "5") for completion in completions]
+
+    rewards = dict.fromkeys(
+        (of_chats, of_strings, silently_wrong, of_both, of_copies, of_prompts, asynchronous), 1.0
+    )
+    group = make_group(7, ["5", "four"])
+    scored(rewards, [group], chat=True, probe=(make_prompt(7), "5"))
+    parts = {name: part.tolist() for name, part in group.parts.items()}
+    assert parts.pop("of_prompts") == [1, 1]
+    assert parts == dict.fromkeys(parts, [1, 0])
+    assert len(parts) == 6
+
+
+def test_a_reward_that_fails_on_both_forms_is_told_with_the_form_it_reads():
+    def broken(completions, **kwargs):
+        return [1 / 0 for completion in completions if completion[0]["content"]]
+
+    assert "ZeroDivisionError" in error_of({broken: 1.0}, chat=True, probe=(make_prompt(7), "5"))
+
+
+def test_without_a_probe_chat_tasks_give_the_chat_form():
+    def of_chats(completions):
+        return [len(completion[0]["content"]) for completion in completions]
+
+    assert scored({of_chats: 1.0}, chat=True)[0].rewards.tolist() == [1, 4]
+
+
+def test_the_weighted_sum_leaves_out_what_does_not_apply():
+    def sometimes(completion):
+        return None if completion.isalpha() else 0.1
+
+    def penalty(completions):
+        return torch.tensor([float(len(completion)) for completion in completions])
+
+    def never(completions):
+        return [None] * len(completions)
+
+    group = make_group(0, ["1", "ab", "345"])
+    scored({sometimes: 3.0, penalty: -0.5, never: 10.0}, [group])
+    expected = np.nansum([[0.3, np.nan, 0.3], [-0.5, -1.0, -1.5], [np.nan] * 3], axis=0)
+    np.testing.assert_allclose(group.rewards.numpy(), expected, rtol=1e-6)
+    assert group.parts["sometimes"].isnan().tolist() == [False, True, False]
+    assert group.parts["never"].isnan().all()
+    assert not group.rewards.isnan().any()
+
+    only_never = make_group(0, ["1"])
+    scored({never: 10.0}, [only_never])
+    assert only_never.rewards.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(True, 1), (np.float32(0.25), 0.25), (np.bool_(True), 1), (np.int64(3), 3), (torch.tensor(0.5), 0.5), (-2, -2)],
+)
+def test_whatever_is_a_number_counts(value, expected):
+    def constant(completion):
+        return value
+
+    assert scored({constant: 1.0})[0].parts["constant"].tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize("container", [list, tuple, np.array, torch.tensor])
+def test_whatever_is_a_list_counts(container):
+    def lengths(completions):
+        return container([float(len(completion)) for completion in completions])
+
+    assert [group.rewards.tolist() for group in scored({lengths: 1.0})] == [[1, 4], [0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("1.0", "'1.0' (str of length 3)"),
+        (math.nan, "nan (float)"),
+        (math.inf, "inf (float)"),
+        (1e300, "1e+300 (float)"),
+        (10**400, "(int)"),
+        ([1.0], "[1.0] (list of length 1)"),
+        (torch.ones(2), "(Tensor of length 2)"),
+        ({}, "{} (dict of length 0)"),
+    ],
+)
+def test_anything_else_is_an_error_that_says_what_and_where(value, told):
+    def odd(completion):
+        return value if completion == "6" else 0.0
+
+    def odd_batch(completions):
+        return [odd(completion) for completion in completions]
+
+    for reward, name in ((odd, "odd"), (odd_batch, "odd_batch")):
+        message = error_of({reward: 1.0})
+        assert message.startswith(f"Reward `{name}` returned ")
+        assert told in message
+        assert "row 9, completion '6'" in message
+        assert "finite number" in message
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ([1.0], "[1.0] (list of length 1)"),
+        ([1.0] * 6, "(list of length 6)"),
+        (1.0, "1.0 (float)"),
+        (None, "None (NoneType)"),
+        ("12345", "'12345' (str of length 5)"),
+        (dict.fromkeys(range(5), 1.0), "(dict of length 5)"),
+        (torch.tensor(1.0), "tensor(1.) (Tensor)"),
+    ],
+)
+def test_a_batch_must_come_back_as_a_list_of_its_length(returned, told):
+    def batch(completions):
+        return returned
+
+    message = error_of({batch: 1.0})
+    assert told in message
+    assert "here 5" in message
+    assert "rows 7, 9" in message
+
+
+def test_a_crash_is_an_error_with_its_cause_and_never_a_zero():
+    def crash(completion):
+        return float(completion)
+
+    async def crash_later(completion):
+        await asyncio.sleep(0)
+        return float(completion)
+
+    def crash_batch(completions):
+        return [float(completion) for completion in completions]
+
+    for reward in (crash, crash_later):
+        with pytest.raises(UserError, match=r"raised ValueError .*'four'.* on row 7, completion 'four'") as caught:
+            scored({reward: 1.0})
+        assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(UserError, match=r"raised ValueError .* a batch of 5 completions \(rows 7, 9\)"):
+        scored({crash_batch: 1.0})
+
+
+def test_async_rewards_run_at_the_same_time_as_each_other_and_as_the_rest():
+    # Each waits for the other and for the plain one: called one after the other, they would never end.
+    arrived, release = [], threading.Event()
+    both = asyncio.Barrier(2 * 5)
+
+    async def first(completion):
+        arrived.append("first")
+        await both.wait()
+        await asyncio.to_thread(release.wait)
+        return 1.0
+
+    async def second(completion):
+        await both.wait()
+        return 2.0
+
+    async def batch(completions, answer):
+        return [float(completion == each) for completion, each in zip(completions, answer, strict=True)]
+
+    def plain(completion):
+        release.set()
+        return 3.0
+
+    group, _ = scored({first: 1.0, second: 1.0, batch: 1.0, plain: 1.0}, timeout=60.0)
+    assert len(arrived) == 5
+    assert group.rewards.tolist() == [7.0, 6.0]
+
+
+def test_async_rewards_keep_one_event_loop_over_steps_and_run_inside_another():
+    loops = []
+
+    async def remember(completions):
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * len(completions)
+
+    rewards = build_rewards({remember: 1.0}, COLUMNS, chat=False)
+    score([make_group(0, ["a"])], rewards)
+
+    async def as_in_a_notebook():
+        score([make_group(0, ["a"])], rewards)
+
+    asyncio.run(as_in_a_notebook())
+    assert loops[0] is loops[1]
+
+
+def test_a_time_out_is_an_error_and_gives_the_alarm_back():
+    def endless(completion):
+        while True:
+            pass
+
+    async def endless_async(completions):
+        await asyncio.Event().wait()
+
+    def quick(completion):
+        return 1.0
+
+    for reward in (endless, endless_async):
+        with pytest.raises(UserError, match=f"`{reward.__name__}` raised TimeoutError .*never scored 0"):
+            scored({reward: 1.0}, timeout=0.05)
+    assert scored({quick: 1.0}, timeout=30.0)[0].rewards.tolist() == [1, 1]
+
+
+def test_functions_of_any_kind_are_rewards():
+    def with_bonus(completion, bonus):
+        return len(completion) + bonus
+
+    class Judge:
+        def __call__(self, completion):
+            return 1.0
+
+        def method(self, completions):
+            return [2.0] * len(completions)
+
+    class AsyncJudge:
+        async def __call__(self, completion):
+            return 3.0
+
+    cached = functools.cache(exact_match)
+    rewards = {functools.partial(with_bonus, bonus=10): 1, Judge(): 1, Judge().method: 1, AsyncJudge(): 1, cached: 1}
+    group = scored(rewards)[0]
+    assert {name: part.tolist() for name, part in group.parts.items()} == {
+        "with_bonus": [11, 14],
+        "Judge": [1, 1],
+        "method": [2, 2],
+        "AsyncJudge": [3, 3],
+        "exact_match": [1, 0],
+    }
+
+
+def test_a_missing_column_names_those_that_exist_and_the_nearest():
+    def reward(completion, awnser):
+        return 0.0
+
+    message = error_of({reward: 1.0})
+    assert "`reward` asks for `awnser`" in message
+    assert "Did you mean `answer`?" in message
+    assert "question, answer" in message
+
+
+@pytest.mark.parametrize(
+    ("rewards", "told"),
+    [
+        ({}, "nothing to learn"),
+        ({exact_match: 0.0}, "nothing to learn"),
+        ({exact_match: math.nan}, "weight nan"),
+        ({exact_match: math.inf}, "weight inf"),
+        ({exact_match: "1"}, "weight '1'"),
+        ({exact_match: True}, "weight True"),
+        ({exact_match: 1.0, "grpo.rewards:exact_match": 1.0}, "Two rewards are called `exact_match`"),
+        ({lambda completion: 0.0: 1.0}, "<lambda>"),
+        ({lambda question, answer: 0.0: 1.0}, "<lambda>"),
+        ({"grpo.rewards:exact_mach": 1.0}, "Did you mean `exact_match`?"),
+        ({"grpo.no_such_module:f": 1.0}, "importing grpo.no_such_module failed"),
+        ({"no_such_plugin": 1.0}, "No installed package offers a reward `no_such_plugin`"),
+    ],
+)
+def test_rewards_that_cannot_be_built(rewards, told):
+    with pytest.raises(UserError, match="^") as caught:
+        build_rewards(rewards, COLUMNS, chat=False)
+    assert told in str(caught.value)
+
+
+def test_signatures_that_cannot_be_called_by_name():
+    def blind(question, answer):
+        return 0.0
+
+    def positional(completion, /):
+        return 0.0
+
+    assert "never sees what it should score" in error_of({blind: 1.0})
+    assert "by position only" in error_of({positional: 1.0})
+
+
+def test_strings_find_functions_and_installed_plugins(tmp_path, monkeypatch):
+    module = types.ModuleType("my_rewards")
+    module.shouting = lambda completion: float(completion.isupper())
+    monkeypatch.setitem(sys.modules, "my_rewards", module)
+    assert resolve_reward("my_rewards:shouting") is module.shouting
+    assert scored({"my_rewards:shouting": 1.0})[0].parts.keys() == {"shouting"}
+
+    installed = tmp_path / "plugin-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[grpo.rewards]\nloud = my_rewards:shouting\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_reward("loud") is module.shouting
+    assert scored({"loud": 1.0})[0].parts.keys() == {"loud"}
+    with pytest.raises(UserError, match=r"Did you mean `loud`\?"):
+        resolve_reward("lowd")
+
+
+def test_log_metric_comes_back_from_score():
+    def reward(completions, log_metric, log_extra):
+        log_extra("length", [len(completion) for completion in completions])
+        log_metric("longest", max(map(len, completions)))
+        return [0.0] * len(completions)
+
+    groups = [make_group(0, ["a", "bcd"])]
+    assert score(groups, build_rewards({reward: 1.0}, COLUMNS, chat=False)) == {"logged/longest": 3.0}
+
+
+GSM8K = {correctness: 1.0, integer: 1.0, strict_xml: 1.0, soft_xml: 1.0, xml_count: 1.0}
+
+
+def gold_rows(num_rows=20):
+    for index in range(num_rows):
+        gold = f"<reasoning>\nTwo lines,\nof {index} and more\n</reasoning>\n<answer>\n{index}\n</answer>"
+        yield make_prompt(index, f"{index}"), gold
+
+
+def test_the_preflight_finds_full_marks_for_every_gold_answer():
+    report = preflight(build_rewards(GSM8K, COLUMNS, chat=True), gold_rows())
+    assert report.num_rows == 20
+    assert report.attained == report.attainable == 4.0
+    assert report.warnings == []
+    checks = {check.name: check for check in report.checks}
+    assert checks["correctness"].highest == {"gold": 2.0, "empty": 0.0, "truncated": 0.0, "shuffled": 0.0}
+    assert checks["correctness"].lowest["gold"] == 2.0
+    assert checks["xml_count"].highest["truncated"] < 0.5
+    table = preflight_table(report)
+    assert table.row_count == 5
+    assert list(table.columns[0].cells) == [reward.__name__ for reward in GSM8K]
+
+
+def test_the_preflight_names_rows_whose_gold_falls_short_and_rewards_that_exclude_each_other():
+    def small(completion, answer):
+        return float(int(answer) < 18)
+
+    def empty(completion):
+        return float(not completion)
+
+    def penalty(completion):
+        return float(len(completion) > 10_000)
+
+    report = preflight(build_rewards({small: 1.0, empty: 1.0, penalty: -1.0}, COLUMNS, chat=False), gold_rows())
+    checks = {check.name: check for check in report.checks}
+    assert checks["small"].short_rows == [18, 19]
+    assert checks["empty"].short_rows == list(range(20))
+    assert checks["penalty"].short_rows == []
+    assert checks["penalty"].is_constant and not checks["small"].is_constant
+    assert (report.attained, report.attainable) == (1.0, 2.0)
+    told = " ".join(report.warnings)
+    for piece in ("(rows 18, 19)", "`penalty` pays 0 for everything", "no gold answer gets more than 1"):
+        assert piece in told
+
+
+def test_the_preflight_refuses_gold_to_which_nothing_applies_and_no_rows_at_all():
+    def sometimes(completion, answer):
+        return None if answer == "3" else 1.0
+
+    rewards = build_rewards({sometimes: 1.0}, COLUMNS, chat=False)
+    with pytest.raises(UserError, match="No reward applies to the gold answer of row 3"):
+        preflight(rewards, gold_rows())
+    with pytest.raises(UserError, match="data set is empty"):
+        preflight(rewards, [])
+
+
+def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
+    def sometimes(completion, answer):
+        return None if answer == "3" else 1.0 * bool(completion)
+
+    def never(completion):
+        return None
+
+    rewards = build_rewards({sometimes: 1.0, never: 1.0, exact_match: 1.0}, COLUMNS, chat=False)
+    report = preflight(rewards, gold_rows(600))
+    assert report.num_rows == 600
+    assert report.checks[0].short_rows == []
+    assert report.attainable == 1.0
+    cells = list(preflight_table(report).columns[2].cells)
+    assert cells == ["1", "does not apply", "0"]
