@@ -65,20 +65,20 @@ def _rewards(groups: list[Group]) -> Tensor:
     return torch.stack([group.rewards for group in groups])  # [B, G]
 
 
-def _centered(rewards: Tensor) -> Tensor:
-    centered = rewards - rewards.mean(dim=1, keepdim=True)
+def _centered(values: Tensor) -> Tensor:
+    """Values less their group's mean, [B, G]; NaN entries stay NaN and do not count."""
+    centered = values - values.nanmean(dim=1, keepdim=True)
     # The mean of equal numbers may differ from them by a rounding; equal rewards must give exactly 0.
-    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return centered.masked_fill(equal, 0.0)
+    highest = values.nan_to_num(-torch.inf).amax(dim=1, keepdim=True)
+    lowest = values.nan_to_num(torch.inf).amin(dim=1, keepdim=True)
+    return torch.where((highest == lowest) & ~values.isnan(), 0.0, centered)
 
 
 def _normalized_where_known(part: Tensor) -> Tensor:
     """(x - mean) / (std + eps) along the group, [B, G], over the entries that are not NaN."""
-    known = ~part.isnan()
-    count = known.sum(dim=1, keepdim=True)
-    mean = part.nansum(dim=1, keepdim=True) / count
-    centered = (part - mean).masked_fill(part.nan_to_num(0.0) == mean, 0.0)
-    variance = (centered**2).nansum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+    centered = _centered(part)
+    degrees = (~part.isnan()).sum(dim=1, keepdim=True) - 1
+    variance = (centered**2).nansum(dim=1, keepdim=True) / degrees.clamp(min=1)
     return centered / (variance.sqrt() + EPSILON)
 
 

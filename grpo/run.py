@@ -34,7 +34,7 @@ from grpo.task import Task, load_task
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
 
-console = Console(soft_wrap=False, highlight=False)
+console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ def _dispatch(argv: list[str]) -> int:
 
 def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
     """Task file (or saved run), then flags, then the embedded default where something is missing."""
-    earlier = _option(argv, "--resume") or _option(argv, "--eval")
-    saved = _saved_run(earlier)
+    resumed = _option(argv, "--resume")
+    saved = _saved_run(resumed or _option(argv, "--eval"))
+    if resumed and not saved:
+        raise UserError(f"There is no run folder {resumed}. --resume takes one, such as runs/gsm8k-20260101-120000.")
     task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
     task = load_task(task_path) if task_path else None
     base, origins = Config(), {}
@@ -215,17 +217,17 @@ def check(resolved: Resolved) -> int:
     report = preflight_rewards(resolved.task, questions, every_row=True)
     console.print(preflight_table(report))
     name, value = resolved.task.solved
-    console.print(f"{len(questions.train):,} training and {len(questions.test):,} held-out rows, prompts of at most "
+    say(f"{len(questions.train):,} training and {len(questions.test):,} held-out rows, prompts of at most "
                   f"{questions.longest} tokens.")  # fmt: skip
     for warning in report.warnings:
-        console.print(f"note: {warning}")
+        say(f"note: {warning}")
     lowest = next(check.lowest["gold"] for check in report.checks if check.name == name)
     if lowest < value:
         raise UserError(
             f"The gold answer of some row gets {lowest:g} from `{name}`, which must pay {value:g} for a right answer. "
             "Mend the rows named above, `gold` in the task file, or the reward."
         )
-    console.print(f"Every gold answer gets full marks from `{name}` ({value}). The task is ready.")
+    say(f"Every gold answer gets full marks from `{name}` ({value}). The task is ready.")
     return 0
 
 
@@ -243,12 +245,12 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
     if is_run:
         checkpoint = best_checkpoint(Path(target))
         load_adapter(policy, checkpoint)
-        console.print(f"adapter of {checkpoint}")
+        say(f"adapter of {checkpoint}")
     engine = build_engine(config, policy, questions)
     scores = build_evaluator(resolved.task, config, questions)(engine)
-    console.print(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
+    say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
-        console.print("  " + line)
+        say("  " + line)
     return 0
 
 
@@ -265,18 +267,23 @@ def start(resolved: Resolved, resume: str) -> int:
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
     run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
     _write_config(resolved, folder)
-    console.print(f"run folder: {folder}")
+    say(f"run folder: {folder}")
     with run.recorder, stops_gently(run):
         _train_and_keep(run)
     run.engine.close()
     if run.progress.step < resolved.config.steps:
-        console.print(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with\n"
+        say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with\n"
                       f"  python -m grpo.run --resume {folder}")  # fmt: skip
         return 130
-    console.print(comparison(run.progress.first_scores, run.progress.last_scores))
-    console.print(f"curves: {folder / 'curves.png'}   completions: {folder / 'completions.jsonl'}   "
+    say(comparison(run.progress.first_scores, run.progress.last_scores))
+    say(f"curves: {folder / 'curves.png'}   completions: {folder / 'completions.jsonl'}   "
                   f"adapter: {folder / 'checkpoints'}")  # fmt: skip
     return 0
+
+
+def say(text: str) -> None:
+    """A line as it is: never wrapped, so that paths and commands can be copied."""
+    console.print(text, soft_wrap=True, markup=False)
 
 
 def _announce(resolved: Resolved) -> None:

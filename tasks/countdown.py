@@ -29,13 +29,13 @@ def rows(split, data, count=2000):
     """
     random, seen = Random(f"countdown {split}"), set()
     while len(seen) < count:
-        numbers = [random.randint(1, 9) for _ in range(random.choice((3, 3, 4)))]
+        numbers = [random.randint(1, 9) for _ in range(random.choice((3, 3, 3, 4)))]
         working, expression, target = _combine(numbers, random)
         puzzle = (*sorted(numbers), target)
         is_test = crc32(repr(puzzle).encode()) % 5 == 0
         if is_test == (split == "test") and puzzle not in seen:
             seen.add(puzzle)
-            yield {"numbers": numbers, "target": target, "solution": "\n".join(working), "expression": expression}
+            yield {"numbers": numbers, "target": target, "solution": ", ".join(working), "expression": expression}
 
 
 def prompt(row):

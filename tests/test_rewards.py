@@ -130,7 +130,9 @@ def test_every_way_of_writing_a_number_means_that_number():
             assert integer(f"<answer>-{spelled.strip()}</answer>") == 0.5
 
 
-@pytest.mark.parametrize("text", ["", "-", "$", ",", ".", "1e5", "0x10", "1/2", "inf", "nan", "1,,000", "1.2.3", "five"])
+@pytest.mark.parametrize(
+    "text", ["", "-", "$", ",", ".", "1e5", "0x10", "1/2", "inf", "nan", "1,,000", "1.2.3", "five"]
+)
 def test_what_is_no_number_is_none(text):
     assert parse_number(text) is None
     assert integer(f"<answer>{text}</answer>") == 0.0

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -37,9 +38,7 @@ def make_prompt(index, answer="5"):
 
 
 def make_group(index, texts, answer="5"):
-    completions = [
-        Completion(list(range(len(text) + 1)), [0.0] * (len(text) + 1), text, "stop", 0) for text in texts
-    ]
+    completions = [Completion(list(range(len(text) + 1)), [0.0] * (len(text) + 1), text, "stop", 0) for text in texts]
     return Group(make_prompt(index, answer), completions)
 
 
@@ -128,14 +127,12 @@ def test_chat_tasks_give_the_chat_form_to_those_who_read_it_and_strings_to_the_r
     async def asynchronous(completions, **kwargs):
         return [float(completion[0].get("content") == "5") for completion in completions]
 
-    rewards = dict.fromkeys(
-        (of_chats, of_strings, silently_wrong, of_both, of_copies, of_prompts, asynchronous), 1.0
-    )
+    rewards = dict.fromkeys((of_chats, of_strings, silently_wrong, of_both, of_copies, of_prompts, asynchronous), 1.0)
     group = make_group(7, ["5", "four"])
     scored(rewards, [group], chat=True, probe=(make_prompt(7), "5"))
     parts = {name: part.tolist() for name, part in group.parts.items()}
     assert parts.pop("of_prompts") == [1, 1]
-    assert parts == dict.fromkeys(parts, [1, 0])
+    assert parts == {name: [1, 0] for name in parts}
     assert len(parts) == 6
 
 
@@ -178,7 +175,15 @@ def test_the_weighted_sum_leaves_out_what_does_not_apply():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(True, 1), (np.float32(0.25), 0.25), (np.bool_(True), 1), (np.int64(3), 3), (torch.tensor(0.5), 0.5), (-2, -2)],
+    [
+        (True, 1),
+        (np.float32(0.25), 0.25),
+        (np.bool_(True), 1),
+        (np.int64(3), 3),
+        (torch.tensor(0.5), 0.5),
+        (-2, -2),
+        (Fraction(1, 4), 0.25),
+    ],
 )
 def test_whatever_is_a_number_counts(value, expected):
     def constant(completion):
@@ -380,7 +385,7 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
     ],
 )
 def test_rewards_that_cannot_be_built(rewards, told):
-    with pytest.raises(UserError, match="^") as caught:
+    with pytest.raises(UserError) as caught:
         build_rewards(rewards, COLUMNS, chat=False)
     assert told in str(caught.value)
 

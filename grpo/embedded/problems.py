@@ -125,7 +125,7 @@ THINGS = {
     "flower": ("roses", "tulips", "lilies", "daisies"),
     "drink": ("juice", "milk", "tea", "lemonade"),
     "color": ("red", "blue", "green", "yellow", "white", "black"),
-    "sport": ("soccer", "tennis", "hockey", "chess"),
+    "sport": ("soccer", "tennis", "hockey", "basketball"),
 }
 
 TEMPLATES = (
@@ -236,6 +236,8 @@ TEMPLATES = (
         (
             "{name} had ${money}. {He} bought {a} {snack} for ${p} each and {b} {other_snack} for ${q} each. "
             "How much money does {he} have left?",
+            "{a} {snack} cost ${p} each and {b} {other_snack} cost ${q} each. {name} buys them all and had ${money}. "
+            "How many dollars are left?",
         ),
         (
             "The {snack} cost [a * p = first] dollars.",
@@ -404,6 +406,8 @@ TEMPLATES = (
         (
             "{name} finds {a} {toy} on Monday, {b} on Tuesday and {c} on Friday. {He} gives {d} away. "
             "How many {toy} are left?",
+            "On Monday {name} finds {a} {toy}, on Tuesday {b} and on Friday {c}. {friend} gets {d} of them. "
+            "How many {toy} does {name} keep?",
         ),
         (
             "On Monday and Tuesday {name} finds [a + b = two] {toy}.",
@@ -579,6 +583,8 @@ TEMPLATES = (
         (
             "There are {trees} trees with {each} {fruit} on each tree. {name} picks {picked} of the {fruit} and then {rotten} "
             "more fall down. How many are still on the trees?",
+            "Each of {trees} trees bears {each} {fruit}. After {name} picks {picked}, {rotten} fall down. "
+            "How many {fruit} are still on the trees?",
         ),
         (
             "There are [trees * each = total] {fruit}.",
@@ -605,6 +611,8 @@ TEMPLATES = (
         (
             "A horse eats {a} bags of hay a month and a cow eats {b}. How many bags do {horses} horses and {cows} cows eat in "
             "{months} months?",
+            "Each month a horse eats {a} bags of hay and a cow eats {b}. {name} has {horses} horses and {cows} cows. "
+            "How many bags do they eat in {months} months?",
         ),
         (
             "The horses eat [horses * a = first] bags a month.",
@@ -723,6 +731,8 @@ TEMPLATES = (
         (
             "A {sport} team wins {wins} games and gets {win} points for each. It also gets {draw} points for each of {draws} "
             "other games. A fine takes {fine} points away. How many points does the team have?",
+            "{name} has a {sport} team with {wins} wins at {win} points each and {draws} other games at {draw} points each. "
+            "It loses {fine} points for a fine. How many points are left?",
         ),
         (
             "The wins bring [wins * win = first] points.",
@@ -764,6 +774,8 @@ TEMPLATES = (
         (
             "A bus has {a} people. At the first stop {b} get off. At the next stop {c} get on and then {d} get off. "
             "How many people are on the bus now?",
+            "{a} people are on a bus. First {b} get off, then {c} get on, and then {d} get off. "
+            "How many people are on the bus at the end?",
         ),
         (
             "After the first stop there are [a - b = some] people.",
@@ -885,6 +897,8 @@ TEMPLATES = (
         (
             "{name} pours {a} cups of {drink} and {b} cups of water into a bowl. {He} fills {glasses} glasses with {each} cups "
             "each and drinks {drunk} cups from the bowl. How many cups are left in the bowl?",
+            "A bowl gets {a} cups of {drink} and {b} cups of water. {name} fills {glasses} glasses with {each} cups each and "
+            "then drinks {drunk} cups from the bowl. How many cups does the bowl still have?",
         ),
         (
             "The bowl has [a + b = bowl] cups.",
@@ -899,6 +913,8 @@ TEMPLATES = (
         (
             "{name} has {boxes} boxes of {a} {fruit} and {bags} bags of {b} {fruit}. {He} shares all of them equally among "
             "{people} people. How many {fruit} does each person get?",
+            "{people} people share {boxes} boxes of {a} {fruit} and {bags} bags of {b} {fruit} equally. "
+            "How many {fruit} are there for each person?",
         ),
         (
             "The boxes hold [boxes * a = first] {fruit}.",

@@ -83,17 +83,22 @@ class Policy:
             group["lr"] = rate
         optimizer_steps = [batches for batches in optimizer_steps if batches]
         for batches in optimizer_steps:
-            for prepare in self.preparations:
-                prepare(batches)
+            self.prepare(batches)
         norms: list[float] = []
         sums: list[dict[str, Tensor]] = []
         for batches in optimizer_steps * self.config.epochs:
-            sums += [self._backward(batch) for batch in batches]
+            sums += [self.backward(batch) for batch in batches]
             norms.append(self._optimizer_step())
         metrics = summarize(sums)
         return metrics | {"optim/grad_norm": max(norms, default=0.0), "optim/learning_rate": rate}
 
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+    def prepare(self, batches: list[Batch]) -> None:
+        """Run the no-gradient passes that the loss needs over the batches of one optimizer step."""
+        for preparation in self.preparations:
+            preparation(batches)
+
+    def backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Add the gradient of a batch's share of the loss to the masters; returns the sums of its metrics."""
         logprobs, entropy = self.logprobs(batch)
         loss, sums = self.loss(Pass(logprobs, entropy, self.old_logprobs(logprobs, batch)), batch)
         loss.backward()

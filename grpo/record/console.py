@@ -63,12 +63,9 @@ class Column:
 
 def columns_for(reward_names: Iterable[str]) -> list[Column]:
     """All columns of a step line, in the order in which they are printed."""
-    parts = [
-        Column(_two_words(name), f"reward/{name}", ".2f", 5, 3 + place)
-        for place, name in enumerate(reward_names)
-    ]
+    parts = [Column(_two_words(name), f"reward/{name}", ".2f", 6, 3 + place) for place, name in enumerate(reward_names)]
     return [
-        Column("mean reward", "reward/mean", ".3f", 6, 0),
+        Column("mean reward", "reward/mean", ".3f", 7, 0),
         *parts,
         Column("held-out pass@1", "eval/pass@1", ".1%", 6, 1),
         Column("mean length", "completion/length", ".0f", 5, 2),
@@ -201,7 +198,7 @@ def _two_words(name: str) -> str:
 
 def _score_in_words(name: str, scores: Mapping[str, float]) -> str:
     low, high = scores.get(f"{name}/low"), scores.get(f"{name}/high")
-    interval = "" if low is None or high is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+    interval = "" if low is None or high is None else f" (95%: {100 * low:.1f} to {100 * high:.1f})"
     return f"{name.removeprefix('eval/')} {scores[name]:.1%}{interval}"
 
 

@@ -77,9 +77,7 @@ def _read_curves(metrics_path: Path) -> Curves:
 
 
 def _draw_reward(axes: Axes, curves: Curves) -> None:
-    names = [
-        name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")
-    ]
+    names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
     for place, name in enumerate(names):
         label = name.removeprefix("reward/").replace("_", " ")[:_LONGEST_LABEL]
         _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4)
@@ -138,17 +136,13 @@ def _legend_beside(axes: Axes) -> None:
     axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
 
 
-def _line(
-    axes: Axes, curves: Curves, metric: str, colour: str, label: str | None = None, width: float = 2.0
-) -> None:
+def _line(axes: Axes, curves: Curves, metric: str, colour: str, label: str | None = None, width: float = 2.0) -> None:
     """The values as they are, faint, and their running mean over a tenth of the run."""
     if metric not in curves:
         return
     steps, values = curves[metric]
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(
-        steps, _running_mean(values, max(1, len(values) // 20)), color=colour, linewidth=width, label=label
-    )
+    axes.plot(steps, _running_mean(values, len(values) // 20), color=colour, linewidth=width, label=label)
 
 
 def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:

@@ -50,7 +50,7 @@ class Recorder:
         at = position or {}
         self._metrics = JsonLines(self._run_dir / "metrics.jsonl", at.get("metrics.jsonl"))
         self._completions = JsonLines(self._run_dir / "completions.jsonl", at.get("completions.jsonl"))
-        self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step)
+        self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step, flush_secs=10)
         self._held_out: dict[str, float] = {}
         self._restore(start_step)
         self._console = Console(total_steps, start_step, task_name, reward_names)

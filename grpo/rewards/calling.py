@@ -94,9 +94,8 @@ def starter(
     """
     parameters = _parameters(name, function)
     sources_of_columns: dict[str, Source] = {column: partial(_column, column) for column in columns}
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-    limit = partial(asyncio.timeout, timeout) if is_async else _time_limit(name, timeout)
-    start, call_each, call_batch = _WAYS[is_async]
+    limit = partial(asyncio.timeout, timeout) if is_async(function) else _time_limit(name, timeout)
+    start, call_each, call_batch = _WAYS[is_async(function)]
 
     def start_with(call: Callable, form: dict[str, Source]) -> Start:
         sources = _choose_sources(name, parameters, sources_of_columns | form)
@@ -111,6 +110,11 @@ def starter(
     if probe is None:
         return start_batch(_BATCH_OF_CHATS)
     return start_batch(_form_that_works(start_batch, probe))
+
+
+def is_async(function: Callable) -> bool:
+    """An `async def`, or an object whose __call__ is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _parameters(name: str, function: Callable) -> dict[str, inspect.Parameter]:
@@ -162,9 +166,7 @@ def _column(column: str, samples: Samples) -> list[Any]:
     return [prompt.fields.get(column) for prompt in samples.prompts]
 
 
-def _call_each(
-    name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples
-) -> list[Any]:
+def _call_each(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> list[Any]:
     values = []
     for index, arguments in enumerate(_rows(sources, samples)):
         with _blame(name, samples, slice(index, index + 1)), limit():
@@ -172,9 +174,7 @@ def _call_each(
     return values
 
 
-def _call_batch(
-    name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples
-) -> Any:
+def _call_batch(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> Any:
     with _blame(name, samples, slice(None)), limit():
         return function(**{key: source(samples) for key, source in sources.items()})
 
@@ -305,9 +305,7 @@ def _form_that_works(start_with: Callable[[dict[str, Source]], Start], probe: Sa
 
     Running is not enough: `"</answer>" in completion` runs on a list of messages too, and is false there.
     """
-    messages = [
-        _WatchedMessage(role="assistant", content=completion.text) for completion in probe.completions
-    ]
+    messages = [_WatchedMessage(role="assistant", content=completion.text) for completion in probe.completions]
     watched = {**_BATCH_OF_CHATS, "completions": lambda samples: [[message] for message in messages]}
     chat_error = _error_of(start_with(watched), probe)
     reads_chats = any(message.was_read for message in messages)

@@ -61,9 +61,7 @@ class Preflight:
         sentences = []
         for check in self.checks:
             if check.is_constant:
-                sentences.append(
-                    f"`{check.name}` pays {check.best:g} for everything tried: it tells nothing apart."
-                )
+                sentences.append(f"`{check.name}` pays {check.best:g} for everything tried: it tells nothing apart.")
             if check.short_rows:
                 listed = ", ".join(map(str, check.short_rows[:5])) + ", ..." * (len(check.short_rows) > 5)
                 sentences.append(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from numbers import Real
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.rewards.calling import Samples, Start, starter, where
+from grpo.rewards.calling import Samples, Start, is_async, starter, where
 from grpo.types import Completion, Group, Prompt
 
 ENTRY_POINTS = "grpo.rewards"
@@ -35,6 +36,7 @@ class Reward:
     name: str
     weight: float
     start: Start
+    is_async: bool
 
 
 def build_rewards(
@@ -62,7 +64,7 @@ def build_rewards(
         function = resolve_reward(key) if isinstance(key, str) else key
         name = key.rpartition(":")[2] if isinstance(key, str) else _name_of(function)
         start = starter(name, function, columns, chat, samples, timeout)
-        built.append(Reward(name, _checked_weight(name, weight), start))
+        built.append(Reward(name, _checked_weight(name, weight), start, is_async(function)))
     _check_together(built)
     return built
 
@@ -76,10 +78,11 @@ def score(groups: list[Group], rewards: list[Reward]) -> dict[str, float]:
     """
     samples = samples_of(groups)
     sizes = [len(group.completions) for group in groups]
-    # Started together, finished in turn: what is async runs while the others compute.
-    finishes = [reward.start(samples) for reward in rewards]
-    for reward, finish in zip(rewards, finishes, strict=True):
-        part = _checked_values(reward.name, finish(), samples)  # [S]
+    # All are started first, and those that wait are finished last: they wait while the others compute.
+    finishes = {reward.name: reward.start(samples) for reward in rewards}
+    returned = {each.name: finishes[each.name]() for each in sorted(rewards, key=attrgetter("is_async"))}
+    for reward in rewards:
+        part = _checked_values(reward.name, returned[reward.name], samples)  # [S]
         for group, part_of_group in zip(groups, part.split(sizes), strict=True):
             group.parts[reward.name] = part_of_group
     for group in groups:
@@ -175,7 +178,9 @@ def _check_together(rewards: list[Reward]) -> None:
 def _checked_values(name: str, returned: Any, samples: Samples) -> Tensor:
     """What a reward returned, as [S] float32 with NaN for None; an error unless it is S numbers."""
     num_samples = len(samples.completions)
-    if not (isinstance(returned, (list, tuple, *_ARRAYS)) and _length(returned) == num_samples):
+    # An array without axes is no list, and its len() raises.
+    is_list = isinstance(returned, (list, tuple)) or (isinstance(returned, _ARRAYS) and returned.ndim > 0)
+    if not (is_list and len(returned) == num_samples):
         raise UserError(
             f"Reward `{name}` returned {_describe(returned)} for {where(samples, slice(None))}. A function "
             f"of `completions` returns a list with one number (or None) for each, here {num_samples}."
@@ -187,7 +192,10 @@ def _checked_values(name: str, returned: Any, samples: Samples) -> Tensor:
             f"{where(samples, slice(wrong, wrong + 1))}. A reward is a finite number, or None where it does "
             "not apply."
         )
-    return torch.from_numpy(np.array([*returned], dtype=np.float32))  # None becomes NaN
+    part = torch.full((num_samples,), torch.nan)
+    applies = [index for index, value in enumerate(returned) if value is not None]
+    part[applies] = torch.tensor([float(returned[index]) for index in applies])
+    return part
 
 
 def _is_score(value: Any) -> bool:
@@ -198,12 +206,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (Real, np.bool_)) or (isinstance(value, _ARRAYS) and value.ndim == 0)
 
 
-def _length(returned: Any) -> int | None:
-    is_scalar = isinstance(returned, _ARRAYS) and returned.ndim == 0  # it has __len__, which raises
-    return len(returned) if isinstance(returned, Sized) and not is_scalar else None
-
-
 def _describe(returned: Any) -> str:
-    length = _length(returned)
-    of_length = "" if length is None else f" of length {length}"
-    return f"{repr(returned)[:60]} ({type(returned).__name__}{of_length})"
+    has_length = isinstance(returned, Sized) and not (isinstance(returned, _ARRAYS) and returned.ndim == 0)
+    length = f" of length {len(returned)}" if has_length else ""
+    return f"{repr(returned)[:60]} ({type(returned).__name__}{length})"

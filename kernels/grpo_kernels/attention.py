@@ -56,7 +56,9 @@ class GroupLayout:
                 f"{len(prompt_lengths)} prompts and {len(completions)} groups of completions; give one group a prompt."
             )
         if any(length < 1 for length in prompt_lengths):
-            raise ValueError(f"prompt lengths are {list(prompt_lengths)}; a completion needs a prompt of 1 token or more.")
+            raise ValueError(
+                f"prompt lengths are {list(prompt_lengths)}; a completion needs a prompt of 1 token or more."
+            )
         in_order = [*prompt_lengths, *(length for group in completions for length in group)]
         return GroupLayout(
             tuple(prompt_lengths),
@@ -79,7 +81,11 @@ class GroupLayout:
         """Tokens of the longest prompt or completion, of the longest group's completions together, of the longest prompt."""
         longest_prompt = max(self.prompt_lengths, default=0)
         longest_completion = max((length for group in self.completion_lengths for length in group), default=0)
-        return max(longest_prompt, longest_completion), max(map(sum, self.completion_lengths), default=0), longest_prompt
+        return (
+            max(longest_prompt, longest_completion),
+            max(map(sum, self.completion_lengths), default=0),
+            longest_prompt,
+        )
 
     def positions(self) -> Tensor:
         """[N] int64: a token's place in its sequence. A completion goes on where its prompt ends."""
@@ -148,15 +154,11 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale
     prompts = list(layout.prompt_lengths)
     completions = [length for group in layout.completion_lengths for length in group]
     queries, keys, values = (tensor.split(prompts + completions) for tensor in (q, k, v))
-    outs = [
-        _causal(queries[prompt], keys[prompt], values[prompt], scale) for prompt in range(len(prompts))
-    ]
+    outs = [_causal(queries[prompt], keys[prompt], values[prompt], scale) for prompt in range(len(prompts))]
     segment = len(prompts)
     for prompt, group in enumerate(layout.completion_lengths):
         for _ in group:
-            own_and_prompt = [
-                torch.cat([tensors[prompt], tensors[segment]]) for tensors in (keys, values)
-            ]
+            own_and_prompt = [torch.cat([tensors[prompt], tensors[segment]]) for tensors in (keys, values)]
             outs.append(_causal(queries[segment], *own_and_prompt, scale))
             segment += 1
     return torch.cat(outs) if outs else q
@@ -196,7 +198,9 @@ def _attention_op(
     P = num_prompt_tokens
     out, lse = _flash(q, k, v, segments, segments, longest_segment, longest_segment, True, scale)
     if P < len(q):
-        to_prompt, prompt_lse = _flash(q[P:], k[:P], v[:P], groups, prompts, longest_group, longest_prompt, False, scale)
+        to_prompt, prompt_lse = _flash(
+            q[P:], k[:P], v[:P], groups, prompts, longest_group, longest_prompt, False, scale
+        )
         _merge(out, lse, to_prompt, prompt_lse, P)
     return out, lse
 
@@ -282,7 +286,21 @@ def _flash_backward(
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, q_starts, k_starts, longest_q, longest_k, 0.0, is_causal, no_dropout, unused, scale=scale
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        q_starts,
+        k_starts,
+        longest_q,
+        longest_k,
+        0.0,
+        is_causal,
+        no_dropout,
+        unused,
+        scale=scale,
     )
 
 

@@ -31,7 +31,9 @@ except ImportError:
     def _jit(function: Any = None, **_options: Any) -> Any:
         return function if function is not None else _jit
 
-    triton: Any = SimpleNamespace(jit=_jit, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length())
+    triton: Any = SimpleNamespace(
+        jit=_jit, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
+    )
     tl: Any = SimpleNamespace(constexpr=lambda value: value)
     TensorDescriptor: Any = None
 

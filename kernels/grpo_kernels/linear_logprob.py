@@ -188,9 +188,7 @@ def _recompute_op(
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `hidden` [M, D] and of `weight` [V, D] for a trained head, from logits computed again."""
-    return _torch_recompute(
-        hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows
-    )
+    return _torch_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows)
 
 
 @_recompute_op.register_fake
@@ -310,7 +308,9 @@ class _Head:
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """coefficients [C, V] -> their combinations of the rows of the head [C, D]"""
-        return self.combine_scaled((coefficients * self.scale).to(self.dtype) if self.multiplies_16_bit else coefficients)
+        return self.combine_scaled(
+            (coefficients * self.scale).to(self.dtype) if self.multiplies_16_bit else coefficients
+        )
 
     def combine_scaled(self, coefficients: Tensor) -> Tensor:
         """As `combine`, of coefficients already multiplied by `scale` and rounded, which a float32 product does not need."""
@@ -450,14 +450,10 @@ def _rows_kernel(
     target_logit, _ = _scaled_logit(tl.load(logits + target), inverse_temperature, softcap, SOFTCAP)
 
     reference = target_logit
-    rest, weighted, largest = _row_sums(
-        logits, target, reference, V, inverse_temperature, softcap, SOFTCAP, BLOCK
-    )
+    rest, weighted, largest = _row_sums(logits, target, reference, V, inverse_temperature, softcap, SOFTCAP, BLOCK)
     if largest > LIMIT:
         reference = reference + largest
-        rest, weighted, largest = _row_sums(
-            logits, target, reference, V, inverse_temperature, softcap, SOFTCAP, BLOCK
-        )
+        rest, weighted, largest = _row_sums(logits, target, reference, V, inverse_temperature, softcap, SOFTCAP, BLOCK)
 
     target_shifted = target_logit - reference
     target_exponential = tl.exp(target_shifted)

@@ -46,51 +46,53 @@ class LoraFactors:
 
 def lora_linear(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """x [..., K] through the projection: [..., N]. Differentiable in x and in the factors' masters; base and bias are frozen."""
-    rows = x.reshape(-1, x.shape[-1])
-    function = _LoraLinearFused if choose("lora_linear", impl, x) == "triton" else _LoraLinear
-    out = function.apply(rows, base, factors, bias, factors.a, *factors.b)
+    fused = choose("lora_linear", impl, x) == "triton"
+    out = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), base, factors, bias, fused, factors.a, *factors.b)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, *_masters: Tensor) -> Tensor:
-        out = torch.nn.functional.linear(x, dense_weight(base, x.dtype), bias)  # [T, N]
-        xa = _scaled(x @ factors.a_mirror.t(), factors.scale)  # [T, P * r]
-        for out_part, xa_part, b in parts_of(out, xa, factors.b_mirror):
-            out_part.addmm_(xa_part, b.t())
-        ctx.base = base
-        ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
-        return out
+    def forward(ctx, x, base, factors, bias, fused, *_masters):
+        return linear_forward(ctx, x, base, factors, bias, fused)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # grad [T, N]
-        x, xa, scale, a, *b = ctx.saved_tensors
-        grad_b, grad_xa = [], []
-        for grad_part, xa_part, b_part in parts_of(grad, xa, b):
-            grad_b.append(product_float32(grad_part.t(), xa_part))
-            grad_xa.append(grad_part @ b_part)
-        grad_xa = _scaled(torch.cat(grad_xa, dim=1) if len(b) > 1 else grad_xa[0], scale)  # [T, P * r]
-        grad_a = product_float32(grad_xa.t(), x)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, dense_weight(ctx.base, x.dtype)).addmm_(grad_xa, a)
-        return grad_x, None, None, None, grad_a, *grad_b
+    def backward(ctx, grad):
+        grad_x, grad_a, grad_b = linear_backward(ctx, grad)
+        return grad_x, None, None, None, None, grad_a, *grad_b
 
 
-class _LoraLinearFused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, *_masters: Tensor) -> Tensor:
-        out, xa = fused_forward(x, base, factors, bias)
-        ctx.base = base
-        ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
-        return out
+def linear_forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, fused: bool) -> Tensor:
+    """y [T, N] of x [T, K]; `ctx` keeps what `linear_backward` needs."""
+    out, xa = (fused_forward if fused else twin_forward)(x, base, factors, bias)
+    ctx.base, ctx.fused = base, fused
+    ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
+    return out
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, xa, scale, a, *b = ctx.saved_tensors
-        grad_x, grad_a, grad_b = fused_backward(grad, x, xa, ctx.base, a, b, scale, ctx.needs_input_grad[0])
-        return grad_x, None, None, None, grad_a, *grad_b
+
+def linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    """dx [T, K] where x needs it, dA [P * r, K] and the dB_j [N_j, r] in float32, of grad [T, N]."""
+    x, xa, scale, a, *b = ctx.saved_tensors
+    backward = fused_backward if ctx.fused else twin_backward
+    return backward(grad, x, xa, ctx.base, a, b, scale, ctx.needs_input_grad[0])
+
+
+def twin_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y [T, N] and x A^T [T, P * r] of x [T, K], in separate products."""
+    out = torch.nn.functional.linear(x, dense_weight(base, x.dtype), bias)
+    xa = x @ factors.a_mirror.t()
+    for out_part, xa_part, b in parts_of(out, _scaled(xa, factors.scale), factors.b_mirror):
+        out_part.addmm_(xa_part, b.t())
+    return out, xa
+
+
+def twin_backward(
+    grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
+) -> tuple[Tensor | None, Tensor, list[Tensor]]:
+    grad_xa = _scaled(joined_low_rank(grad, b), scale)  # [T, P * r]
+    grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, _scaled(xa, scale), b)]
+    grad_x = torch.mm(grad, dense_weight(base, x.dtype)).addmm_(grad_xa, a) if needs_x else None
+    return grad_x, product_float32(grad_xa.t(), x), grad_b
 
 
 def fused_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def fused_backward(
         grad_x = torch.empty_like(x)
         add_low_rank(extended[:, : x.shape[1]], grad_xa, a, scale, None, grad_x)
     else:
-        grad_x, grad_xa = None, torch.cat([part @ b_part for part, b_part in zip(column_parts(grad, b), b, strict=True)], dim=1)
+        grad_x, grad_xa = None, joined_low_rank(grad, b)
     grad_a = product_float32(grad_xa.t(), x).mul_(scale)
     grad_b = [product_float32(part.t(), xa_part).mul_(scale) for part, xa_part, _ in parts_of(grad, xa, b)]
     return grad_x, grad_a, grad_b
@@ -158,6 +160,12 @@ def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], num_in
     return out
 
 
+def joined_low_rank(grad: Tensor, b: Sequence[Tensor]) -> Tensor:
+    """[dy_1 B_1 | dy_2 B_2 ...], [T, P * r]."""
+    products = [part @ b_part for part, b_part in zip(column_parts(grad, b), b, strict=True)]
+    return products[0] if len(b) == 1 else torch.cat(products, dim=1)
+
+
 def dense_weight(base: Tensor | NF4, dtype: torch.dtype) -> Tensor:
     """The base weight [N, K] as a tensor to multiply by."""
     return nf4_dequantize(base, dtype) if isinstance(base, NF4) else base
@@ -185,7 +193,7 @@ def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tup
 
 
 def _scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
-    return low_rank.mul_(scale) if low_rank.dtype == torch.float32 else (low_rank * scale).to(low_rank.dtype)
+    return (low_rank * scale).to(low_rank.dtype)
 
 
 def _padded(count: int) -> int:

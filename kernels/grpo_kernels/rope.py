@@ -43,9 +43,7 @@ def rope(
     return _rope_op(q, cos, sin, q_norm, eps, offset), _rope_op(k, cos, sin, k_norm, eps, offset)
 
 
-def _check(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(f"q is {list(q.shape)} and k {list(k.shape)}; give [N, Hq, E] and [N, Hk, E].")
     N, _, E = q.shape

@@ -115,7 +115,16 @@ def _gated_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = _as_rows(gate), _as_rows(up)
     if gate.numel() > 0:
         _forward_kernel[_grid(gate)](
-            gate, up, product, I, gate.stride(0), up.stride(0), I, ACTIVATION=activation, BLOCK=BLOCK, num_warps=NUM_WARPS
+            gate,
+            up,
+            product,
+            I,
+            gate.stride(0),
+            up.stride(0),
+            I,
+            ACTIVATION=activation,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
         )
     return product
 

@@ -62,9 +62,7 @@ def test_entropy_gradient(impl, dtype, device, relative_error, softcap):
     a_loss(true_logprobs, true_entropy, 0.1).backward()
 
     hidden.requires_grad_()
-    logprobs, entropy = linear_logprob(
-        hidden, weight, targets, 0.8, softcap, impl=impl, differentiable_entropy=True
-    )
+    logprobs, entropy = linear_logprob(hidden, weight, targets, 0.8, softcap, impl=impl, differentiable_entropy=True)
     a_loss(logprobs, entropy, 0.1).backward()
     assert relative_error(hidden.grad, true_hidden.grad) < TOLERANCE[dtype]
 

@@ -58,7 +58,11 @@ def test_fused_addition(impl, dtype, device, relative_error, shape):
 
 def test_only_one_result_is_used(impl, device, relative_error):
     x = torch.randn(4, 96, device=device, requires_grad=True)
-    residual, weight, grad = torch.randn(4, 96, device=device), torch.randn(96, device=device), torch.randn(4, 96, device=device)
+    residual, weight, grad = (
+        torch.randn(4, 96, device=device),
+        torch.randn(96, device=device),
+        torch.randn(4, 96, device=device),
+    )
     _, total = add_rms_norm(x, residual, weight, EPS, impl=impl)
     total.backward(grad)
     assert torch.equal(x.grad, grad)

@@ -39,9 +39,7 @@ def test_rotation_and_gradients(impl, dtype, device, relative_error, N, E, rotat
     grad_q, grad_k = torch.randn_like(q), torch.randn_like(k)
     torch.autograd.backward([true_q, true_k], [grad_q.double(), grad_k.double()])
 
-    rotated_q, rotated_k = rope(
-        q, k, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=EPS, offset=offset, impl=impl
-    )
+    rotated_q, rotated_k = rope(q, k, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=EPS, offset=offset, impl=impl)
     torch.autograd.backward([rotated_q, rotated_k], [grad_q, grad_k])
     assert rotated_q.dtype == rotated_k.dtype == dtype
     assert relative_error(rotated_q, true_q) < TOLERANCE[dtype]
@@ -83,7 +81,11 @@ def test_no_tokens(impl, device):
 
 
 def test_bad_arguments_are_named(device):
-    q, k, table = torch.zeros(3, 4, 16, device=device), torch.zeros(3, 2, 16, device=device), torch.zeros(3, 8, device=device)
+    q, k, table = (
+        torch.zeros(3, 4, 16, device=device),
+        torch.zeros(3, 2, 16, device=device),
+        torch.zeros(3, 8, device=device),
+    )
     with pytest.raises(ValueError, match=r"k \[3, 2, 8\]"):
         rope(q, k[..., :8], table, table)
     with pytest.raises(ValueError, match=r"cos is \[3, 16\]"):

@@ -80,9 +80,7 @@ def test_names(impl, device):
     gate, up = torch.randn(2, 3, 40, device=device).unbind(0)
     torch.testing.assert_close(swiglu(gate, up, impl=impl), gated(gate, up, "silu", impl=impl))
     torch.testing.assert_close(geglu(gate, up, impl=impl), gated(gate, up, "gelu_tanh", impl=impl))
-    torch.testing.assert_close(
-        geglu(gate, up, approximate="none", impl=impl), gated(gate, up, "gelu", impl=impl)
-    )
+    torch.testing.assert_close(geglu(gate, up, approximate="none", impl=impl), gated(gate, up, "gelu", impl=impl))
 
 
 def test_bad_arguments_are_named(device):

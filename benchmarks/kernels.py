@@ -1,0 +1,122 @@
+"""Every kernel against its floor and its rivals on one GPU: prints a table, writes results/kernels-<gpu>.json.
+Knows nothing of any kernel: the cases are listed by the files kernel_cases_*.py beside it.
+
+    python benchmarks/kernels.py                       ours only
+    python benchmarks/kernels.py --peers               and every rival that is installed
+    python benchmarks/kernels.py --only linear_logprob cases whose operation contains the word
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from contest import Case, Contest, Run, copy_bandwidth, matmul_rate, milliseconds, peak_gib
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    files = sorted(Path(__file__).parent.glob("kernel_cases_*.py"))
+    cases = [case for file in files for case in importlib.import_module(file.stem).CASES]
+    cases = [case for case in cases if arguments.only in case.operation]
+    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": date.today().isoformat(),
+        "copy_tb_per_s": round(bandwidth / 1e12, 2),
+        "matmul_tflop_per_s": round(rate / 1e12),
+        "command": "python benchmarks/kernels.py" + (" --peers" if arguments.peers else ""),
+    }
+    print(json.dumps(machine))
+    print_row("operation", "shape", "entry", "ms", "floor", "ratio", "GiB", "errors, or why it was skipped")
+    rows = [row for case in cases for row in run_case(case, bandwidth, arguments.peers)]
+    write(machine, rows, arguments.only)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="time installed rivals too")
+    parser.add_argument("--only", default="", help="run the cases whose operation contains this")
+    return parser.parse_args()
+
+
+def run_case(case: Case, bandwidth: float, with_peers: bool) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    contest = case.prepare()
+    builders: dict[str, Callable[[], Run]] = {entry: lambda run=run: run for entry, run in contest.entries.items()}
+    if with_peers:
+        builders |= contest.peers
+    rows = []
+    for entry, build in builders.items():
+        row = {"operation": case.operation, "shape": case.shape, "entry": entry, "target": case.target}
+        try:
+            row |= measure(contest, build(), bandwidth) | {"skipped": ""}
+        except ImportError as missing:
+            row["skipped"] = f"not installed: {missing.name}"
+        except torch.OutOfMemoryError:
+            row["skipped"] = "out of memory"
+        rows.append(row)
+        errors = " ".join(f"{name} {error:.1e}" for name, error in row.get("errors", {}).items())
+        numbers = [row.get(key) for key in ("ms", "floor_ms", "ratio", "peak_gib")]
+        print_row(case.operation, case.shape, entry, *numbers, row["skipped"] or errors)
+    del contest, builders
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rows
+
+
+def measure(contest: Contest, run: Run, bandwidth: float) -> dict[str, Any]:
+    """A run's time, its floor, its memory and its errors. A floor that is a run is timed before and after, because a GPU's
+    clock falls as it warms."""
+    errors = {} if contest.errors is None else contest.errors(run())
+    floor_before = floor_ms(contest, bandwidth)
+    ms = milliseconds(run)
+    floor = (floor_before + floor_ms(contest, bandwidth)) / 2
+    return {
+        "ms": round(ms, 4),
+        "floor_ms": round(floor, 4),
+        "floor": contest.floor_note,
+        "ratio": round(ms / floor, 3),
+        "peak_gib": round(peak_gib(run), 3),
+        "errors": errors,
+    }
+
+
+def floor_ms(contest: Contest, bandwidth: float) -> float:
+    """The slower of the two floors: bytes over the copy bandwidth measured in this process, and the floor's own run."""
+    floor = contest.floor_bytes / bandwidth * 1e3
+    return floor if contest.floor_run is None else max(floor, milliseconds(contest.floor_run))
+
+
+def print_row(*cells: Any) -> None:
+    widths = (34, 28, 34, 9, 9, 7, 7)
+    fixed = "".join(f"{'' if cell is None else cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False))
+    print(fixed + str(cells[-1]), flush=True)
+
+
+def write(machine: dict[str, Any], rows: list[dict[str, Any]], only: str) -> None:
+    """Cases that were not run keep what an earlier run of the same GPU wrote."""
+    path = RESULTS / f"kernels-{machine['gpu'].replace(' ', '-').lower()}.json"
+    kept = []
+    if only and path.exists():
+        ran = {(row["operation"], row["shape"]) for row in rows}
+        kept = [row for row in json.loads(path.read_text())["rows"] if (row["operation"], row["shape"]) not in ran]
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "rows": kept + rows}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The gated MLP against plain autograd in float64, for SwiGLU and both forms of GeGLU."""
+
+import pytest
+import torch
+from lora_reference import leaves, plain, random_base, random_factors, reference_linear
+
+from grpo_kernels.mlp import lora_mlp
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda gate: torch.nn.functional.gelu(gate, approximate="tanh"),
+}
+
+
+def projections(width, inner, rank, dtype, device, kind):
+    """Base and factors of gate_up, base and factors of down."""
+    return (
+        random_base(2 * inner, width, dtype, device, kind), random_factors([inner, inner], width, rank, dtype, device),
+        random_base(width, inner, dtype, device, kind), random_factors([width], inner, rank, dtype, device, scale=1.5),
+    )  # fmt: skip
+
+
+def expected(x, gate_up, gate_up_factors, down, down_factors, activation, grad, compute):
+    """Output and the gradients of x, A and B of gate and up, A and B of down, by plain autograd in `compute`."""
+    weights = plain(gate_up, x.dtype, compute), plain(down, x.dtype, compute)
+    x = x.detach().to(compute).requires_grad_()
+    a, *b = leaves(gate_up_factors, compute)
+    a_down, b_down = leaves(down_factors, compute)
+    gate, up = reference_linear(x, weights[0], a, b, gate_up_factors.scale).chunk(2, dim=-1)
+    out = reference_linear(ACTIVATIONS[activation](gate) * up, weights[1], a_down, [b_down], down_factors.scale)
+    return [out, *torch.autograd.grad(out, [x, a, *b, a_down, b_down], grad.to(compute))]
+
+
+def check(num_rows, width, inner, rank, kind, activation, dtype, device, impl, relative_error):
+    gate_up, gate_up_factors, down, down_factors = projections(width, inner, rank, dtype, device, kind)
+    x = torch.randn(num_rows, width, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(num_rows, width, device=device).to(dtype)
+    out = lora_mlp(x, gate_up, gate_up_factors, down, down_factors, activation, impl=impl)
+    masters = [gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b]
+    got = [out, *torch.autograd.grad(out, [x, *masters], grad)]
+    assert all(gradient.dtype == torch.float32 for gradient in got[2:])
+    truth, own = (
+        expected(x, gate_up, gate_up_factors, down, down_factors, activation, grad, compute) for compute in (torch.float64, dtype)
+    )
+    for ours, true, torchs in zip(got, truth, own, strict=True):
+        # Half a unit in the last place on top: with one row or rank 1 there is no sum that would average roundings.
+        assert relative_error(ours, true) <= 1.3 * relative_error(torchs, true) + max(1e-6, torch.finfo(dtype).eps / 2)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("kind", ["dense", "nf4 double"])
+def test_agrees_with_float64(kind, activation, dtype, device, impl, relative_error):
+    check(37, 64, 192, 4, kind, activation, dtype, device, impl, relative_error)
+
+
+@pytest.mark.parametrize(("num_rows", "width", "inner", "rank"), [(1, 64, 64, 2), (9, 252, 123, 20), (150, 64, 128, 32)])
+def test_odd_sizes(num_rows, width, inner, rank, dtype, device, impl, relative_error):
+    check(num_rows, width, inner, rank, "nf4", "silu", dtype, device, impl, relative_error)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["dense", "nf4 double"])
+def test_a_training_size_in_bfloat16(kind, relative_error):
+    check(1100, 1024, 3072, 32, kind, "silu", torch.bfloat16, torch.device("cuda"), "auto", relative_error)
+
+
+def test_no_rows(device, impl):
+    gate_up, gate_up_factors, down, down_factors = projections(64, 128, 4, torch.float32, device, "nf4")
+    x = torch.randn(0, 64, device=device, requires_grad=True)
+    out = lora_mlp(x, gate_up, gate_up_factors, down, down_factors, impl=impl)
+    out.sum().backward()
+    assert out.shape == (0, 64) and x.grad.shape == (0, 64)
+    for factors in (gate_up_factors, down_factors):
+        assert all((master.grad == 0).all() for master in (factors.a, *factors.b))
+
+
+def test_fused_backward_runs_once(device):
+    gate_up, gate_up_factors, down, down_factors = projections(64, 64, 4, torch.float32, device, "nf4")
+    out = lora_mlp(torch.randn(3, 64, device=device), gate_up, gate_up_factors, down, down_factors, impl="triton").sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs once"):
+        out.backward()
+
+
+def test_fused_keeps_one_tensor_of_the_inner_width(device):
+    gate_up, gate_up_factors, down, down_factors = projections(64, 512, 4, torch.float32, device, "nf4")
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
+        lora_mlp(torch.randn(11, 64, device=device), gate_up, gate_up_factors, down, down_factors, impl="triton")
+    rows = {tensor.data_ptr(): tensor.numel() for tensor in held if tensor.shape[0] == 11}
+    assert sorted(rows.values()) == [11 * 4, 11 * 64, 11 * (2 * 512 + 16)]
+
+
+def test_unknown_activation_is_named(device):
+    with pytest.raises(ValueError, match="'relu'"):
+        lora_mlp(torch.randn(3, 64, device=device), *projections(64, 64, 4, torch.float32, device, "dense"), "relu")

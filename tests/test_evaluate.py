@@ -1,0 +1,61 @@
+"""Held-out scores against brute force and scipy's intervals."""
+
+import itertools
+import statistics
+
+import pytest
+
+from grpo.evaluate import comparison, interval, majority_at_k, pass_at_k
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 4), (7, 3, 7)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, c, k):
+    samples = [True] * c + [False] * (n - c)
+    share = statistics.mean(any(subset) for subset in itertools.combinations(samples, k))
+    assert pass_at_k(n, c, k) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("votes", "k", "expected"),
+    [
+        (["4", "4", "5"], 3, 1.0),
+        (["5", "5", "4"], 3, 0.0),
+        (["4", "5", "6"], 3, 1 / 3),  # a tie of three, one of them right
+        (["4", None, None], 3, 1.0),  # no answer is no vote
+        ([None, None, None], 3, 0.0),
+        (["4", "5", "4", "4"], 2, 0.75),  # two runs of two: a tie, then right
+        (["4", "5", "5"], 1, 1 / 3),
+    ],
+)
+def test_majority_at_k(votes, k, expected):
+    assert majority_at_k(votes, [vote == "4" for vote in votes], k) == pytest.approx(expected)
+
+
+def test_interval_of_single_samples_is_wilsons():
+    """Seven of twenty: the interval is the textbook's (Wilson 1927), computed here from its quadratic."""
+    mean, low, high = interval([1.0] * 7 + [0.0] * 13)
+    p, n, z2 = 7 / 20, 19, 1.959964**2  # the sample variance divides by n - 1, so 19 trials count
+    for bound in (low, high):
+        assert (p - bound) ** 2 == pytest.approx(z2 * bound * (1 - bound) / n, rel=1e-4)
+    assert low < mean == p < high
+
+
+@pytest.mark.parametrize(("value", "low", "high"), [(0.0, 0.0, 0.1611), (1.0, 0.8389, 1.0)])
+def test_interval_of_unanimous_prompts_is_not_a_point(value, low, high):
+    assert interval([value] * 20) == pytest.approx((value, low, high), abs=1e-4)
+
+
+def test_interval_narrows_with_prompts_and_covers_the_mean():
+    few, many = interval([0.25, 0.75] * 10), interval([0.25, 0.75] * 1000)
+    assert few[1] < many[1] < 0.5 < many[2] < few[2]
+    # Far from the edges the interval is the normal one of the prompts' means.
+    error = statistics.stdev([0.25, 0.75] * 1000) / 2000**0.5
+    assert many[2] - many[1] == pytest.approx(2 * 1.96 * error, rel=1e-2)
+
+
+def test_comparison_says_whether_intervals_are_apart():
+    def scores(mean, low, high):
+        return {"eval/pass@1": mean, "eval/pass@1/low": low, "eval/pass@1/high": high}
+
+    assert "+25.0 points; the 95% intervals are apart" in comparison(scores(0.3, 0.2, 0.4), scores(0.55, 0.45, 0.65))
+    assert "+5.0 points; the 95% intervals overlap" in comparison(scores(0.3, 0.2, 0.4), scores(0.35, 0.25, 0.45))

@@ -1,0 +1,284 @@
+"""What a run writes down can be read back, cut back and gone on with; what it prints is aligned."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.cells import cell_len
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grpo.errors import UserError
+from grpo.record import Console, Recorder, draw_curves
+from grpo.record.console import columns_for, columns_that_fit
+from grpo.record.curves import _running_mean
+from grpo.record.jsonl import JsonLines, finite, read_lines
+from grpo.types import Completion, Group, Prompt
+
+NAMES = ["correctness", "integer", "strict_xml", "soft_xml", "xml_count"]
+
+
+def metrics_of(step):
+    return {
+        "reward/mean": 0.1 + step / 3,
+        "reward/std": 0.5,
+        **{f"reward/{name}": step / 7 for name in NAMES},
+        "completion/length": 100.0 + step,
+        "completion/truncated": 0.25,
+        "groups/zero_variance": 0.125,
+        "policy/entropy": 1.0 / (1 + step),
+        "policy/loss": -1e-3,
+        "mismatch/kl": 2e-5 * (step + 1),
+        "optim/grad_norm": math.inf if step == 2 else 0.5,
+        "optim/learning_rate": 1e-5,
+        "speed/tokens_per_second": 12345.6,
+        "memory/peak_gib": 12.34,
+    }
+
+
+def scores_of(step):
+    return {"eval/pass@1": 0.3 + step / 100, "eval/pass@1/low": 0.25, "eval/pass@1/high": 0.35, "eval/pass@4": 0.5}
+
+
+def group_of(step, text="<answer>\n5\n</answer>"):
+    completions = [Completion([1, 2, 3], [-0.1] * 3, text, "stop", step), Completion([1], [-0.1], "5", "length", step)]
+    return Group(
+        Prompt(7, "What is 2 + 3?", [1], {}),
+        completions,
+        parts={"correctness": torch.tensor([2.0, math.nan])},
+        rewards=torch.tensor([2.0, 0.0]),
+        advantages=torch.tensor([0.1, -0.1]),
+    )
+
+
+def record_steps(recorder, start, stop, evaluate_every=3):
+    for step in range(start, stop):
+        if step % evaluate_every == 0:
+            recorder.evaluation(step, scores_of(step))
+        recorder.completions(step, [group_of(step)])
+        recorder.step(step, metrics_of(step))
+
+
+def scalars(folder, name):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_a_run_is_written_down_everywhere(tmp_path, capsys):
+    with Recorder(tmp_path, 4, 0, "toy", NAMES) as recorder:
+        recorder.message("hello")
+        record_steps(recorder, 0, 4)
+    lines = list(read_lines(tmp_path / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 3]
+    assert lines[0] == {"step": 0, **scores_of(0)}
+    assert lines[2] == {"step": 1, **metrics_of(1)}
+    assert lines[3] == {"step": 2, **metrics_of(2), "optim/grad_norm": None}
+
+    completions = list(read_lines(tmp_path / "completions.jsonl"))
+    assert len(completions) == 8
+    assert completions[3] == {
+        "step": 1,
+        "prompt": 7,
+        "text": "5",
+        "finish": "length",
+        "tokens": 1,
+        "parts": {"correctness": None},
+        "reward": 0.0,
+        "advantage": torch.tensor(-0.1).item(),
+        "policy_version": 1,
+    }
+    assert scalars(tmp_path, "eval/pass@1") == [(0, pytest.approx(0.3)), (3, pytest.approx(0.33))]
+    assert [step for step, _ in scalars(tmp_path, "reward/mean")] == [0, 1, 2, 3]
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width >= 1200
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("metrics.jsonl", "completions.jsonl", "tensorboard", "curves.png"),
+    }
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\r" not in said
+    assert said.startswith("hello\n")
+    assert "held-out after 3 steps:  pass@1 33.0% (95%: 25.0 to 35.0)   pass@4 50.0%" in said
+
+
+@pytest.mark.parametrize("evaluate_before_saving", [True, False])
+def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, evaluate_before_saving):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole.mkdir()
+    resumed.mkdir()
+    with Recorder(whole, 6, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 6)
+
+    with Recorder(resumed, 6, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 3)
+        if evaluate_before_saving:
+            recorder.evaluation(3, scores_of(3))
+        position = recorder.position()
+        # What the checkpoint does not know of: it must be gone after the resume.
+        recorder.step(3, {"reward/mean": -1.0})
+        recorder.completions(3, [group_of(99)])
+    with (resumed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "reward/me')  # killed while writing
+    with Recorder(resumed, 6, 3, "toy", NAMES, position) as recorder:
+        if not evaluate_before_saving:
+            recorder.evaluation(3, scores_of(3))
+        for step in range(3, 6):
+            recorder.completions(step, [group_of(step)])
+            recorder.step(step, metrics_of(step))
+
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("reward/mean", "eval/pass@1"):
+        assert scalars(resumed, name) == scalars(whole, name)
+
+
+def test_a_resumed_run_goes_on_showing_the_last_held_out_score(tmp_path, capsys):
+    with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:
+        recorder.evaluation(0, {"eval/pass@1": 0.123})
+        position = recorder.position()
+    capsys.readouterr()
+    with Recorder(tmp_path, 9, 5, "toy", NAMES, position) as recorder:
+        recorder.step(5, metrics_of(5))
+    header, _, line = capsys.readouterr().out.splitlines()
+    assert header.split()[0] == "mean"
+    assert line.startswith(" 6/9")
+    assert "12.3%" in line
+
+
+def test_a_run_never_overwrites_another(tmp_path):
+    with Recorder(tmp_path, 2, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl exists already.*--resume"):
+        Recorder(tmp_path, 2, 0, "toy", NAMES)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_an_error_and_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n')
+    with pytest.raises(UserError, match=r"has 12 bytes, but .* it had 13"):
+        JsonLines(path, 13)
+    with pytest.raises(UserError, match="has 0 bytes"):
+        JsonLines(tmp_path / "gone.jsonl", 1)
+    assert path.read_bytes() == b'{"step": 0}\n'
+
+
+def test_a_position_counts_bytes_of_whole_lines(tmp_path):
+    file = JsonLines(tmp_path / "a.jsonl", None)
+    assert file.position() == 0
+    file.write([{"text": "é \ud800 \x1b\n"}, {"text": ""}])
+    assert file.position() == (tmp_path / "a.jsonl").stat().st_size
+    position = file.position()
+    file.write([{"text": "later"}])
+    file.close()
+    assert [line["text"] for line in read_lines(tmp_path / "a.jsonl")] == ["é \ud800 \x1b\n", "", "later"]
+    JsonLines(tmp_path / "a.jsonl", position).close()
+    assert [line["text"] for line in read_lines(tmp_path / "a.jsonl")] == ["é \ud800 \x1b\n", ""]
+
+
+def test_json_gets_null_for_what_it_cannot_say():
+    values = finite({"b": math.nan, "a": 1, "c": -math.inf, "d": 0.1})
+    assert json.dumps(values, allow_nan=False) == '{"b": null, "a": 1, "c": null, "d": 0.1}'
+
+
+@pytest.mark.parametrize("width", [200, 150, 120, 80, 60, 40])
+def test_the_step_lines_are_aligned_and_fit_the_width(monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = io.StringIO()
+    console = Console(1000, 0, "toy", NAMES, file=out)
+    for step in (0, 1, 2, 9, 999):
+        console.step(step, metrics_of(step) | scores_of(step % 9))
+    console.step(10, {"reward/mean": 1.0})
+    console.close()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2 + 6
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert len(lines[0]) <= min(width, 150)
+    # Under each title's last letter stands each number's last digit.
+    ends = [at for at in range(len(lines[1])) if lines[1][at] != " " and lines[1][at + 1 : at + 2] in ("", " ")]
+    for line in lines[2:]:
+        for at in ends:
+            assert line[at] != " " and line[at + 1 : at + 2] in ("", " ")
+    assert lines[2].split()[:2] == ["1/1000", "0.100"]
+    assert lines[-1].split()[:2] == ["11/1000", "1.000"]
+    assert set(lines[-1].split()[2:]) <= {"-"}
+
+
+def test_a_narrow_line_keeps_what_matters_most():
+    columns = columns_for(NAMES)
+    assert columns_that_fit(columns, 7, 10_000) == columns
+    assert columns_that_fit(columns, 7, 5) == []
+    few = [column.metric for column in columns_that_fit(columns, 7, 36)]
+    assert few == ["reward/mean", "eval/pass@1", "completion/length"]
+
+
+def test_the_header_comes_back_now_and_then():
+    out = io.StringIO()
+    console = Console(100, 0, "toy", NAMES, file=out)
+    for step in range(41):
+        console.step(step, metrics_of(step))
+    console.close()
+    lines = out.getvalue().splitlines()
+    assert [at for at, line in enumerate(lines) if line.startswith("   step")] == [1, 23, 45]
+
+
+def test_a_sample_shows_text_as_it_is_without_control_codes():
+    out = io.StringIO()
+    console = Console(100, 0, "toy", NAMES, file=out)
+    console.sample(4, group_of(4, text="[bold]5[/bold] :smile: \x1b[31m\x07 \\ é 你好\n" + "y" * 500))
+    console.close()
+    shown = out.getvalue()
+    assert "\x1b" not in shown and "\x07" not in shown
+    for piece in ("step 5, row 7", "What is 2 + 3?", "[bold]5[/bold] :smile: [31m \\ é 你好", "correctness 2"):
+        assert piece in shown
+    assert "[3 tokens, stopped by itself]" in shown
+    assert "reward 2.000   advantage +0.100" in shown
+    assert shown.count("y") == 500 + 1  # and that of "by itself"
+    assert len({cell_len(line) for line in shown.splitlines()}) == 1
+
+
+def test_a_log_file_that_holds_ascii_only_stops_no_run():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(100, 0, "toy", NAMES, file=out)
+    console.sample(0, group_of(0, text="é 你"))
+    console.close()
+    out.flush()
+    assert b"? ?" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [{"step": 0, "eval/pass@1": 0.5}],
+        [{"step": 0, "reward/mean": None, "reward/a": 1.0, "policy/entropy": None, "mismatch/kl": -1e-5}],
+        [{"step": step, "reward/mean": step, **{f"reward/{part}": 1 for part in range(12)}} for step in range(50)],
+    ],
+)
+def test_curves_are_drawn_of_whatever_there_is(tmp_path, lines):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "re')
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        picture.load()
+        assert len(set(picture.convert("L").getdata())) > 10
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(("length", "reach"), [(1, 0), (1, 3), (2, 5), (9, 0), (9, 1), (10, 4), (7, 20)])
+def test_the_running_mean_is_that_of_the_neighbours_known(length, reach):
+    values = np.arange(length, dtype=np.float64) ** 2
+    values[::4] = np.nan
+    expected = [
+        np.mean([each for each in values[max(0, at - reach) : at + reach + 1] if not np.isnan(each)] or [np.nan])
+        for at in range(length)
+    ]
+    np.testing.assert_allclose(_running_mean(values, reach), expected)

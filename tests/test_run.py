@@ -1,0 +1,385 @@
+"""The program as its user meets it: command line, run folder, resume, bad input."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo.checkpoint import list_checkpoints
+from grpo.run import main, resolve
+
+TASK = '''
+import random
+from grpo import Config, Task
+
+def rows(split, data):
+    numbers = range(8) if split == "train" else range(8, 14)
+    return [{{"question": f"Sara has {{n}} apples and buys {{n + 2}}.", "answer": str(2 * n + 2)}} for n in numbers]
+
+def prompt(row):
+    return [{{"role": "user", "content": row["question"]}}]
+
+def letters(completion):
+    """Something that varies from sample to sample; it draws from the global generator, which a resume must restore."""
+    return len(set(completion)) / 10 + random.random() / 100
+
+def says(completion, answer):
+    return float(answer in completion)
+
+{extra}
+
+task = Task(
+    name="toy",
+    rows=rows,
+    prompt=prompt,
+    rewards={rewards},
+    gold="The answer is {{answer}}.",
+    solved=("says", 1.0),
+    data="embedded",
+    config=Config(model="org/does-not-exist"),
+    embedded=dict(model="embedded", base="float32"),
+)
+'''
+
+SMALL = """--prompts-per-step 2 --group-size 4 --max-completion-tokens 7 --eval-prompts 4 --eval-samples 2 --eval-k 2
+--eval-every 4 --save-every 3 --learning-rate 1e-3 --lora-rank 4 --no-mask-truncated""".split()
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    def write(rewards="{letters: 1.0, says: 1.0}", extra="", text=TASK):
+        path = tmp_path / "toy.py"
+        path.write_text(text.format(rewards=rewards, extra=extra))
+        return str(path)
+
+    return write
+
+
+def metrics_of(folder):
+    """metrics.jsonl without what may differ between equal runs."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time/", "speed/", "memory/")
+    return [{k: v for k, v in line.items() if not k.startswith(timing)} for line in lines]
+
+
+def run_toy(task_file, folder, *flags):
+    assert main([task_file(), *SMALL, "--run-dir", str(folder), *flags]) == 0
+
+
+def test_a_run_leaves_everything_it_promises(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "7", "--keep", "1", "--seed", "3")
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["config"]["seed"] == 3
+    assert saved["origins"]["seed"] == "flag"
+    assert saved["origins"]["model"] == "embedded"
+    assert saved["origins"]["temperature"] == "default"
+    steps = [line for line in metrics_of(folder) if "reward/mean" in line]
+    assert [line["step"] for line in steps] == list(range(7))
+    evaluations = [line["step"] for line in metrics_of(folder) if "eval/pass@1" in line]
+    assert evaluations == [0, 4, 7]
+    completions = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 7 * 2 * 4
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events*"))
+    names = {path.name for path in list_checkpoints(folder)}
+    assert "step-000007" in names
+    assert len(names) <= 2  # the last and, if it is another, the best
+    out = capsys.readouterr().out
+    assert "EMBEDDED DEFAULT" in out
+    assert "a CUDA GPU" in out or torch.cuda.is_available()
+    assert re.search(r"held-out pass@1: .* before, .* after", out.replace("\n", " "))
+
+
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(task_file, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        random.seed(0)  # what the toy's reward draws from
+        run_toy(task_file, tmp_path / name, "--steps", "3", "--seed", seed)
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b") != metrics_of(tmp_path / "c")
+
+
+def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
+    """20 steps in one go, and 20 steps with a kill -9 somewhere in the middle: bit for bit the same."""
+    argv = [task_file(), *SMALL, "--steps", "20", "--eval-every", "8"]
+    random.seed(7)  # what the toy's reward draws from
+    assert main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
+
+    killed_argv = [*argv, "--run-dir", str(tmp_path / "killed")]
+    code = f"import random, sys; random.seed(7); from grpo.run import main; sys.exit(main({killed_argv!r}))"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    last_seen = random.Random().randint(5, 15)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if re.match(rf"\s*{last_seen}/20\b", line):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert len(metrics_of(tmp_path / "killed")) < len(metrics_of(tmp_path / "whole"))
+    assert main(["--resume", str(tmp_path / "killed")]) == 0
+
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("killed", "whole")]
+    assert completions[0] == completions[1]
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        killed, whole = (load_file(tmp_path / run / "checkpoints" / "step-000020" / name) for run in ("killed", "whole"))
+        assert killed.keys() == whole.keys()
+        assert all(torch.equal(killed[key], whole[key]) for key in whole)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(task_file, tmp_path):
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "grpo.run", task_file(), *SMALL, "--steps", "5000", "--run-dir", str(folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        lines = iter(process.stdout)
+        next(line for line in lines if re.match(r"\s*4/5000\b", line))
+        process.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+    assert process.returncode == 130
+    assert f"--resume {folder}" in rest
+    done = len([line for line in metrics_of(folder) if "reward/mean" in line])
+    assert list_checkpoints(folder)[-1].name == f"step-{done:06d}"
+
+
+def test_eval_scores_a_run_and_a_model(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "3")
+    capsys.readouterr()
+    assert main(["--eval", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "step-" in out
+    assert "95% interval" in out
+    assert main([task_file(), "--eval", "embedded", "--eval-prompts", "4", "--max-completion-tokens", "7"]) == 0
+    assert "pass@1" in capsys.readouterr().out
+
+
+def test_check_tries_every_row_and_trains_nothing(task_file, tmp_path, capsys):
+    assert main([task_file(), "--check", "--run-dir", str(tmp_path / "run")]) == 0
+    assert "8 training and 6 held-out rows" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_dynamic_sampling_fills_the_step_or_gives_up(task_file, tmp_path):
+    sometimes = "def says(completion, answer):\n    return float(len(completion) % 2)"
+    path = task_file(rewards="{says: 1.0}", extra=sometimes)
+    flags = ["--steps", "3", "--dynamic-sampling", "--max-refills", "6"]
+    argv = [path, *SMALL, "--run-dir", str(tmp_path / "filled"), *flags]
+    gold_is_odd = TASK.replace('gold="The answer is {{answer}}."', 'gold="x"')
+    Path(path).write_text(gold_is_odd.format(rewards="{says: 1.0}", extra=sometimes))
+    assert main(argv) == 0
+    steps = [line for line in metrics_of(tmp_path / "filled") if "reward/mean" in line]
+    assert all(line["groups/trained"] == 2 for line in steps)
+
+    never = "def says(completion, answer):\n    return 1.0"
+    Path(path).write_text(gold_is_odd.format(rewards="{says: 1.0}", extra=never))
+    assert main([path, *SMALL, "--run-dir", str(tmp_path / "never"), *flags]) == 0
+    steps = [line for line in metrics_of(tmp_path / "never") if "reward/mean" in line]
+    assert all(line["groups/trained"] == 0 and line["optim/grad_norm"] == 0 for line in steps)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--mini-batches 2 --epochs 2 --objective gspo --kl-coef 0.1",
+        "--advantage gdpo --normalization dr_grpo --correction sequence_mask --entropy-coef 0.01",
+        "--advantage rloo --objective cispo --top-entropy 0.2 --off-policy-mask 0.5 --schedule cosine --warmup-steps 1",
+        "--base nf4 --recompute layer --dual-clip 3 --advantage lite_ppo --normalization grpo",
+    ],
+)
+def test_the_choices_go_together(flags, task_file, tmp_path):
+    run_toy(task_file, tmp_path / "run", "--steps", "2", *flags.split())
+    last = [line for line in metrics_of(tmp_path / "run") if "reward/mean" in line][-1]
+    assert last["optim/grad_norm"] > 0
+    assert last["sync/moved"] > 0
+
+
+# ---- bad input: one sentence, exit code 2, nothing lost
+
+
+def fails(argv, capsys, *words):
+    """The command ends with exit code 2 and one sentence with these words; no traceback."""
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error, error
+
+
+def test_task_file_that_is_not_there(capsys, tmp_path):
+    fails([str(tmp_path / "none.py")], capsys, "There is no task file", "none.py")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def f(:\n", ["line 1", "is not Python"]),
+        ("x = 1\n", ["must define `task = Task(...)`"]),
+        ("task = 3\n", ["must define `task = Task(...)`", "a int"]),
+        ("import nothing_of_this_name\n", ["ModuleNotFoundError", "nothing_of_this_name"]),
+    ],
+)
+def test_task_file_that_is_none(text, words, capsys, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(text)
+    fails([str(path)], capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("extra", "rewards", "words"),
+    [
+        ("def bad(completion): return 1 / 0", "{bad: 1.0, says: 1.0}", ["`bad`", "ZeroDivisionError"]),
+        ("def bad(completions): return [1.0]", "{bad: 1.0, says: 1.0}", ["`bad`", "length 1"]),
+        ("def bad(completion): return 'good'", "{bad: 1.0, says: 1.0}", ["`bad`", "'good'"]),
+        ("def bad(completion): return float('nan')", "{bad: 1.0, says: 1.0}", ["`bad`", "nan"]),
+        ("def bad(completion, anwser): return 1.0", "{bad: 1.0, says: 1.0}", ["`bad`", "anwser", "Did you mean", "answer"]),
+        ("", "{letters: 1.0}", ["`says`", "letters"]),
+        ("", "{}", ["reward"]),
+    ],
+)
+def test_reward_that_is_wrong(extra, rewards, words, task_file, capsys, tmp_path):
+    fails([task_file(rewards, extra), "--run-dir", str(tmp_path / "run")], capsys, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_reward_that_fails_in_the_middle_loses_nothing(task_file, tmp_path, capsys):
+    extra = """
+calls = 0
+def fragile(completions):
+    global calls
+    calls += 1
+    if calls > LIMIT:
+        raise RuntimeError("the judge is gone")
+    return [0.5] * len(completions)
+LIMIT = 12
+"""
+    path = task_file("{fragile: 1.0, letters: 1.0, says: 1.0}", extra)
+    folder = tmp_path / "run"
+    fails([path, *SMALL, "--steps", "40", "--run-dir", str(folder)], capsys, "`fragile`", "the judge is gone")
+    done = [line["step"] for line in metrics_of(folder) if "reward/mean" in line]
+    assert len(done) >= 3
+    assert list_checkpoints(folder)[-1].name == f"step-{len(done):06d}"
+    Path(path).write_text(Path(path).read_text().replace("LIMIT = 12", "LIMIT = 10**9"))
+    assert main(["--resume", str(folder), "--steps", str(len(done) + 2)]) == 0
+    assert [line["step"] for line in metrics_of(folder) if "reward/mean" in line] == list(range(len(done) + 2))
+
+
+def test_data_that_is_wrong(capsys, tmp_path):
+    gsm8k = "tasks/gsm8k.py"
+    fails([gsm8k, "--data", str(tmp_path / "none")], capsys, "There is no folder")
+    data = tmp_path / "data"
+    data.mkdir()
+    fails([gsm8k, "--data", str(data)], capsys, "train.jsonl")
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text("")
+    fails([gsm8k, "--data", str(data)], capsys, "is empty")
+    (data / "train.jsonl").write_text('{"query": "1 + 1?", "answer": "#### 2"}\n')
+    fails([gsm8k, "--data", str(data)], capsys, "no column 'question'")
+    (data / "train.jsonl").write_text("{not json}\n")
+    fails([gsm8k, "--data", str(data)], capsys, "line 1 is not JSON")
+    row = json.dumps({"question": "How many? " * 2000, "answer": "#### 2"})
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text(row + "\n")
+    fails([gsm8k, "--data", str(data)], capsys, "The prompt of row 0 has", "fit")
+
+
+def test_model_that_cannot_be_had(task_file, capsys):
+    fails([task_file(), "--model", "org/does-not-exist"], capsys, "org/does-not-exist", "--model embedded")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--group-size 1", ["group_size is 1", "Use 2 or more"]),
+        ("--learning-rate 0", ["learning_rate"]),
+        ("--max-completion-tokens 5000", ["Lower it"]),
+        ("--eval-k 9", ["eval_k is 9"]),
+        ("--max-context 100000", ["was built for"]),
+    ],
+)
+def test_flags_that_cannot_be(flags, words, task_file, capsys):
+    fails([task_file(), *flags.split()], capsys, *words)
+
+
+def test_a_gpu_that_is_not_there(task_file, capsys):
+    if not torch.cuda.is_available():
+        fails([task_file(), "--device", "cuda"], capsys, "sees no GPU")
+
+
+def test_a_mistyped_flag_names_the_nearest(task_file, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([task_file(), "--learning-rat", "1e-5"])
+    assert stopped.value.code == 2
+    output = capsys.readouterr()
+    assert "--learning-rate" in output.err + output.out
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert "--clip-high" in text
+    assert "leaves room for rare tokens" in text
+
+
+def test_a_run_folder_is_never_overwritten(task_file, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    fails([task_file(), *SMALL, "--run-dir", str(tmp_path / "run")], capsys, "exists already", "--resume")
+
+
+def test_checkpoints_that_are_not_ours_or_damaged(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    fails(["--resume", str(folder)], capsys, "no run folder")
+    run_toy(task_file, folder, "--steps", "4", "--save-every", "2")
+    last = list_checkpoints(folder)[-1]
+    weights = last / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    fails(["--resume", str(folder), "--steps", "6"], capsys, "damaged", "Choose another checkpoint")
+    weights.unlink()
+    fails(["--resume", str(folder), "--steps", "6"], capsys, "damaged")
+    (last / "state.json").write_text('{"format": "somebody else\'s"}')
+    fails(["--resume", str(folder), "--steps", "6"], capsys, "is not a checkpoint of this program")
+    earlier = list_checkpoints(folder)[-2]
+    assert main(["--resume", str(earlier), "--steps", "6"]) == 0
+    fails(["--resume", str(folder), "--steps", "9", "--lora-rank", "5"], capsys, "lora", "5")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
+    """A limit on file sizes is the disk that is full: the optimizer's file is the largest, the logs are small."""
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "3")
+    good = list_checkpoints(folder)[-1]
+    largest = max(path.stat().st_size for path in good.iterdir())
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "Make room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [good.name]
+    assert main(["--resume", str(folder), "--steps", "6"]) == 0
+
+
+def test_the_origin_of_every_value_is_known(task_file):
+    _, resolved = resolve([task_file(), "--clip-low", "0.1", "--seed=4"])
+    assert resolved.origins["clip_low"] == "flag"
+    assert resolved.origins["seed"] == "flag"
+    assert resolved.origins["base"] == "embedded"
+    assert resolved.config.clip_low == 0.1
+    _, explicit = resolve([task_file(), "--model", "embedded", "--base", "nf4"])
+    assert explicit.missing == []
+    assert explicit.config.base == "nf4"
