@@ -78,8 +78,10 @@ def run_case(case: Case, bandwidth: float, with_peers: bool) -> list[dict[str, A
 
 
 def measure(contest: Contest, run: Run, bandwidth: float) -> dict[str, Any]:
-    """A run's time, its floor, its memory and its errors. A floor that is a run is timed before and after, because a GPU's
-    clock falls as it warms."""
+    """A run's time, its floor, its memory and its errors.
+
+    A floor that is itself a run is timed before and after, because a GPU's clock falls as it warms.
+    """
     errors = {} if contest.errors is None else contest.errors(run())
     floor_before = floor_ms(contest, bandwidth)
     ms = milliseconds(run)

@@ -8,6 +8,7 @@ build_run(...)                       a Run, ready to train or resumed
 
 from __future__ import annotations
 
+import random
 import resource
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from grpo.advantages import RULES
@@ -139,6 +141,7 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
 def build_run(task: Task, config: Config, folder: Path, questions: Questions, checkpoint: Path | None) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
     policy = build_policy(config, questions)
+    seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
     engine = build_engine(config, policy, questions)
     recorder = Recorder(
@@ -165,6 +168,13 @@ def build_run(task: Task, config: Config, folder: Path, questions: Questions, ch
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         progress=progress,
     )
+
+
+def seed_globals(seed: int) -> None:
+    """Seed the global generators, which only reward functions draw from: the run's own draws have seeds of their own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def admit_all(group: Group) -> bool:

@@ -222,7 +222,7 @@ def entropy_term(forward: Pass, batch: Batch, *, coef: float) -> Tensor:
 
 def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
     """For each sampled token the sum of `values` over its sequence, [N]; 0 on the rest."""
-    sums = torch.zeros(batch.layout.num_sequences, dtype=values.dtype, device=values.device)
+    sums = torch.zeros(batch.num_sequences, dtype=values.dtype, device=values.device)
     sums = sums.index_add(0, batch.sequence, values * batch.mask)
     return sums[batch.sequence] * batch.mask
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+from grpo_kernels.attention import GroupLayout
+from torch import Tensor
 
 from grpo.config import Config
-from grpo.types import Batch, Completion, Group, Layout
+from grpo.types import Batch, Completion, Group
 
 
 @dataclass(frozen=True)
@@ -137,62 +140,46 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
 
 def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.device) -> Batch:
     """One batch of these pieces. weight: T of a completion -> loss weight of each of its tokens."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    previous: list[int] = []
+    layout = GroupLayout.of(
+        [len(group.prompt.tokens) for group, _ in pieces],
+        [[len(group.completions[member].tokens) for member in members] for group, members in pieces],
+        device,
+    )
+    tokens = [token for group, _ in pieces for token in group.prompt.tokens]
+    previous = [max(place - 1, 0) for place in range(len(tokens))]
+    ends_of_prompts = [end - 1 for end in accumulate(layout.prompt_lengths)]
+    num_prompt_tokens = len(tokens)
+    # The columns of sampled tokens only; the prompts' part is added below.
     sequence: list[int] = []
-    mask: list[bool] = []
     sampler_logprobs: list[float] = []
     advantages: list[float] = []
     weights: list[float] = []
     num_sequences = 0
-    for group, members in pieces:
-        start, length = len(tokens), len(group.prompt.tokens)
-        tokens += group.prompt.tokens
-        positions += range(length)
-        previous += [start, *range(start, start + length - 1)]
-        zeros = [0] * length
-        sequence += zeros
-        mask += [False] * length
-        sampler_logprobs += zeros
-        advantages += zeros
-        weights += zeros
-        last_of_prompt = len(tokens) - 1
+    for (group, members), end_of_prompt in zip(pieces, ends_of_prompts, strict=True):
         for member in members:
             completion = group.completions[member]
-            start, size = len(tokens), len(completion.tokens)
+            start, length = len(tokens), len(completion.tokens)
             tokens += completion.tokens
-            positions += range(length, length + size)
-            previous += [last_of_prompt, *range(start, start + size - 1)]
-            sequence += [num_sequences] * size
-            mask += [True] * size
+            previous += [end_of_prompt, *range(start, start + length - 1)]
+            sequence += [num_sequences] * length
             sampler_logprobs += completion.sampler_logprobs
-            advantages += [float(group.advantages[member])] * size
-            weights += [weight(size)] * size
+            advantages += [float(group.advantages[member])] * length
+            weights += [weight(length)] * length
             num_sequences += 1
-    layout = Layout(
-        prompts=tuple(len(group.prompt.tokens) for group, _ in pieces),
-        completions=tuple(
-            tuple(len(group.completions[m].tokens) for m in members) for group, members in pieces
-        ),
-    )
 
-    def integers(values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    def floats(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)
+    def column(values: list, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([0] * (len(tokens) - len(values)) + values, dtype=dtype, device=device)
 
     return Batch(
         layout=layout,
-        tokens=integers(tokens),
-        positions=integers(positions),
-        previous=integers(previous),
-        sequence=integers(sequence),
-        mask=torch.tensor(mask, dtype=torch.bool, device=device),
-        sampler_logprobs=floats(sampler_logprobs),
-        advantages=floats(advantages),
-        weights=floats(weights),
+        tokens=column(tokens, torch.int64),
+        positions=layout.positions(),
+        previous=column(previous, torch.int64),
+        sequence=column(sequence, torch.int64),
+        mask=torch.arange(len(tokens), device=device) >= num_prompt_tokens,
+        sampler_logprobs=column(sampler_logprobs, torch.float32),
+        advantages=column(advantages, torch.float32),
+        weights=column(weights, torch.float32),
     )
 
 

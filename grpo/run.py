@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import time
@@ -34,7 +35,8 @@ from grpo.task import Task, load_task
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
 
-console = Console(highlight=False)
+# Without a terminal there is no width to keep to.
+console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,8 @@ def start(resolved: Resolved, resume: str) -> int:
     _announce(resolved)
     checkpoint = resume_folder(Path(resume)) if resume else None
     questions = build_questions(resolved.task, resolved.config)
-    preflight_rewards(resolved.task, questions, every_row=False)
+    for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
+        say(f"note: {warning}")
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
     run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
     _write_config(resolved, folder)

@@ -63,14 +63,14 @@ def train(run: Run) -> None:
 
     for step in range(run.progress.step, config.steps):
         clock = Clock()
-        groups, num_rolled_out = sample(run, step, clock)
+        groups, rolled_out = sample(run, step, clock)
         assign_advantages(groups, run.rule, weights)
         with clock("update"):
             update = run.policy.update(run.pack(groups), step)
         with clock("sync"):
             sync = run.engine.sync()
-        metrics = step_metrics(groups, num_rolled_out) | update | sync | clock.metrics(groups)
-        run.recorder.step(step, metrics | {"memory/peak_gib": run.memory_peak()})
+        metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"]) | update | sync
+        run.recorder.step(step, metrics | clock.metrics(groups) | {"memory/peak_gib": run.memory_peak()})
         run.recorder.completions(step, groups)
 
         done = step + 1
@@ -87,12 +87,12 @@ def train(run: Run) -> None:
             break
 
 
-def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], int]:
-    """The scored groups of a step, and how many were rolled out for them.
+def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, float]]:
+    """The scored groups of a step, and metrics: how many were rolled out for them, and what rewards logged.
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
     """
-    wanted, groups, scored = run.config.prompts_per_step, [], []
+    wanted, groups, scored, logged = run.config.prompts_per_step, [], [], {}
     num_rolled_out = 0
     for attempt in range(run.max_rollouts):
         with clock("rollout"):
@@ -101,16 +101,16 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], int]:
                 prompts, run.config.group_size, mix_seed(ROLLOUT_SEED, run.config.seed, step, attempt)
             )
         with clock("score"):
-            score(scored, run.rewards)
+            logged = score(scored, run.rewards)
         num_rolled_out += len(scored)
         groups += filter(run.admits, scored)
         if len(groups) == wanted:
             break
     # Nothing worth training on after all: the step shows what it last saw, and trains nothing.
-    return groups or scored, num_rolled_out
+    return groups or scored, logged | {"groups/rolled_out": num_rolled_out}
 
 
-def step_metrics(groups: list[Group], num_rolled_out: int) -> dict[str, float]:
+def step_metrics(groups: list[Group], num_rolled_out: float) -> dict[str, float]:
     """What the groups of a step look like, before any update."""
     rewards = torch.cat([group.rewards for group in groups])
     parts = {

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from grpo_kernels.attention import GroupLayout
 from torch import Tensor
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
@@ -67,37 +68,16 @@ class Group:
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [G]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a packed batch is laid out: for each group its prompt once, then its completions, end to end.
-
-    A completion's tokens attend to their group's prompt and to their own past, to nothing else.
-    """
-
-    prompts: tuple[int, ...]  # P of each packed group
-    completions: tuple[tuple[int, ...], ...]  # T of each of its completions
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return sum(self.prompts) + sum(map(sum, self.completions))
-
-    @property
-    def num_sequences(self) -> int:
-        """S, the number of completions."""
-        return sum(map(len, self.completions))
-
-
 @dataclass
 class Batch:
-    """Groups packed end to end without padding: what one forward and backward pass eats.
+    """Groups packed without padding, all prompts first, then all completions: what one forward and backward pass eats.
 
     A prompt is there once and shared by its group's completions. `weights` carries the loss normalisation: the
     loss of an optimizer step is sum(weights * token_loss) over all of its batches. One denominator for the whole
     step, so splitting into batches changes nothing.
     """
 
-    layout: Layout
+    layout: GroupLayout  # the lengths of prompts and completions
     tokens: Tensor  # [N] int64
     positions: Tensor  # [N] int64, place in its own prompt + completion
     previous: (
@@ -114,3 +94,8 @@ class Batch:
     entropy_floor: float = float(
         "-inf"
     )  # tokens of lower entropy are left out when only the top share trains
+
+    @property
+    def num_sequences(self) -> int:
+        """S, the number of completions."""
+        return sum(map(len, self.layout.completion_lengths))

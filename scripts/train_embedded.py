@@ -370,8 +370,11 @@ def evaluate(model: Any, tokenizer: Any, task: Task, rows: list[Row], samples: i
 
 def share_right_when_careful(texts: list[str], right: list[bool]) -> float:
     """Of the completions that show their working in the full format, answer alone between the tags."""
-    careful = [r for text, r in zip(texts, right, strict=True)
-               if strict_xml(text) and "looks easy" not in text and "answer is" not in text]
+    careful = [
+        r
+        for text, r in zip(texts, right, strict=True)
+        if strict_xml(text) and "looks easy" not in text and "answer is" not in text
+    ]
     return sum(careful) / max(1, len(careful))
 
 
@@ -384,9 +387,13 @@ def pass_at(k: int, right: Tensor) -> float:
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, task: Task, rows: list[Row], samples: int) -> tuple[list[str], list[int]]:
     """`samples` completions a row at temperature 1, row by row; greedy ones if it is 0. Texts and lengths."""
-    chats = [tokenizer.apply_chat_template(task.prompt(row), tokenize=False, add_generation_prompt=True) for row in rows]
+    chats = [
+        tokenizer.apply_chat_template(task.prompt(row), tokenize=False, add_generation_prompt=True) for row in rows
+    ]
     inputs = tokenizer(chats, return_tensors="pt", padding=True).to(model.device)
-    drawing = dict(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples) if samples else dict(do_sample=False)
+    drawing = (
+        dict(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples) if samples else dict(do_sample=False)
+    )
     output = model.generate(**inputs, **drawing, max_new_tokens=MAX_COMPLETION)[:, inputs["input_ids"].shape[1] :]
     lengths = (output != tokenizer.pad_token_id).sum(1).tolist()
     return tokenizer.batch_decode(output, skip_special_tokens=True), lengths

@@ -92,7 +92,12 @@ task = Task(
     solved=("reaches_target", 1.0),
     data="embedded",
     config=Config(model="Qwen/Qwen2.5-1.5B-Instruct", base="nf4", steps=200, max_completion_tokens=256),
-    embedded=dict(
-        model="embedded", data="embedded", base="float32", steps=50, learning_rate=1e-3, max_completion_tokens=96
-    ),
+    embedded={
+        "model": "embedded",
+        "data": "embedded",
+        "base": "float32",
+        "steps": 50,
+        "learning_rate": 1e-3,
+        "max_completion_tokens": 96,
+    },
 )

@@ -46,7 +46,12 @@ task = Task(
     solved=("correctness", 2.0),
     data="openai/gsm8k",
     config=Config(model="Qwen/Qwen2.5-1.5B-Instruct", base="nf4", steps=200, learning_rate=2e-5),
-    embedded=dict(
-        model="embedded", data="embedded", base="float32", steps=50, learning_rate=1e-3, max_completion_tokens=128
-    ),
+    embedded={
+        "model": "embedded",
+        "data": "embedded",
+        "base": "float32",
+        "steps": 50,
+        "learning_rate": 1e-3,
+        "max_completion_tokens": 128,
+    },
 )

@@ -60,7 +60,12 @@ task = Task(
     solved=("reversed_letters", 1.0),
     data="embedded",
     config=Config(model="Qwen/Qwen2.5-1.5B-Instruct", base="nf4", steps=60, max_completion_tokens=128),
-    embedded=dict(
-        model="embedded", data="embedded", base="float32", steps=25, learning_rate=1e-3, max_completion_tokens=64
-    ),
+    embedded={
+        "model": "embedded",
+        "data": "embedded",
+        "base": "float32",
+        "steps": 25,
+        "learning_rate": 1e-3,
+        "max_completion_tokens": 64,
+    },
 )

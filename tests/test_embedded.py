@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.embedded import MODEL_DIR, word_problems
-from grpo.embedded.problems import TEMPLATES, fill, split_of
+from grpo.embedded.problems import fill, split_of
+from grpo.embedded.templates import TEMPLATES
 from grpo.rewards import correctness
 
 CALCULATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")

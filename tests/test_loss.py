@@ -33,7 +33,7 @@ def expected_loss(config, forward, batch):
     p, entropy, o = (x.detach().double().numpy() for x in (forward.logprobs, forward.entropy, forward.old))
     q, f = batch.sampler_logprobs.double().numpy(), batch.reference_logprobs.double().numpy()
     total = 0.0
-    for sequence in range(batch.layout.num_sequences):
+    for sequence in range(batch.num_sequences):
         tokens = [t for t in range(len(p)) if batch.mask[t] and batch.sequence[t] == sequence]
         product = math.exp(sum(o[t] - q[t] for t in tokens))
         drift = np.mean([q[t] - p[t] for t in tokens])
@@ -92,7 +92,7 @@ def test_loss_is_its_formula(name, groups):
     [[batch]] = build_packer(config, CPU)(groups)
     forward = forward_pass(batch)
     if config.top_entropy < 1:
-        batch.entropy_floor = float(forward.entropy[batch.mask].median())
+        batch.entropy_floor = forward.entropy[batch.mask].median().item()
     loss, _ = build_loss(config)(forward, batch)
     assert loss.item() == pytest.approx(expected_loss(config, forward, batch), rel=2e-5, abs=1e-7)
 
@@ -104,7 +104,7 @@ def test_gradient_is_that_of_the_formula(name, groups):
     [[batch]] = build_packer(config, CPU)(groups)
     forward = forward_pass(batch)
     if config.top_entropy < 1:
-        batch.entropy_floor = float(forward.entropy[batch.mask].median())
+        batch.entropy_floor = forward.entropy[batch.mask].median().item()
     loss, _ = build_loss(config)(forward, batch)
     loss.backward()
     sampled = batch.mask.nonzero().squeeze(1).tolist()
@@ -129,7 +129,7 @@ def test_prompt_tokens_and_equal_reward_groups_have_no_gradient(groups):
     config = Config()
     groups[1].advantages = torch.zeros(3)
     [[batch]] = build_packer(config, CPU)(groups)
-    assert batch.layout.prompts == (7, 12)  # the middle group is not even there
+    assert batch.layout.prompt_lengths == (7, 12)  # the middle group is not even there
     forward = forward_pass(batch)
     loss, _ = build_loss(config)(forward, batch)
     loss.backward()

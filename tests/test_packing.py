@@ -11,19 +11,22 @@ from grpo.packing import build_packer
 
 def rows_of(batch):
     """Each completion of a batch unpacked again: (prompt tokens, completion tokens, its other columns)."""
-    start, sequence = 0, 0
-    for prompt, lengths in zip(batch.layout.prompts, batch.layout.completions, strict=True):
-        head = batch.tokens[start : start + prompt].tolist()
-        start += prompt
+    layout = batch.layout
+    start, sequence, head_start = layout.num_prompt_tokens, 0, 0
+    for prompt, lengths in zip(layout.prompt_lengths, layout.completion_lengths, strict=True):
+        head = batch.tokens[head_start : head_start + prompt].tolist()
+        assert batch.positions[head_start : head_start + prompt].tolist() == list(range(prompt))
+        head_start += prompt
         for length in lengths:
             here = slice(start, start + length)
             assert (batch.sequence[here] == sequence).all()
             assert batch.mask[here].all()
             assert batch.positions[here].tolist() == list(range(prompt, prompt + length))
-            assert batch.tokens[batch.previous[here]].tolist() == [head[-1], *batch.tokens[here].tolist()[:-1]]
+            assert batch.previous[here].tolist() == [head_start - 1, *range(start, start + length - 1)]
             yield head, batch.tokens[here].tolist(), batch.advantages[start].item(), batch.sampler_logprobs[here].tolist()
             start, sequence = start + length, sequence + 1
-    assert start == len(batch.tokens) == batch.layout.num_tokens
+    assert start == len(batch.tokens) == layout.num_tokens
+    assert not batch.mask[: layout.num_prompt_tokens].any()
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 17, 23, 40, 10_000])
@@ -86,8 +89,8 @@ def test_truncated_completions_are_left_out_of_loss_and_denominator(groups):
     groups[0].completions[2].finish = "length"
     [[masked]] = build_packer(Config(), CPU)(groups)
     [[whole]] = build_packer(Config(mask_truncated=False), CPU)(groups)
-    assert masked.layout.completions[0] == (5, 1)
-    assert whole.layout.completions[0] == (5, 1, 13)
+    assert masked.layout.completion_lengths[0] == (5, 1)
+    assert whole.layout.completion_lengths[0] == (5, 1, 13)
     tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     assert masked.weights.max().item() == pytest.approx(1 / (tokens - 13))
     assert whole.weights.max().item() == pytest.approx(1 / tokens)
@@ -95,7 +98,7 @@ def test_truncated_completions_are_left_out_of_loss_and_denominator(groups):
 
 def test_groups_are_dealt_out_to_mini_batches(groups):
     steps = build_packer(Config(mini_batches=2, prompts_per_step=3), CPU)(groups)
-    assert [[batch.layout.prompts for batch in batches] for batches in steps] == [[(7, 12)], [(1,)]]
+    assert [[batch.layout.prompt_lengths for batch in batches] for batches in steps] == [[(7, 12)], [(1,)]]
     for batches in steps:
         assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1.0)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from grpo_kernels.attention import GroupLayout, group_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from grpo.policy.attention import KeyValueCache, PackedAttention
+from grpo.policy.cache import KeyValueCache
 from grpo.policy.projections import Projection, ProjectionStore
-from grpo.types import Batch, Layout
+from grpo.types import Batch
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [N, E]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # (layer, q, k, v, scale) -> [N, H, E]
@@ -113,21 +114,18 @@ class KnownModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
-        attention = PackedAttention(batch.layout)
-        return self._run(batch.tokens, batch.positions, lambda index, *qkv: attention(*qkv))
+        return self._run(batch.tokens, batch.positions, packed(batch.layout))
 
-    def prefill(
-        self, tokens: Tensor, positions: Tensor, prompts: tuple[int, ...], copies: int, room: int
-    ) -> tuple:
+    def prefill(self, tokens: Tensor, layout: GroupLayout, copies: int, room: int) -> tuple[Tensor, KeyValueCache]:
         """Packed prompts [N] -> hidden states [N, D] and a cache with each prompt `copies` times."""
-        attention = PackedAttention(Layout(prompts, tuple(() for _ in prompts)))
+        attention = packed(layout)
         cache = KeyValueCache(len(self.layers))
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            cache.fill(index, k, v, prompts, copies, room)
-            return attention(q, k, v, scale)
+            cache.fill(index, k, v, layout.prompt_lengths, copies, room)
+            return attention(index, q, k, v, scale)
 
-        return self._run(tokens, positions, attend), cache
+        return self._run(tokens, layout.positions(), attend), cache
 
     def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """One new token a sequence, [S] -> hidden states [S, D]."""
@@ -143,6 +141,11 @@ class KnownModel(nn.Module):
         for layer in self.layers:
             x = run(layer, x, rope, attend)
         return self.norm(x)
+
+
+def packed(layout: GroupLayout) -> Attend:
+    """Attention among the tokens of a packed batch: each to its prompt and its own past."""
+    return lambda index, q, k, v, scale: group_attention(q, k, v, layout, scale=scale)
 
 
 def _kept(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
@@ -224,9 +227,9 @@ def _same_layer(model: nn.Module, index: int) -> bool:
         return False
     theirs = layer(x[None], attention_mask=None, position_embeddings=(cos, sin))
     theirs = theirs[0] if theirs.ndim == 3 else theirs
-    attention = PackedAttention(Layout((11,), ((),)))
+    attend = packed(GroupLayout.of([11], device=x.device))
     ours = KnownLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
-    return _agree(ours(x, (cos[0], sin[0]), lambda index, *qkv: attention(*qkv)), theirs)
+    return _agree(ours(x, (cos[0], sin[0]), attend), theirs)
 
 
 class _Together(nn.Module):

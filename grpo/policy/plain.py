@@ -36,19 +36,17 @@ class PlainModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
-        rows: list[Tensor] = []
-        start = 0
-        for prompt, lengths in zip(batch.layout.prompts, batch.layout.completions, strict=True):
-            end = start + prompt + sum(lengths)
-            head, *tails = batch.tokens[start:end].split([prompt, *lengths])
-            padded = pad_sequence([torch.cat([head, tail]) for tail in tails], batch_first=True)
-            states = last_hidden(
-                self.model, padded
-            )  # [completions, L, D]; a causal model cannot see the padding
-            rows.append(states[0, :prompt])
-            rows += [state[prompt : prompt + length] for state, length in zip(states, lengths, strict=True)]
-            start = end
-        return torch.cat(rows)
+        layout = batch.layout
+        heads = batch.tokens[: layout.num_prompt_tokens].split(layout.prompt_lengths)
+        rest = iter(batch.tokens[layout.num_prompt_tokens :].split([n for g in layout.completion_lengths for n in g]))
+        prompts: list[Tensor] = []
+        completions: list[Tensor] = []
+        for head, lengths in zip(heads, layout.completion_lengths, strict=True):
+            padded = pad_sequence([torch.cat([head, next(rest)]) for _ in lengths], batch_first=True)
+            states = last_hidden(self.model, padded)  # [completions, L, D]; a causal model cannot see the padding
+            prompts.append(states[0, : len(head)])
+            completions += [s[len(head) : len(head) + length] for s, length in zip(states, lengths, strict=True)]
+        return torch.cat(prompts + completions)
 
 
 def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:

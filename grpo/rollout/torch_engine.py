@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from grpo_kernels.attention import GroupLayout
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -180,12 +181,10 @@ class PackedDecoder:
     def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:
         """See Decoder.start."""
         device = self.model.head.device
-        lengths = tuple(map(len, prompts))
+        layout = GroupLayout.of([len(prompt) for prompt in prompts], device=device)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-        hidden, self.cache = self.model.prefill(tokens, positions, lengths, copies, room)
-        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-        return hidden[ends].repeat_interleave(copies, dim=0)
+        hidden, self.cache = self.model.prefill(tokens, layout, copies, room)
+        return hidden[layout.prompts[1:].long() - 1].repeat_interleave(copies, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See Decoder.step."""

@@ -1,16 +1,16 @@
 """Causal attention over packed sequences in which the completions of a group attend to one copy of their prompt.
 Knows nothing of projections, positions' embedding or losses.
 
-Axes: N packed tokens, of which the first P belong to prompts; Hq query heads, Hk key heads (Hk divides Hq), E head size.
+Axes: N packed tokens, the first P those of prompts; Hq query heads, Hk key heads (Hk divides Hq), E head size.
 
-A completion's token attends to its group's prompt and, causally, to its own completion. Softmax over the union of two key
-sets is the two softmaxes merged by their log-sum-exps (as in Milakov and Gimelshein 2018, arXiv:1805.02867):
+A completion's token attends to its group's prompt and, causally, to its own completion. Softmax over the union of two
+key sets is the two softmaxes merged by their log-sum-exps (as in Milakov and Gimelshein 2018, arXiv:1805.02867):
 
     l = log(exp(l_self) + exp(l_prompt))        out = exp(l_self - l) out_self + exp(l_prompt - l) out_prompt
 
-so two variable-length flash attention calls suffice: every prompt and completion causally with itself, and all completions
-of a group, end to end, with their prompt. The backward of each call needs only probabilities exp(s - l) and
-rowsum(dout * out), hence the merged out and l: it is exact, and keys of a prompt sum over all completions by themselves.
+so two variable-length flash attention calls suffice: every prompt and completion causally with itself, and all
+completions of a group, end to end, with their prompt. The backward of each call needs only probabilities exp(s - l) and
+rowsum(dout * out), hence the merged out and l: it is exact, and a prompt's keys sum over all completions by themselves.
 
 With G completions of T tokens after a prompt of P tokens the pairs of tokens are P^2 / 2 + G T (P + T / 2), where
 packing whole sequences takes G (P + T)^2 / 2.
@@ -78,7 +78,7 @@ class GroupLayout:
 
     @property
     def longest(self) -> tuple[int, int, int]:
-        """Tokens of the longest prompt or completion, of the longest group's completions together, of the longest prompt."""
+        """Tokens of the longest prompt or completion, of the longest group of completions, of the longest prompt."""
         longest_prompt = max(self.prompt_lengths, default=0)
         longest_completion = max((length for group in self.completion_lengths for length in group), default=0)
         return (
@@ -124,8 +124,9 @@ def group_attention(
     if not _can_flash(q) or choose("group_attention", impl, q, k, v) == "torch":
         if impl == "triton":
             raise ValueError(
-                f"group_attention has no kernel for {q.dtype} on {q.device}: flash attention needs float16 or bfloat16, a "
-                "CUDA device of compute capability 8.0, and a head size of at most 256. Use impl='auto' or 'torch'."
+                f"group_attention has no kernel for {q.dtype} on {q.device}: flash attention needs float16 or "
+                "bfloat16, a CUDA device of compute capability 8.0, and a head size of at most 256. "
+                "Use impl='auto' or 'torch'."
             )
         return _torch_attention(q, k, v, layout, scale)
     out, _ = _attention_op(
@@ -265,13 +266,13 @@ def _backward(ctx, grad: Tensor | None, _lse):
 _attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-# PyTorch's own flash attention: the operators behind torch.nn.attention.varlen.varlen_attn, which before torch 2.13 takes
-# no grouped heads, and which keeps the log-sum-exp that the backward needs to itself.
+# PyTorch's own flash attention: the operators behind torch.nn.attention.varlen.varlen_attn, which before torch 2.13
+# takes no grouped heads, and whose backward takes no log-sum-exp but its own.
 
 
 def _flash(
-    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, is_causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int,
+    is_causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, q_starts, k_starts, longest_q, longest_k, 0.0, is_causal, False, scale=scale
@@ -305,7 +306,7 @@ def _flash_backward(
 
 
 def _merge(out: Tensor, lse: Tensor, to_prompt: Tensor, prompt_lse: Tensor, P: int) -> None:
-    """Merge into out [N, Hq, E] and lse [Hq, N], from token P on, to_prompt [N - P, Hq, E] and prompt_lse [Hq, N - P]."""
+    """Merge to_prompt [N - P, Hq, E] and prompt_lse [Hq, N - P] into tokens P and on of out [N, Hq, E], lse [Hq, N]."""
     num_tokens, num_heads, E = to_prompt.shape
     block = triton.next_power_of_2(E)
     rows = max(1, 4096 // block)

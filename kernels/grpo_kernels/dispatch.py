@@ -5,7 +5,7 @@ The rule of `impl`:
     "torch"   the twin, anywhere.
     "triton"  the kernel, or an error that says why it cannot run. On a CPU that needs TRITON_INTERPRET=1, set before
               the first import of this package: Triton reads it when a kernel is defined.
-    "auto"    the kernel on a CUDA device that can run it, else the twin, with one log line for each operation and reason.
+    "auto"    the kernel on a CUDA device that can run it, else the twin, with one log line for an operation and reason.
               On a CPU the twin is what was meant, so nothing is logged, and the interpreter is never chosen.
 
 Two rules of the kernels that import this file:
@@ -69,7 +69,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 2 for any other, so that an interpreted persistent kernel still loops."""
+    """Streaming multiprocessors of a CUDA device; elsewhere 2, so that an interpreted persistent kernel still loops."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

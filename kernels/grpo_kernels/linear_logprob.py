@@ -11,7 +11,8 @@ For a row h [D] with target y, head W [V, D], soft cap k and temperature t:
 
 The head being frozen, a loss reaches h only through those two numbers, so with c = dL/dlogprob and e = dL/dentropy
 
-    dL/dh = c u + e w        u = sum_v (1[v = y] - p_v) s'_v W_v / t        w = -sum_v p_v (log p_v + entropy) s'_v W_v / t
+    dL/dh = c u + e w
+    u = sum_v (1[v = y] - p_v) s'_v W_v / t        w = -sum_v p_v (log p_v + entropy) s'_v W_v / t
 
 u does not depend on the loss: the forward builds it while a chunk of logits is alive ("unit gradient") and the backward
 is a scaling. That is two products with the head, where recomputing the logits takes three. w needs one more.
@@ -21,13 +22,13 @@ The sums run over exp(z - r), r a reference of the row, and leave out the target
     a = exp(z_y - r)    R = sum_{v != y} exp(z_v - r)    Z = a + R    1 - p_y = R / Z
     t u = (R s'_y W_y - sum_{v != y} exp(z_v - r) s'_v W_v) / Z
 
-so that nothing cancels when p_y is close to 1, and r may be any number that keeps exp in range. r = z_y does, unless the
-target is more than 60 nats below the largest logit, and it is known before the logits are: one pass suffices.
+so that nothing cancels when p_y is close to 1, and r may be any number that keeps exp in range. r = z_y does, unless
+the target is more than 60 nats below the largest logit, and it is known before the logits are: one pass suffices.
 
 Two routes compute it on a GPU:
-    "tiles"  Hopper and later, bfloat16: one kernel multiplies and writes exp(z - r) s' in bfloat16 as its epilogue, so the
-             float32 logits never leave the registers. cuBLAS multiplies that with the head. A row outside the range of
-             exp is found from the tiles' maxima and its block of rows is multiplied again with a better r.
+    "tiles"  Hopper and later, bfloat16: one kernel multiplies and writes exp(z - r) s' in bfloat16 as its epilogue, so
+             the float32 logits never leave the registers. cuBLAS multiplies that with the head. A row outside the
+             range of exp is found from the tiles' maxima and its block of rows is multiplied again with a better r.
     "rows"   everything else: cuBLAS writes float32 logits, one program a row turns them into coefficients.
 """
 
@@ -65,7 +66,7 @@ FINISHED_ROWS = 32
 # Nats: exp of it, summed over any vocabulary and weighted by it, is within float32 and bfloat16.
 LIMIT = 60.0
 
-# Probabilities of a large vocabulary are subnormal in float16, so they are scaled before a float16 product and back after.
+# Probabilities of a large vocabulary are subnormal in float16: scaled before a float16 product, and back after it.
 FLOAT16_SCALE = 4096.0
 
 
@@ -82,20 +83,18 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:  # [M], [M]
     """log p(targets) and entropy, in nats, of softmax(softcap(hidden @ weight.T) / temperature).
 
-    Both are float32 (float64 for float64 inputs), from logits accumulated in float32. Gradients flow to `hidden`, and to
-    `weight` where it requires them; through the entropy only with `differentiable_entropy`, which costs one more
-    product, and else the entropy is returned detached. `chunk_rows` trades speed for memory: about 6 V bytes a row.
+    Both are float32 (float64 for float64 inputs), from logits accumulated in float32. Gradients flow to `hidden`, and
+    to `weight` where it requires them; through the entropy only with `differentiable_entropy`, which costs one more
+    product, and else the entropy is returned detached. `chunk_rows` trades speed for memory: 2 to 8 bytes of V a row.
 
     Raises ValueError for shapes that do not belong together, a temperature or soft cap that is not positive, and
     impl="triton" where no kernel can run. A target outside [0, V) is undefined behaviour on a GPU.
     """
     _check(hidden, weight, targets, temperature, softcap, chunk_rows)
     form = _form(hidden, weight, differentiable_entropy)
-    route = "torch"
-    if choose("linear_logprob", impl, hidden, weight) == "triton":
-        route = _route(hidden, weight, form)
+    chosen = choose("linear_logprob", impl, hidden, weight)
     logprobs, entropy, _, _, _ = _forward_op(
-        hidden, weight, targets, temperature, softcap or 0.0, form, differentiable_entropy, route, chunk_rows or 0
+        hidden, weight, targets, temperature, softcap or 0.0, form, differentiable_entropy, chosen, chunk_rows or 0
     )
     return logprobs, entropy if differentiable_entropy else entropy.detach()
 
@@ -127,16 +126,6 @@ def _form(hidden: Tensor, weight: Tensor, differentiable_entropy: bool) -> Form:
     return "values"
 
 
-def _route(hidden: Tensor, weight: Tensor, form: Form) -> str:
-    """Which of the two Triton routes runs. Tensor descriptors need rows of whole 16 bytes, and Hopper or later."""
-    D = hidden.shape[1]
-    fits = hidden.stride() == (D, 1) and weight.stride() == (D, 1) and D % 8 == 0 and hidden.data_ptr() % 16 == 0
-    able = capability(hidden.device) in ((9, 0), (10, 0), (10, 3)) and hidden.dtype == torch.bfloat16
-    if interpreting():
-        able = hidden.dtype == torch.float32
-    return "tiles" if able and fits and form != "unit_entropy" else "rows"
-
-
 # The two operators, as torch.compile and autograd see them. `softcap` 0 means none, `chunk_rows` 0 means "choose".
 
 
@@ -149,17 +138,20 @@ def _forward_op(
     softcap: float,
     form: str,
     differentiable_entropy: bool,
-    route: str,
+    chosen: str,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities [M], entropy [M], and for the backward three that are empty in forms without them:
     u [M, D] up to its row's factor, that factor [M] (without 1 / t), and t w [M, D]."""
-    forward = {"torch": _torch_forward, "rows": _rows_forward, "tiles": _tiles_forward}[route]
+    if chosen == "torch":
+        forward = _torch_forward
+    else:
+        forward = _tiles_forward if _fits_tiles(hidden, weight, form) else _rows_forward
     return forward(hidden, weight, targets, temperature, softcap, form, chunk_rows)
 
 
 @_forward_op.register_fake
-def _(hidden, weight, targets, temperature, softcap, form, differentiable_entropy, route, chunk_rows):
+def _(hidden, weight, targets, temperature, softcap, form, differentiable_entropy, chosen, chunk_rows):
     return _allocate(hidden, form)
 
 
@@ -291,8 +283,10 @@ def _chunks(M: int, chunk_rows: int) -> list[slice]:
 
 
 class _Head:
-    """The weight [V, D] and its two products, accumulated in float32. 16-bit operands are multiplied as they are where a
-    float32 result is to be had (CUDA), else in float32."""
+    """The weight [V, D] and its two products, accumulated in float32.
+
+    16-bit operands are multiplied as they are where a float32 result is to be had (CUDA), else in float32.
+    """
 
     def __init__(self, weight: Tensor):
         self.dtype = weight.dtype
@@ -313,7 +307,7 @@ class _Head:
         )
 
     def combine_scaled(self, coefficients: Tensor) -> Tensor:
-        """As `combine`, of coefficients already multiplied by `scale` and rounded, which a float32 product does not need."""
+        """As `combine`, of coefficients already multiplied by `scale` and rounded where the product needs that."""
         if self.multiplies_16_bit:
             product = torch.mm(coefficients, self.matrix, out_dtype=torch.float32)
             return product / self.scale if self.scale != 1 else product
@@ -486,6 +480,16 @@ def _rows_kernel(
 # The "tiles" route. Its logits, references and sums are in bits, not nats: exp2 is the instruction, exp a product more.
 
 LN_2 = tl.constexpr(math.log(2))
+
+
+def _fits_tiles(hidden: Tensor, weight: Tensor, form: str) -> bool:
+    """Whether this route can run. Tensor descriptors need Hopper or later, and rows of whole, aligned 16 bytes."""
+    D = hidden.shape[1]
+    is_able = capability(hidden.device) in ((9, 0), (10, 0), (10, 3)) and hidden.dtype == torch.bfloat16
+    if interpreting():
+        is_able = hidden.dtype == torch.float32
+    is_laid_out = all(tensor.stride() == (D, 1) and tensor.data_ptr() % 16 == 0 for tensor in (hidden, weight))
+    return is_able and is_laid_out and D % 8 == 0 and form != "unit_entropy"
 
 
 @dataclass(frozen=True)

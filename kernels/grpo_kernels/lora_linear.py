@@ -168,7 +168,7 @@ def joined_low_rank(grad: Tensor, b: Sequence[Tensor]) -> Tensor:
 
 def dense_weight(base: Tensor | NF4, dtype: torch.dtype) -> Tensor:
     """The base weight [N, K] as a tensor to multiply by."""
-    return nf4_dequantize(base, dtype) if isinstance(base, NF4) else base
+    return nf4_dequantize(base, dtype) if isinstance(base, NF4) else base.to(dtype)
 
 
 def product_float32(left: Tensor, right: Tensor) -> Tensor:

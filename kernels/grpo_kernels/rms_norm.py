@@ -4,7 +4,7 @@ Knows nothing of what the norm feeds.
 Axes: N rows, D hidden size. For s = x, or s = x + residual rounded to their dtype, and w = weight + offset:
 
     r = 1 / sqrt(mean(s^2) + eps)        y = s r w
-    g = dy w        ds = r (g - s r mean(g s r)) [+ the gradient that reaches the sum itself]        dw = sum_rows dy s r
+    g = dy w        ds = r (g - s r mean(g s r)) [+ the gradient of the sum itself]        dw = sum_rows dy s r
 
 In float32, rounded once (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4). Gemma keeps weight - 1: offset = 1.
 
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), each [..., D]; differentiable in all three tensors and through both results."""
+    """(rms_norm(x + residual), x + residual), each [..., D]; differentiable in all three, through both results."""
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(

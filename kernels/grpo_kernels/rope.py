@@ -3,10 +3,10 @@ Knows nothing of attention or of how the angles are chosen.
 
 Axes: N tokens, H heads, E head size, R <= E rotated elements. The rotation pairs element i with i + R / 2:
 
-    y_i = n_i cos_i - n_{i+R/2} sin_i        y_{i+R/2} = n_{i+R/2} cos_i + n_i sin_i        (Su et al. 2021, arXiv:2104.09864,
-                                                                                            equation 34, in halves)
+    y_i = n_i cos_i - n_{i+R/2} sin_i        y_{i+R/2} = n_{i+R/2} cos_i + n_i sin_i
     n = x, or the RMSNorm of a head's E elements, x / sqrt(mean(x^2) + eps) (weight + offset); elements from R on: y = n
 
+(Su et al. 2021, arXiv:2104.09864, equation 34, with the pairs of Hugging Face's models.)
 The gradient of a rotation is the opposite rotation, of the norm that of `rms_norm`; the norm is computed again from x.
 All in float32, rounded once. Inputs are read where they lie, e.g. as columns of a fused projection's output.
 

@@ -2,6 +2,8 @@
 Knows nothing of how the sequences are computed.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from grpo_kernels import GroupLayout, group_attention
@@ -21,9 +23,9 @@ LAYOUTS = {
 
 
 def sequences_of(layout):
-    """Indices into the packed tokens of every whole sequence: (indices of a prompt and completion, tokens that are its own)."""
+    """Of every whole sequence, in packed order: (indices of its tokens, how many of the last are its own)."""
     starts = layout.segments.tolist()
-    segments = [torch.arange(start, end) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    segments = [torch.arange(start, end) for start, end in pairwise(starts)]
     prompts = segments[: len(layout.prompt_lengths)]
     completions = iter(segments[len(layout.prompt_lengths) :])
     sequences = [(prompt, len(prompt)) for prompt in prompts]
@@ -104,3 +106,18 @@ def test_bad_arguments_are_named(device):
     if not ON_GPU:
         with pytest.raises(ValueError, match="flash attention needs"):
             group_attention(q, q, q, layout, impl="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_compiles_into_one_graph(device, relative_error):
+    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device)
+    q = torch.randn(layout.num_tokens, 4, 32, device=device, dtype=torch.bfloat16)
+    eager, compiled = q.clone().requires_grad_(), q.clone().requires_grad_()
+
+    def run(q):
+        return group_attention(q, q[:, :2], q[:, 2:], layout).float().square().sum()
+
+    run(eager).backward()
+    torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
+    assert relative_error(compiled.grad, eager.grad) < 1e-2

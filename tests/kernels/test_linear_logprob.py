@@ -91,7 +91,7 @@ def test_the_gradient_survives_certainty(impl, device, relative_error):
     hidden, weight, _ = make_inputs(16, 64, 300, torch.float32, device)
     targets = torch.arange(16, device=device)
     weight[:16] = hidden * (16 / hidden.square().sum(1, keepdim=True))
-    true_logprobs, true_entropy, true_hidden, _ = float64_truth(hidden, weight, targets)
+    true_logprobs, _, true_hidden, _ = float64_truth(hidden, weight, targets)
     true_logprobs.sum().backward()
     hidden.requires_grad_()
     logprobs, _ = linear_logprob(hidden, weight, targets, impl=impl)
@@ -184,3 +184,32 @@ def test_bad_arguments_are_named(device):
         linear_logprob(hidden, weight, targets, 0.0)
     with pytest.raises(ValueError, match="impl is 'cuda'"):
         linear_logprob(hidden, weight, targets, impl="cuda")
+
+
+def test_compiles_into_one_graph(impl, device):
+    hidden, weight, targets = make_inputs(20, 32, 70, torch.float32, device)
+
+    def loss(hidden):
+        logprobs, entropy = linear_logprob(hidden, weight, targets, 0.9, impl=impl, differentiable_entropy=True)
+        return a_loss(logprobs, entropy, 0.1)
+
+    eager, compiled = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss(eager).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_chunk_of_more_than_2_to_the_31_elements(relative_error, dtype):
+    M, D, V = 16500, 64, 131072
+    hidden, weight, targets = make_inputs(M, D, V, dtype, torch.device("cuda"))
+    last = slice(M - 100, M)
+    true_logprobs, _, true_hidden, _ = float64_truth(hidden[last], weight, targets[last])
+    true_logprobs.sum().backward()
+    hidden.requires_grad_()
+    logprobs, _ = linear_logprob(hidden, weight, targets, impl="triton", chunk_rows=M)
+    logprobs.sum().backward()
+    assert relative_error(logprobs[last], true_logprobs) < 2e-5
+    assert relative_error(hidden.grad[last], true_hidden.grad) < TOLERANCE[dtype]

@@ -102,3 +102,36 @@ def test_bad_arguments_are_named(device):
         rms_norm(x, torch.ones(4, device=device))
     with pytest.raises(ValueError, match=r"residual \[1, 8\]"):
         add_rms_norm(x, x[:1], torch.ones(8, device=device))
+
+
+def test_compiles_into_one_graph(impl, device):
+    x, residual, weight = (
+        torch.randn(6, 40, device=device),
+        torch.randn(6, 40, device=device),
+        torch.ones(40, device=device),
+    )
+
+    def run(x):
+        normed, total = add_rms_norm(x, residual, weight, EPS, impl=impl)
+        return (normed * total).sum() + rms_norm(total, weight, EPS, impl=impl).square().sum()
+
+    eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
+    run(eager).backward()
+    torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    N, D = 2**19 + 8, 2**12
+    x = torch.randn(N, D, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones(D, device="cuda", dtype=torch.bfloat16)
+    few = x[-8:].clone().requires_grad_()
+    expected = rms_norm(few, weight, EPS, impl="triton")
+    expected.sum().backward()
+    x.requires_grad_()
+    normed = rms_norm(x, weight, EPS, impl="triton")
+    normed.sum().backward()
+    assert torch.equal(normed[-8:], expected)
+    assert torch.equal(x.grad[-8:], few.grad)

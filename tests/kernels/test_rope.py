@@ -92,3 +92,33 @@ def test_bad_arguments_are_named(device):
         rope(q, k, table.repeat(1, 2), table)
     with pytest.raises(ValueError, match=r"q_norm is \[8\]"):
         rope(q, k, table, table, q_norm=table[0])
+
+
+def test_compiles_into_one_graph(impl, device):
+    cos, sin = angles(5, 16, device)
+    q, k, weight = (
+        torch.randn(5, 4, 16, device=device),
+        torch.randn(5, 2, 16, device=device),
+        torch.ones(16, device=device),
+    )
+
+    def run(q):
+        rotated_q, rotated_k = rope(q, k, cos, sin, q_norm=weight, impl=impl)
+        return rotated_q.square().sum() + (rotated_q[:, :2] * rotated_k).sum()
+
+    eager, compiled = q.clone().requires_grad_(), q.clone().requires_grad_()
+    run(eager).backward()
+    torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    N, H, E = 2**19 + 8, 32, 128
+    cos, sin = angles(N, E, "cuda")
+    q = torch.randn(N, H, E, device="cuda", dtype=torch.bfloat16)
+    rotated, _ = rope(q, q[:, :1], cos, sin, impl="triton")
+    few = q[-8:].clone()
+    expected, _ = rope(few, few[:, :1], cos[-8:].clone(), sin[-8:].clone(), impl="triton")
+    assert torch.equal(rotated[-8:], expected)

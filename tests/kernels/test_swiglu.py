@@ -89,3 +89,27 @@ def test_bad_arguments_are_named(device):
         gated(gate, gate, "relu")
     with pytest.raises(ValueError, match=r"up \[2, 4\]"):
         swiglu(gate, gate[:, :4])
+
+
+def test_compiles_into_one_graph(impl, device):
+    gate_up = torch.randn(4, 80, device=device)
+
+    def run(gate_up):
+        return swiglu(*gate_up.chunk(2, -1), impl=impl).square().sum()
+
+    eager, compiled = gate_up.clone().requires_grad_(), gate_up.clone().requires_grad_()
+    run(eager).backward()
+    torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    N, I = 2**17 + 8, 2**14
+    gate, up, grad = (torch.randn(N, I, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    product = swiglu(gate, up, impl="triton")
+    assert torch.equal(product[-8:], swiglu(gate[-8:].clone(), up[-8:].clone(), impl="triton"))
+    grads, _ = gated_backward(gate, up, grad, "silu", impl="triton")
+    expected, _ = gated_backward(*(tensor[-8:].clone() for tensor in (gate, up, grad)), "silu", impl="triton")
+    assert torch.equal(grads[-8:], expected)

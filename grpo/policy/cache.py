@@ -1,4 +1,4 @@
-"""Attention of packed groups and of cached decoding. Knows nothing of layers or weights.
+"""The key/value cache of sequences being written, and attention over it. Knows nothing of layers or weights.
 
 Axes: N packed tokens, H query heads, K key/value heads, E head size, S sequences, L cache length.
 """
@@ -6,63 +6,11 @@ Axes: N packed tokens, H query heads, K key/value heads, E head size, S sequence
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-
-from grpo.types import Layout
-
-
-@dataclass(frozen=True)
-class PackedAttention:
-    """Causal attention over packed groups: a completion sees its group's prompt and its own past.
-
-    Exact: no token sees another completion. Each group takes two calls, its prompt and its completions side by side.
-    """
-
-    layout: Layout
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [N, H, E], k and v [N, K, E] -> [N, H, E]."""
-        outputs = []
-        start = 0
-        for prompt, lengths in zip(self.layout.prompts, self.layout.completions, strict=True):
-            middle, end = start + prompt, start + prompt + sum(lengths)
-            outputs.append(_causal(q[start:middle], k[start:middle], v[start:middle], scale))
-            if lengths:
-                prefix = (k[start:middle], v[start:middle])
-                outputs.append(
-                    _after_prefix(q[middle:end], k[middle:end], v[middle:end], prefix, lengths, scale)
-                )
-            start = end
-        return torch.cat(outputs)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """One sequence: q [T, H, E], k and v [T, K, E] -> [T, H, E]."""
-    heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
-
-
-def _after_prefix(
-    q: Tensor, k: Tensor, v: Tensor, prefix: tuple[Tensor, Tensor], lengths: tuple[int, ...], scale: float
-) -> Tensor:
-    """Sequences of these lengths, end to end, after one shared prefix: [sum T, H, E] -> [sum T, H, E]."""
-    longest, prompt = max(lengths), prefix[0].shape[0]
-    # Padding stands at the end, where no real token looks.
-    q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True).transpose(1, 2) for x in (q, k, v))
-    k, v = (
-        torch.cat([shared.transpose(0, 1).expand(len(lengths), -1, -1, -1), own], dim=2)
-        for shared, own in zip(prefix, (k, v), strict=True)
-    )
-    visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=q.device).tril(diagonal=prompt)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-    out = out.transpose(1, 2)  # [S, T, H, E]
-    return torch.cat([row[:length] for row, length in zip(out, lengths, strict=True)])
 
 
 class KeyValueCache:
