@@ -39,6 +39,9 @@ from grpo.types import Group, Prompt
 # Gold answers that every run tries its rewards on first; --check tries them all.
 PREFLIGHT_ROWS = 64
 
+# What getrusage counts memory in: bytes on macOS, KiB on Linux.
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
 ORDER_SEED, EVAL_SEED = 2, 3  # see train.ROLLOUT_SEED
 
 
@@ -194,5 +197,4 @@ def gpu_peak() -> float:
 
 def process_peak() -> float:
     """The most memory that the process held so far, GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 2**30

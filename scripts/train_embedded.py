@@ -1,13 +1,13 @@
 """Trains the tiny model that ships in grpo/embedded/model: tokenizer, half-taught weights, held-out scores.
 
 Knows nothing of reinforcement learning: it imitates demonstrations, and leaves the model half-taught on purpose.
-The demonstrations come from a class of students. A few are careful; the others forget the tags, chat inside the
-answer, guess, or slip in the last calculation. What the model learns is the mixture, so it *can* do the tasks and
-does so only part of the time: what is left is exactly what GRPO teaches.
+The demonstrations come from a class of students. Some are careful; others forget the tags, chat inside the answer,
+guess, or slip in the last calculation. What the model learns is the mixture, so it can do the tasks and does so
+only part of the time: the rest is what GRPO has to teach.
 
-    python scripts/train_embedded.py                      # the model that ships, on a GPU or a CPU
-    python scripts/train_embedded.py --steps 20 --problems 500 --out /somewhere      # a quick look
-    python scripts/train_embedded.py --steps 0            # scores of the model in --out
+    python scripts/train_embedded.py                                                   the model that ships
+    python scripts/train_embedded.py --steps 20 --problems 500 --batch 16 --out FOLDER    a quick look
+    python scripts/train_embedded.py --steps 0                                         only the scores
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from random import Random
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,29 +32,42 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from grpo.embedded import MODEL_DIR
+from grpo.evaluate import pass_at_k
 from grpo.rewards import integer, soft_xml, strict_xml
 from grpo.task import Row, Task, load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
 IGNORED = -100  # a label that has no part in the loss
-MAX_COMPLETION = 160
+MAX_COMPLETION = 160  # tokens
+ROWS_AT_ONCE = 64  # held-out prompts sampled together
+MAX_VOCABULARY = 1536
+SHAPE = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
 
 
 def main() -> None:
     arguments = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(arguments.seed)
     tasks = {name: load_task(TASKS / f"{name}.py") for name in TASK_SHARES}
     if arguments.steps > 0:
+        torch.manual_seed(arguments.seed)
         examples = make_examples(tasks, arguments.problems, arguments.demonstrations, arguments.seed)
-        tokenizer = train_tokenizer(examples[:50_000], arguments.vocabulary)
-        model = build_model(arguments, tokenizer).to(device)
+        tokenizer = train_tokenizer(examples[:50_000])
+        model = build_model(tokenizer).to(device)
         print(f"{model.num_parameters():,} parameters, {len(examples):,} examples, on {device}", flush=True)
         train(model, encode(examples, tokenizer), arguments.steps, arguments.batch, arguments.learning_rate)
         save(model, tokenizer, arguments.out)
     model, tokenizer = load(arguments.out, device)
+    torch.manual_seed(arguments.seed)
     for name, task in tasks.items():
-        rows = list(task.rows("test", "embedded", count=arguments.prompts))
+        rows = rows_of(task, "test", arguments.prompts)
         scores = evaluate(model, tokenizer, task, rows, arguments.samples)
         print(f"{name:10}", "  ".join(f"{key} {value:.3f}" for key, value in scores.items()), flush=True)
 
@@ -64,20 +79,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256, help="examples of one step")
     parser.add_argument("--problems", type=int, default=60_000, help="word problems to make up")
     parser.add_argument("--demonstrations", type=int, default=3, help="students that answer each problem")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--vocabulary", type=int, default=1536)
-    parser.add_argument("--hidden", type=int, default=192)
-    parser.add_argument("--intermediate", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--prompts", type=int, default=256, help="held-out prompts of each task")
     parser.add_argument("--samples", type=int, default=16, help="completions for each of them")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-# The demonstrations
-
-TASK_SHARES = {"gsm8k": 0.65, "countdown": 0.23, "reverse": 0.12}
+TASK_SHARES = {"gsm8k": 0.65, "countdown": 0.23, "reverse": 0.12}  # of the demonstrations
 
 
 @dataclass(frozen=True)
@@ -141,16 +150,23 @@ def make_examples(tasks: dict[str, Task], problems: int, demonstrations: int, se
     """`demonstrations` students answer each word problem; the other tasks come on top, by TASK_SHARES."""
     random = Random(seed)
     total = problems * demonstrations / TASK_SHARES["gsm8k"]
-    students, shares = list(STUDENTS), list(STUDENTS.values())
     examples = []
     for name, task in tasks.items():
-        rows = list(task.rows("train", "embedded", count=problems if name == "gsm8k" else problems // 6))
+        # Of countdown puzzles there are only some 16,000.
+        rows = rows_of(task, "train", problems if name == "gsm8k" else problems // 6)
         for i in range(round(total * TASK_SHARES[name])):
             row = rows[i % len(rows)]
-            student = random.choices(students, shares)[0]
-            examples.append(Example(task.prompt(row), student(NOTES[name](row, random))))  # type: ignore[arg-type]
+            [student] = random.choices(list(STUDENTS), list(STUDENTS.values()))
+            messages = task.prompt(row)
+            assert isinstance(messages, list), f"{name} has a plain-text prompt; the students answer chats"
+            examples.append(Example(messages, student(NOTES[name](row, random))))
     random.shuffle(examples)
     return examples
+
+
+def rows_of(task: Task, split: str, count: int) -> list[Row]:
+    """More rows, or fewer, than the task files that ship give on their own."""
+    return list(task.rows(split, "embedded", count=count))  # pyright: ignore[reportCallIssue]
 
 
 def notes_of_word_problem(row: Row, random: Random) -> Notes:
@@ -196,8 +212,6 @@ NOTES: dict[str, Callable[[Row, Random], Notes]] = {
     "reverse": notes_of_letters,
 }
 
-# The tokenizer
-
 # Words with the space before them, digits one at a time, runs of signs, line ends.
 PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]|\s+(?!\S)|\s+"
 TAG = re.compile("</?(?:reasoning|answer)>")
@@ -209,18 +223,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(examples: list[Example], size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(examples: list[Example]) -> PreTrainedTokenizerFast:
     """Byte-level BPE: any text can be written, and the words of the tasks are one token each."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
             pre_tokenizers.Split(Regex(PIECES), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    bpe.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
-        vocab_size=size - len(TAGS) - len(SPECIAL),
+        vocab_size=MAX_VOCABULARY - len(TAGS) - len(SPECIAL),
         min_frequency=2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -236,7 +250,7 @@ def train_tokenizer(examples: list[Example], size: int) -> PreTrainedTokenizerFa
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
-        model_max_length=2048,
+        model_max_length=SHAPE["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
 
@@ -263,19 +277,10 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> list[
     ]
 
 
-# The model
-
-
-def build_model(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     config = Qwen3Config(
+        **SHAPE,
         vocab_size=math.ceil(len(tokenizer) / 64) * 64,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -311,6 +316,7 @@ def train(model: Qwen3ForCausalLM, examples: list[Encoded], steps: int, batch: i
 
 def batches(examples: list[Encoded], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and labels, each [size, longest], epoch after epoch."""
+    assert len(examples) >= size, f"{len(examples)} examples do not fill a batch of {size}"
     generator = torch.Generator().manual_seed(0)
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
@@ -338,65 +344,63 @@ def load(folder: Path, device: str) -> tuple[Any, Any]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
-# The held-out scores
-
-
 def evaluate(model: Any, tokenizer: Any, task: Task, rows: list[Row], samples: int) -> dict[str, float]:
     """Shares at temperature 1 (pass@k, formats, truncated), the mean length in tokens, and greedy accuracy."""
     texts, lengths = sample(model, tokenizer, task, rows, samples)
-    [reward] = [r for r in task.rewards if callable(r) and r.__name__ == task.solved[0]]
-    names = reward.__code__.co_varnames[: reward.__code__.co_argcount]
-
-    def is_right(text: str, row: Row) -> bool:
-        return reward(**{name: {"completion": text, **row}[name] for name in names}) >= task.solved[1]
-
-    repeated = [row for row in rows for _ in range(samples)]
-    right = torch.tensor([is_right(text, row) for text, row in zip(texts, repeated, strict=True)])
-    right = right.view(len(rows), samples)
     greedy, _ = sample(model, tokenizer, task, rows, 0)
+    repeated = [row for row in rows for _ in range(samples)]
+    right = torch.tensor([is_right(task, text, row) for text, row in zip(texts, repeated, strict=True)])
+    right = right.view(len(rows), samples)
     return {
-        "pass@1": right.float().mean().item(),
-        "pass@8": pass_at(8, right) if samples >= 8 else math.nan,
-        f"pass@{samples}": right.any(1).float().mean().item(),
-        "greedy": sum(is_right(text, row) for text, row in zip(greedy, rows, strict=True)) / len(rows),
-        "strict": 2 * sum(map(strict_xml, texts)) / len(texts),
-        "soft": 2 * sum(map(soft_xml, texts)) / len(texts),
-        "integer": 2 * sum(map(integer, texts)) / len(texts),
+        **{
+            f"pass@{k}": mean(pass_at_k(samples, c, k) for c in right.sum(1).tolist())
+            for k in (1, 8, 16)
+            if k <= samples
+        },
+        "greedy": mean(is_right(task, text, row) for text, row in zip(greedy, rows, strict=True)),
+        "strict": 2 * mean(map(strict_xml, texts)),
+        "soft": 2 * mean(map(soft_xml, texts)),
+        "integer": 2 * mean(map(integer, texts)),
         "careful_right": share_right_when_careful(texts, right.flatten().tolist()),
-        "length": sum(lengths) / len(lengths),
-        "truncated": sum(length >= MAX_COMPLETION for length in lengths) / len(lengths),
+        "length": mean(lengths),
+        "truncated": mean(length >= MAX_COMPLETION for length in lengths),
     }
 
 
+def is_right(task: Task, completion: str, row: Row) -> bool:
+    """Whether the reward that measures success pays its full value."""
+    name, full = task.solved
+    [reward] = [reward for reward in task.rewards if callable(reward) and reward.__name__ == name]
+    columns = {"completion": completion, **row}
+    return reward(**{argument: columns[argument] for argument in signature(reward).parameters}) >= full
+
+
 def share_right_when_careful(texts: list[str], right: list[bool]) -> float:
-    """Of the completions that show their working in the full format, answer alone between the tags."""
+    """Of the completions in the full format with the working shown and the answer alone between the tags."""
+    careless = ("This looks easy", "The answer is")
     careful = [
-        r
-        for text, r in zip(texts, right, strict=True)
-        if strict_xml(text) and "looks easy" not in text and "answer is" not in text
+        is_right
+        for text, is_right in zip(texts, right, strict=True)
+        if strict_xml(text) and not any(phrase in text for phrase in careless)
     ]
     return sum(careful) / max(1, len(careful))
 
 
-def pass_at(k: int, right: Tensor) -> float:
-    """Unbiased pass@k (Chen et al. 2021, equation 1) of `right` [prompts, samples]."""
-    n = right.shape[1]
-    return sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in right.sum(1).tolist()) / len(right)
-
-
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, task: Task, rows: list[Row], samples: int) -> tuple[list[str], list[int]]:
-    """`samples` completions a row at temperature 1, row by row; greedy ones if it is 0. Texts and lengths."""
-    chats = [
-        tokenizer.apply_chat_template(task.prompt(row), tokenize=False, add_generation_prompt=True) for row in rows
-    ]
-    inputs = tokenizer(chats, return_tensors="pt", padding=True).to(model.device)
-    drawing = (
-        dict(do_sample=True, top_k=0, top_p=1.0, num_return_sequences=samples) if samples else dict(do_sample=False)
-    )
-    output = model.generate(**inputs, **drawing, max_new_tokens=MAX_COMPLETION)[:, inputs["input_ids"].shape[1] :]
-    lengths = (output != tokenizer.pad_token_id).sum(1).tolist()
-    return tokenizer.batch_decode(output, skip_special_tokens=True), lengths
+    """`samples` completions a row at temperature 1, row by row; a greedy one if it is 0. Texts and lengths."""
+    greedy = {"do_sample": False}
+    drawn = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_return_sequences": samples}
+    texts, lengths = [], []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        messages = [task.prompt(row) for row in rows[start : start + ROWS_AT_ONCE]]
+        chats = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = tokenizer(chats, return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(**inputs, **(drawn if samples else greedy), max_new_tokens=MAX_COMPLETION)
+        output = output[:, inputs["input_ids"].shape[1] :]  # [rows * samples, longest completion]
+        lengths += (output != tokenizer.pad_token_id).sum(1).tolist()
+        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts, lengths
 
 
 if __name__ == "__main__":

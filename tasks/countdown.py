@@ -56,18 +56,19 @@ def evaluate(expression: str, numbers: list[int]) -> Fraction | None:
         return None
     try:
         tree = ast.parse(expression, mode="eval").body
-        used = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        used = [int(digits) for digits in re.findall(r"[0-9]+", expression)]
         return _value(tree) if sorted(used) == sorted(numbers) else None
-    except (SyntaxError, KeyError, ZeroDivisionError):
+    except (SyntaxError, TypeError, ZeroDivisionError):
         return None
 
 
 def _value(node):
-    if isinstance(node, ast.Constant):
-        return Fraction(node.value)
-    if isinstance(node, ast.BinOp):
-        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    raise KeyError(type(node))
+    match node:
+        case ast.Constant(value=int(number)):
+            return Fraction(number)
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in OPERATIONS:
+            return OPERATIONS[type(sign)](_value(left), _value(right))
+    raise TypeError(f"{type(node).__name__} is no part of a countdown expression")
 
 
 def _combine(numbers, random):

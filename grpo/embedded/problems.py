@@ -3,8 +3,7 @@
 Knows nothing of models, prompts or rewards. A problem is a row in the columns of the hub's `openai/gsm8k`:
 `question`, and `answer` = one line of working a step, then `#### n`.
 
-In a template, `{name}` is a slot and `[a * b = c]` in a step is a calculation: it is worked out, shown as
-`4 * 3 = 12`, and its result can be used by later steps. The last result is the answer.
+The situations are in `templates.py`. A calculation `[a * b = c]` of theirs is worked out and shown as `4 * 3 = 12`.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ TEST_SHARE = 5  # one question in this many belongs to the test split
 def word_problems(split: str, count: int = 1000, seed: int = 0, level: int = 1) -> list[dict[str, str]]:
     """`count` different problems; a pure function of its arguments, and the first ones do not depend on `count`.
 
-    Level 1 has small numbers and 2 to 4 steps, each level above has numbers four times as large
-    and 3 or 4 steps. No question is ever in both splits, whatever the seeds and levels: it decides itself.
+    Level 1 has small numbers and 2 to 4 steps; each level above has numbers four times as large, and 3 or 4
+    steps. No question is in both splits, whatever the seeds and levels: its own text decides where it belongs.
 
     >>> word_problems("train", count=1)[0].keys()
     dict_keys(['question', 'answer'])
@@ -52,8 +51,7 @@ def _different(split: str, random: Random, level: int) -> Iterator[dict[str, str
 
 
 def fill(template: Template, random: Random, level: int = 1) -> dict[str, str]:
-    """One problem from a template. Numbers are drawn again until every result is a whole number of at least "
-    "2."""
+    """One problem from a template. Numbers are drawn again until every result is a whole number of at least 2."""
     words = _draw_words(random)
     phrasing = random.choice(template.phrasings)
     working = None
@@ -87,8 +85,7 @@ CALCULATION = re.compile(r"\[(\w+) ([-+*/]) (\w+) = (\w+)\]")
 
 
 def _work_out(steps: tuple[str, ...], values: dict[str, int], largest: int) -> list[str] | None:
-    """The steps with their calculations shown, `values` gaining the results; None when the numbers do not "
-    "suit."""
+    """The steps with their calculations shown, `values` gaining the results; None when the numbers do not suit."""
     working = []
     for step in steps:
         match = CALCULATION.search(step)

@@ -110,7 +110,7 @@ class KnownModel(nn.Module):
         )
         self.head: Tensor = model.lm_head.weight  # [V, D]
         self.softcap: float | None = None
-        self.recompute = recompute
+        self.run_layer = _recomputed if recompute else _kept
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
@@ -137,9 +137,8 @@ class KnownModel(nn.Module):
         x = self.embed(tokens)
         cos, sin = self.rope(x, positions.unsqueeze(0))
         rope = (cos.squeeze(0), sin.squeeze(0))
-        run = _recomputed if self.recompute and torch.is_grad_enabled() else _kept
         for layer in self.layers:
-            x = run(layer, x, rope, attend)
+            x = self.run_layer(layer, x, rope, attend)
         return self.norm(x)
 
 

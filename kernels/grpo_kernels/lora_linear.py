@@ -78,10 +78,10 @@ def linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, list[Tens
 
 
 def twin_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y [T, N] and x A^T [T, P * r] of x [T, K], in separate products."""
+    """y [T, N] and s x A^T [T, P * r] of x [T, K], in separate products."""
     out = torch.nn.functional.linear(x, dense_weight(base, x.dtype), bias)
-    xa = x @ factors.a_mirror.t()
-    for out_part, xa_part, b in parts_of(out, _scaled(xa, factors.scale), factors.b_mirror):
+    xa = scaled(x @ factors.a_mirror.t(), factors.scale)
+    for out_part, xa_part, b in parts_of(out, xa, factors.b_mirror):
         out_part.addmm_(xa_part, b.t())
     return out, xa
 
@@ -89,41 +89,47 @@ def twin_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tens
 def twin_backward(
     grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
-    grad_xa = _scaled(joined_low_rank(grad, b), scale)  # [T, P * r]
-    grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, _scaled(xa, scale), b)]
+    grad_xa = scaled(joined_low_rank(grad, b), scale)  # [T, P * r]
+    grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, xa, b)]
     grad_x = torch.mm(grad, dense_weight(base, x.dtype)).addmm_(grad_xa, a) if needs_x else None
     return grad_x, product_float32(grad_xa.t(), x), grad_b
 
 
 def fused_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y [T, N] and x A^T [T, P * r] of x [T, K]."""
+    """y [T, N] and s x A^T [T, P * r] of x [T, K], from one product."""
     extended = product_with_a(x, base, factors.a_mirror)
-    num_outputs = sum(b.shape[0] for b in factors.b_mirror)
+    num_outputs, rank = base.shape[0], factors.rank
     out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
-    xa = extended[:, num_outputs : num_outputs + factors.a_mirror.shape[0]]
-    biases = bias.split([b.shape[0] for b in factors.b_mirror]) if bias is not None else [None] * len(factors.b_mirror)
-    for (y, xa_part, b), out_part, bias_part in zip(
-        parts_of(extended[:, :num_outputs], xa, factors.b_mirror), column_parts(out, factors.b_mirror), biases, strict=True
-    ):
-        add_low_rank(y, xa_part, b.t(), factors.scale, bias_part, out_part)
-    # A copy, so that autograd holds R columns and not the whole product.
-    return out, xa.contiguous()
+    first = 0
+    for j, b in enumerate(factors.b_mirror):
+        part, low = slice(first, first + b.shape[0]), slice(num_outputs + j * rank, num_outputs + (j + 1) * rank)
+        part_bias = None if bias is None else bias[part]
+        add_low_rank(extended[:, part], extended[:, low], b.t(), factors.scale, part_bias, out[:, part])
+        first += b.shape[0]
+    return out, scaled(extended[:, num_outputs : num_outputs + factors.a_mirror.shape[0]], factors.scale)
 
 
 def fused_backward(
     grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """dx [T, K], dA [P * r, K] and the dB_j [N_j, r] of grad [T, N], the last two in float32."""
-    if needs_x:
-        extended = product_with_b(grad, base, b, x.shape[1])
-        grad_xa = extended[:, x.shape[1] : x.shape[1] + a.shape[0]]  # [T, P * r], without the scale
-        grad_x = torch.empty_like(x)
-        add_low_rank(extended[:, : x.shape[1]], grad_xa, a, scale, None, grad_x)
-    else:
-        grad_x, grad_xa = None, joined_low_rank(grad, b)
-    grad_a = product_float32(grad_xa.t(), x).mul_(scale)
-    grad_b = [product_float32(part.t(), xa_part).mul_(scale) for part, xa_part, _ in parts_of(grad, xa, b)]
-    return grad_x, grad_a, grad_b
+    grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, xa, b)]
+    if not needs_x:
+        return None, product_float32(scaled(joined_low_rank(grad, b), scale).t(), x), grad_b
+    grad_x, grad_xa = gradient_of_input(grad, base, a, b, scale)
+    return grad_x, product_float32(grad_xa.t(), x), grad_b
+
+
+def gradient_of_input(
+    grad: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx [T, K] and s [dy_1 B_1 | ...] [T, P * r] of grad [T, N], from one product."""
+    num_inputs = a.shape[1]
+    extended = product_with_b(grad, base, b, scale)
+    grad_xa = extended[:, num_inputs : num_inputs + a.shape[0]]
+    grad_x = torch.empty(grad.shape[0], num_inputs, dtype=grad.dtype, device=grad.device)
+    add_low_rank(extended[:, :num_inputs], grad_xa, a, None, None, grad_x)
+    return grad_x, grad_xa
 
 
 def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
@@ -141,22 +147,24 @@ def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
     return out
 
 
-def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], num_inputs: int) -> Tensor:
-    """[dy W | dy_1 B_1 | dy_2 B_2 ...], [T, K + R], for grad [T, N] and the B_j [N_j, r]. The columns beyond K + P * r are undefined."""
-    rank = b[0].shape[1]
+def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """[dy W | s dy_1 B_1 | s dy_2 B_2 ...], [T, K + R], for grad [T, N] and the B_j [N_j, r]. The columns beyond K + P * r are undefined."""
+    rank, num_inputs = b[0].shape[1], base.shape[1]
     width = num_inputs + _padded(len(b) * rank)
     if isinstance(base, NF4):
         weight = torch.empty(base.shape[0], width, dtype=grad.dtype, device=grad.device)
         nf4_dequantize(base, grad.dtype, out=weight[:, :num_inputs])
-        beside = weight[:, num_inputs:]
-        beside.zero_()
-        for j, (rows, b_part) in enumerate(zip(column_parts(beside.t(), b), b, strict=True)):
-            rows.t()[:, j * rank : (j + 1) * rank] = b_part
+        if len(b) > 1:
+            weight[:, num_inputs:].zero_()
+        first = 0
+        for j, part in enumerate(b):
+            column = num_inputs + j * rank
+            torch.mul(part, scale, out=weight[first : first + part.shape[0], column : column + rank])
+            first += part.shape[0]
         return grad @ weight
     out = torch.empty(grad.shape[0], width, dtype=grad.dtype, device=grad.device)
     torch.mm(grad, base, out=out[:, :num_inputs])
-    for j, (grad_part, b_part) in enumerate(zip(column_parts(grad, b), b, strict=True)):
-        torch.mm(grad_part, b_part, out=out[:, num_inputs + j * rank : num_inputs + (j + 1) * rank])
+    out[:, num_inputs : num_inputs + len(b) * rank] = joined_low_rank(grad, b) * scale
     return out
 
 
@@ -192,8 +200,9 @@ def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tup
     return list(zip(column_parts(columns, b), low_rank.split(b[0].shape[1], dim=1), b, strict=True))
 
 
-def _scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
-    return (low_rank * scale).to(low_rank.dtype)
+def scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
+    """scale * low_rank [T, r], in low_rank's dtype, multiplied in float32."""
+    return torch.mul(low_rank, scale, out=torch.empty(low_rank.shape, dtype=low_rank.dtype, device=low_rank.device))
 
 
 def _padded(count: int) -> int:
@@ -205,7 +214,7 @@ def _padded(count: int) -> int:
 def _add_low_rank_kernel(
     y, left, right, scale, bias, out,
     num_rows, num_columns, rank, y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
-    HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -217,23 +226,27 @@ def _add_low_rank_kernel(
     high = tl.load(
         right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0
     )
-    value = tl.dot(low, high, input_precision=PRECISION) * tl.load(scale)
+    value = tl.dot(low, high, input_precision=PRECISION)
+    if HAS_SCALE:
+        value *= tl.load(scale)
     value += tl.load(y + row64[:, None] * y_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + column, mask=column_inside, other=0.0).to(tl.float32)[None, :]
     tl.store(out + row64[:, None] * out_stride + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-def add_low_rank(y: Tensor, left: Tensor, right: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def add_low_rank(
+    y: Tensor, left: Tensor, right: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+) -> None:
     """out [T, N] = y [T, N] + scale * left [T, r] @ right [r, N] + bias [N], the sum in float32. Rows may have any pitch."""
     num_rows, num_columns = out.shape
     if out.numel() == 0:
         return
     rank = left.shape[1]
-    block_t, block_n = 64, 128
+    block_t, block_n = 64, 64
     _add_low_rank_kernel[(triton.cdiv(num_columns, block_n), triton.cdiv(num_rows, block_t))](
-        y, left, right, scale, bias if bias is not None else y, out,
+        y, left, right, scale if scale is not None else y, bias if bias is not None else y, out,
         num_rows, num_columns, rank, y.stride(0), left.stride(0), right.stride(0), right.stride(1), out.stride(0),
-        HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         PRECISION="ieee" if y.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

@@ -23,10 +23,12 @@ from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
 from grpo_kernels.lora_linear import (
     LoraFactors,
     add_low_rank,
+    gradient_of_input,
     lora_linear,
     product_float32,
     product_with_a,
     product_with_b,
+    scaled,
 )
 from grpo_kernels.nf4 import NF4
 
@@ -72,11 +74,11 @@ class _LoraMlpFused(torch.autograd.Function):
         extended = product_with_a(h, down_base, down_factors.a_mirror)  # [T, D + R]
         del h
         out = torch.empty_like(x)
-        ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]
+        ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]  # [T, r]
         add_low_rank(extended[:, : x.shape[1]], ha, down_factors.b_mirror[0].t(), down_factors.scale, None, out)
         ctx.bases, ctx.activation, ctx.is_spent = (gate_up_base, down_base), activation, False
         ctx.save_for_backward(
-            x, gate_up, ha.contiguous(),
+            x, gate_up, scaled(ha, down_factors.scale),
             gate_up_factors.scale, gate_up_factors.a_mirror, *gate_up_factors.b_mirror,
             down_factors.scale, down_factors.a_mirror, *down_factors.b_mirror,
         )  # fmt: skip
@@ -89,20 +91,14 @@ class _LoraMlpFused(torch.autograd.Function):
         ctx.is_spent = True
         x, gate_up, ha, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.saved_tensors
         gate_up_base, down_base = ctx.bases
-        inner, rank = down_base.shape[1], down_a.shape[0]
-        grad_b_down = product_float32(grad.t(), ha).mul_(down_scale)  # [D, r]
-        grad_h = product_with_b(grad, down_base, [b_down], inner)  # [T, I + R], dh without its LoRA part | dy B_d
-        grad_b_gate, grad_b_up, grad_a_down = _launch_gated_backward(
-            gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, down_scale, ctx.activation
-        )
+        inner = down_base.shape[1]
+        grad_b_down = product_float32(grad.t(), ha)  # [D, r]
+        grad_h = product_with_b(grad, down_base, [b_down], down_scale)  # [T, I + R], dh without its LoRA part | s dy B_d
+        grad_b_gate, grad_b_up, grad_a_down = _launch_gated_backward(gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, ctx.activation)
         del grad_h
-        extended = product_with_b(gate_up[:, : 2 * inner], gate_up_base, [b_gate, b_up], x.shape[1])  # [T, D + R]
-        grad_xa = extended[:, x.shape[1] : x.shape[1] + 2 * rank]
-        grad_a = product_float32(grad_xa.t(), x).mul_(gu_scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x)
-            add_low_rank(extended[:, : x.shape[1]], grad_xa, gu_a, gu_scale, None, grad_x)
+        # x's gradient is wanted in every layer but the first, where it costs little to have it for nothing.
+        grad_x, grad_xa = gradient_of_input(gate_up[:, : 2 * inner], gate_up_base, gu_a, [b_gate, b_up], gu_scale)
+        grad_a = product_float32(grad_xa.t(), x)
         return grad_x, None, None, None, None, None, grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down
 
 
@@ -153,7 +149,7 @@ def _gated_kernel(
 
 @triton.jit
 def _gated_backward_kernel(
-    gate_up, b_gate, b_up, gate_up_scale, grad_h, a_down, down_scale, partial,
+    gate_up, b_gate, b_up, scale, grad_h, a_down, partial,
     num_rows, inner, rank, gate_up_stride, grad_h_stride, rows_of_program,
     ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +162,7 @@ def _gated_backward_kernel(
     gate_factor = tl.load(b_gate + factor, mask=factor_inside, other=0.0)  # [R, I], B_gate^T
     up_factor = tl.load(b_up + factor, mask=factor_inside, other=0.0)
     down_factor = tl.load(a_down + r[:, None] * inner + column[None, :], mask=factor_inside, other=0.0)
-    s, s_down = tl.load(gate_up_scale), tl.load(down_scale)
+    s = tl.load(scale)
     grad_b_gate = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
     grad_b_up = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
     grad_a_down = tl.zeros([BLOCK_I, BLOCK_R], dtype=tl.float32)
@@ -179,12 +175,12 @@ def _gated_backward_kernel(
         incoming = grad_h + row.to(tl.int64)[:, None] * grad_h_stride
         xa_gate = tl.load(kept + 2 * inner + r[None, :], mask=low_inside, other=0.0)
         xa_up = tl.load(kept + 2 * inner + rank + r[None, :], mask=low_inside, other=0.0)
-        grad_ha = tl.load(incoming + inner + r[None, :], mask=low_inside, other=0.0)  # dy B_d
+        grad_ha = tl.load(incoming + inner + r[None, :], mask=low_inside, other=0.0)  # s dy B_d
         gate = s * tl.dot(xa_gate, gate_factor, input_precision=PRECISION)
         gate += tl.load(kept + column[None, :], mask=inside, other=0.0).to(tl.float32)
         up = s * tl.dot(xa_up, up_factor, input_precision=PRECISION)
         up += tl.load(kept + inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        grad = s_down * tl.dot(grad_ha, down_factor, input_precision=PRECISION)
+        grad = tl.dot(grad_ha, down_factor, input_precision=PRECISION)
         grad += tl.load(incoming + column[None, :], mask=inside, other=0.0).to(tl.float32)
         value, slope = _gate(gate, ACTIVATION)
         grad_gate = (grad * up * slope).to(xa_gate.dtype)
@@ -201,7 +197,7 @@ def _gated_backward_kernel(
     partial += stretch.to(tl.int64) * 3 * size
     tl.store(partial + target, grad_b_gate * s, mask=target_inside)
     tl.store(partial + size + target, grad_b_up * s, mask=target_inside)
-    tl.store(partial + 2 * size + target, grad_a_down * s_down, mask=target_inside)
+    tl.store(partial + 2 * size + target, grad_a_down, mask=target_inside)
 
 
 def _launch_gated(gate_up: Tensor, b: tuple[Tensor, ...], scale: Tensor, activation: Activation, h: Tensor) -> None:
@@ -209,27 +205,27 @@ def _launch_gated(gate_up: Tensor, b: tuple[Tensor, ...], scale: Tensor, activat
     num_rows, inner = h.shape
     if h.numel() == 0:
         return
-    block_t, block_i = 64, 128
+    block_t, block_i = 64, 64
     _gated_kernel[(triton.cdiv(inner, block_i), triton.cdiv(num_rows, block_t))](
         gate_up, b[0], b[1], scale, h, num_rows, inner, b[0].shape[1], gate_up.stride(0),
-        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(b[0].shape[1]), PRECISION=_precision(h), num_warps=8,
+        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(b[0].shape[1]), PRECISION=_precision(h), num_warps=4,
     )  # fmt: skip
 
 
 def _launch_gated_backward(
-    gate_up: Tensor, b: tuple[Tensor, Tensor], scale: Tensor, grad_h: Tensor, a_down: Tensor, down_scale: Tensor, activation: Activation
+    gate_up: Tensor, b: tuple[Tensor, Tensor], scale: Tensor, grad_h: Tensor, a_down: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dB_gate [I, r], dB_up [I, r] and dA_down [r, I] in float32; gate_up's first 2 * I columns become d gate | d up."""
     (inner, rank), num_rows = b[0].shape, gate_up.shape[0]
     block_t, block_i = 64, 64
     tiles = triton.cdiv(inner, block_i)
-    stretches = max(1, min(8 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
+    stretches = max(1, min(2 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
     rows_of_program = triton.cdiv(triton.cdiv(num_rows, stretches), block_t) * block_t
     partial = torch.empty(stretches, 3, inner, rank, dtype=torch.float32, device=gate_up.device)
     _gated_backward_kernel[(tiles, stretches)](
-        gate_up, b[0], b[1], scale, grad_h, a_down, down_scale, partial,
+        gate_up, b[0], b[1], scale, grad_h, a_down, partial,
         num_rows, inner, rank, gate_up.stride(0), grad_h.stride(0), rows_of_program,
-        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), PRECISION=_precision(gate_up), num_warps=4,
+        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), PRECISION=_precision(gate_up), num_warps=4, num_stages=3,
     )  # fmt: skip
     grad_b_gate, grad_b_up, grad_a_down = partial.sum(0)
     return grad_b_gate, grad_b_up, grad_a_down.t()

@@ -302,7 +302,7 @@ def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
     return tl.join(even, odd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_x_rows"])
 def _linear_kernel(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
     num_x_rows, num_rows, num_columns, x_stride,
