@@ -3,7 +3,7 @@ Knows nothing of any kernel: the cases are listed by the files kernel_cases_*.py
 
     python benchmarks/kernels.py                       ours only
     python benchmarks/kernels.py --peers               and every rival that is installed
-    python benchmarks/kernels.py --only linear_logprob cases whose operation contains the word
+    python benchmarks/kernels.py --only linear_logprob cases whose file or operation contains the word
 """
 
 import argparse
@@ -26,8 +26,12 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> None:
     arguments = parse_arguments()
     files = sorted(Path(__file__).parent.glob("kernel_cases_*.py"))
-    cases = [case for file in files for case in importlib.import_module(file.stem).CASES]
-    cases = [case for case in cases if arguments.only in case.operation]
+    cases = [
+        case
+        for file in files
+        for case in importlib.import_module(file.stem).CASES
+        if arguments.only in f"{file.stem} {case.operation}"
+    ]
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     machine = {
         "gpu": torch.cuda.get_device_name(),
@@ -42,13 +46,13 @@ def main() -> None:
     print(json.dumps(machine))
     print_row("operation", "shape", "entry", "ms", "floor", "ratio", "GiB", "errors, or why it was skipped")
     rows = [row for case in cases for row in run_case(case, bandwidth, arguments.peers)]
-    write(machine, rows, arguments.only)
+    write(machine, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", action="store_true", help="time installed rivals too")
-    parser.add_argument("--only", default="", help="run the cases whose operation contains this")
+    parser.add_argument("--only", default="", help="run the cases whose file or operation contains this")
     return parser.parse_args()
 
 
@@ -108,11 +112,11 @@ def print_row(*cells: Any) -> None:
     print(fixed + str(cells[-1]), flush=True)
 
 
-def write(machine: dict[str, Any], rows: list[dict[str, Any]], only: str) -> None:
+def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Cases that were not run keep what an earlier run of the same GPU wrote."""
     path = RESULTS / f"kernels-{machine['gpu'].replace(' ', '-').lower()}.json"
     kept = []
-    if only and path.exists():
+    if path.exists():
         ran = {(row["operation"], row["shape"]) for row in rows}
         kept = [row for row in json.loads(path.read_text())["rows"] if (row["operation"], row["shape"]) not in ran]
     RESULTS.mkdir(exist_ok=True)

@@ -102,7 +102,7 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         origins = {name: "task" for name in field_names() if getattr(base, name) != getattr(Config(), name)}
     if saved:
         base = from_dict(saved["config"])
-        origins = {name: "run" for name in field_names()}
+        origins = dict.fromkeys(field_names(), "run")
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
     if task is None:
         raise UserError(

@@ -37,12 +37,13 @@ def section(result: dict[str, Any]) -> str:
     machine = result["machine"]
     origin = (
         f"{machine['gpu']}, torch {machine['torch']}, triton {machine['triton']}, {machine['date']}: "
-        f"`{machine['command']}`. Measured in the same run: copy {machine['copy_tb_per_s']} TB/s (read and written), "
-        f"8192-cubed bfloat16 product {machine['matmul_tflop_per_s']} TFLOP/s."
+        f"`{machine['command']}`. The last run also measured a copy at {machine['copy_tb_per_s']} TB/s, "
+        f"read and written, and an 8192-cubed bfloat16 product at {machine['matmul_tflop_per_s']} TFLOP/s."
     )
     tables = []
     for floor, rows in groupby(result["rows"], key=floor_of(result["rows"])):
-        tables.append(f"Floor: {floor}.\n\n{HEADER}\n" + "\n".join(map(line, rows)))
+        measured = [line(row) for row in rows if not row["skipped"]]
+        tables.append(f"Floor: {floor}.\n\n{HEADER}\n" + "\n".join(measured))
     skipped = sorted({f"{row['entry']} ({row['skipped']})" for row in result["rows"] if row["skipped"]})
     if skipped:
         tables.append("Skipped: " + ", ".join(skipped) + ".")
@@ -50,15 +51,13 @@ def section(result: dict[str, Any]) -> str:
 
 
 def floor_of(rows: list[dict[str, Any]]):
-    """A skipped entry has no floor of its own; it stands with its operation's."""
+    """The key that puts rows of one floor together; a skipped entry has none and stands with its operation."""
     floors = {(row["operation"], row["shape"]): row["floor"] for row in rows if not row["skipped"]}
     return lambda row: floors.get((row["operation"], row["shape"]), "none measured")
 
 
 def line(row: dict[str, Any]) -> str:
     name = f"**{row['entry']}**" if row["entry"].startswith("ours") else row["entry"]
-    if row["skipped"]:
-        return f"| {row['operation']} | {row['shape']} | {name} | | | | | {row['skipped']} |"
     errors = ", ".join(f"{output} {error:.0e}" for output, error in row["errors"].items())
     target = f"≤ {row['target']}" if row["target"] and row["entry"] == "ours" else ""
     return (

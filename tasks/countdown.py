@@ -22,7 +22,7 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,100}")  # short enough that no nesting can exhaust the parser
 
 
-def rows(split, data, count=2000):
+def rows(split, data, count=1000):
     """Made up, whatever `data` says, each with a solution; numbers and target decide the split.
 
     There are some 16,000 puzzles to train on and 4,000 to test on; a larger `count` would never end.
@@ -97,8 +97,8 @@ task = Task(
         "model": "embedded",
         "data": "embedded",
         "base": "float32",
-        "steps": 50,
+        "steps": 40,
         "learning_rate": 1e-3,
-        "max_completion_tokens": 96,
+        "max_completion_tokens": 160,
     },
 )

@@ -22,7 +22,7 @@ SYSTEM = """Respond in the following format:
 CALCULATOR = re.compile(r"<<.*?>>")  # "48/2=<<48/2=24>>24": the hub's solutions carry calculator calls
 
 
-def rows(split, data, count=4000):
+def rows(split, data, count=2000):
     problems = word_problems(split, count) if data == "embedded" else read_rows(data, split, name="main")
     for row in problems:
         solution, answer = row["answer"].rsplit("####", 1)

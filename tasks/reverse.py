@@ -17,7 +17,7 @@ SYSTEM = """Respond in the following format:
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-def rows(split, data, count=4000):
+def rows(split, data, count=2000):
     """Made up, whatever `data` says; the letters themselves decide which split they belong to."""
     random, seen = Random(f"reverse {split}"), set()
     while len(seen) < count:

@@ -10,9 +10,10 @@ import sys
 import threading
 from pathlib import Path
 
-from test_run import SMALL, TASK, main
+from toy_task import SMALL, TASK
 
 import grpo.train
+from grpo.run import main
 
 PACKAGE = Path(grpo.train.__file__).parent
 NOT_COUNTED = ("rollout", "embedded")

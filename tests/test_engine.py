@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import VOCABULARY
-from test_policy import CPU, build_policy, one_batch, randomise
+from tiny_models import VOCABULARY, build_policy, one_batch, randomise
 
 from grpo.errors import UserError
 from grpo.rollout.torch_engine import TorchEngine

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_policy import CPU, build_policy, randomise
+from tiny_models import CPU, build_policy, randomise
 
 from grpo.config import Config
 from grpo.loss import summarize

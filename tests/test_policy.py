@@ -4,27 +4,12 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import KNOWN, UNKNOWN
+from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise
 
-from grpo.packing import build_packer
-from grpo.policy import Policy, load_model
+from grpo.policy import load_model
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.known import KnownModel
 from grpo.policy.plain import PlainModel
-
-CPU = torch.device("cpu")
-
-
-def build_policy(config):
-    return Policy(load_model(config, CPU, 64), config)
-
-
-def randomise(policy, seed=1, size=0.1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.store.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
-    policy.store.refresh()
 
 
 def save_adapter(policy, folder):
@@ -56,11 +41,6 @@ def reference_logprobs(model, groups, temperature):
             logprobs.append(log_p.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1))
             entropies.append(-(log_p.exp() * log_p).sum(1))
     return torch.cat(logprobs), torch.cat(entropies)
-
-
-def one_batch(groups, config):
-    [[batch]] = build_packer(config, CPU)(groups)
-    return batch
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])

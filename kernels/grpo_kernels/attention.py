@@ -23,7 +23,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, capability, choose, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, next_power_of_2, tl, triton
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class GroupLayout:
     segments: Tensor  # [prompts + completions + 1] int32, where each prompt and completion starts, and N
     prompts: Tensor  # [prompts + 1] int32, where each prompt starts, and P
     groups: Tensor  # [prompts + 1] int32, where each group's completions start, counted from P, and N - P
+    longest: tuple[int, int, int]  # tokens of the longest prompt or completion, group of completions, and prompt
 
     @staticmethod
     def of(
@@ -60,12 +61,14 @@ class GroupLayout:
                 f"prompt lengths are {list(prompt_lengths)}; a completion needs a prompt of 1 token or more."
             )
         in_order = [*prompt_lengths, *(length for group in completions for length in group)]
+        group_lengths = [sum(group) for group in completions]
         return GroupLayout(
             tuple(prompt_lengths),
             tuple(tuple(group) for group in completions),
             _starts(in_order, device),
             _starts(prompt_lengths, device),
-            _starts([sum(group) for group in completions], device),
+            _starts(group_lengths, device),
+            (max([0, *in_order]), max([0, *group_lengths]), max([0, *prompt_lengths])),
         )
 
     @property
@@ -75,17 +78,6 @@ class GroupLayout:
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + sum(map(sum, self.completion_lengths))
-
-    @property
-    def longest(self) -> tuple[int, int, int]:
-        """Tokens of the longest prompt or completion, of the longest group of completions, of the longest prompt."""
-        longest_prompt = max(self.prompt_lengths, default=0)
-        longest_completion = max((length for group in self.completion_lengths for length in group), default=0)
-        return (
-            max(longest_prompt, longest_completion),
-            max(map(sum, self.completion_lengths), default=0),
-            longest_prompt,
-        )
 
     def positions(self) -> Tensor:
         """[N] int64: a token's place in its sequence. A completion goes on where its prompt ends."""
@@ -182,8 +174,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 # Two flash attention calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest.
 
 
-@torch.library.custom_op("grpo_kernels::group_attention", mutates_args=())
-def _attention_op(
+def _launch_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -206,13 +197,11 @@ def _attention_op(
     return out, lse
 
 
-@_attention_op.register_fake
-def _(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_attention(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
     return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
-@torch.library.custom_op("grpo_kernels::group_attention_backward", mutates_args=())
-def _attention_backward_op(
+def _launch_attention_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -243,8 +232,7 @@ def _attention_backward_op(
     return grad_q, grad_k, grad_v
 
 
-@_attention_backward_op.register_fake
-def _(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_attention_backward(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -263,7 +251,9 @@ def _backward(ctx, grad: Tensor | None, _lse):
     return (*grads, None, None, None, None, None, None)
 
 
-_attention_op.register_autograd(_backward, setup_context=_setup_context)
+_attention_op = Operator("group_attention", _launch_attention, _fake_attention)
+_attention_backward_op = Operator("group_attention_backward", _launch_attention_backward, _fake_attention_backward)
+_attention_op.differentiate(_setup_context, _backward)
 
 
 # PyTorch's own flash attention: the operators behind torch.nn.attention.varlen.varlen_attn, which before torch 2.13
@@ -308,15 +298,15 @@ def _flash_backward(
 def _merge(out: Tensor, lse: Tensor, to_prompt: Tensor, prompt_lse: Tensor, P: int) -> None:
     """Merge to_prompt [N - P, Hq, E] and prompt_lse [Hq, N - P] into tokens P and on of out [N, Hq, E], lse [Hq, N]."""
     num_tokens, num_heads, E = to_prompt.shape
-    block = triton.next_power_of_2(E)
+    block = next_power_of_2(E)
     rows = max(1, 4096 // block)
-    _merge_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
+    _merge_kernel[(cdiv(num_tokens * num_heads, rows),)](
         out, lse, to_prompt, prompt_lse, num_tokens * num_heads, num_heads, E, P, lse.stride(0), prompt_lse.stride(0),
         ROWS=rows, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "P", "lse_stride", "prompt_lse_stride"])
 def _merge_kernel(
     out, lse, to_prompt, prompt_lse, num_rows, num_heads, E, P, lse_stride, prompt_lse_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -3,29 +3,40 @@ Knows nothing of any operation.
 
 The rule of `impl`:
     "torch"   the twin, anywhere.
-    "triton"  the kernel, or an error that says why it cannot run. On a CPU that needs TRITON_INTERPRET=1, set before
-              the first import of this package: Triton reads it when a kernel is defined.
+    "triton"  the kernel, or an error that says why it cannot run. Where there is no GPU it runs on CPU tensors in
+              Triton's interpreter, slowly, and right in float32 and float16 only.
     "auto"    the kernel on a CUDA device that can run it, else the twin, with one log line for an operation and reason.
               On a CPU the twin is what was meant, so nothing is logged, and the interpreter is never chosen.
 
-Two rules of the kernels that import this file:
+Kernels are launched by an `Operator`, which torch.compile keeps whole. Three rules of the files that define them:
     - Offsets are int64 wherever a tensor may hold 2**31 elements or more: `row.to(tl.int64) * stride`.
+    - Counts of tokens are not specialised, or new batches would compile: `@triton.jit(do_not_specialize=["N"])`.
     - They take `triton` and `tl` from here, so that the package imports, and its twins run, where Triton is missing.
 """
 
 import functools
 import logging
 import os
+import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+# Triton reads this variable when a kernel, its own included, is defined; without a GPU kernels can only be interpreted.
+# It is not left set, because child processes would inherit it and may see a GPU.
+_INTERPRET = {} if torch.cuda.is_available() or "triton" in sys.modules else {"TRITON_INTERPRET": "1"}
+
 try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    with patch.dict(os.environ, _INTERPRET):
+        import triton
+        import triton.language as tl
+        from triton.tools.tensor_descriptor import TensorDescriptor
+    if _INTERPRET:
+        triton.knobs.runtime.interpret = True
 except ImportError:
 
     def _jit(function: Any = None, **_options: Any) -> Any:
@@ -57,9 +68,61 @@ def choose(operation: str, impl: Impl, *tensors: Tensor) -> Chosen:
     return _choose(operation, impl, str(tensors[0].device), dtypes)
 
 
+class Operator:
+    """A function of tensors that launches kernels; differentiable once `differentiate` has told it how.
+
+    Under torch.compile it is a custom operator with a fake kernel. Called eagerly it is the function itself, in a plain
+    autograd node, because a custom operator costs the CPU more than a small kernel costs the GPU.
+
+    `launch` has the annotations that torch.library.custom_op infers a schema from, returns no argument or view of one,
+    and is called with positional arguments, a tensor first. `fake` returns empty tensors of the right shapes.
+    """
+
+    def __init__(self, name: str, launch: Callable[..., Any], fake: Callable[..., Any]):
+        self._launch = launch
+        self._function: type[torch.autograd.Function] | None = None
+        self._operator = torch.library.custom_op(f"grpo_kernels::{name}", launch, mutates_args=())
+        self._operator.register_fake(fake)
+
+    def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """The two functions of torch.library.register_autograd; `backward` launches through Operators too."""
+        self._operator.register_autograd(backward, setup_context=setup_context)
+        launch = self._launch
+
+        # Not a `setup_context` method: with one, apply() binds its arguments to a signature, at 40 microseconds a call.
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = launch(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(launch.__name__, (torch.autograd.Function,), methods)
+
+    def __call__(self, *arguments: Any) -> Any:
+        # A compiler traces with tensors of its own kinds, in the backward too.
+        if torch.compiler.is_compiling() or type(arguments[0]) not in (Tensor, torch.nn.Parameter):
+            return self._operator(*arguments)
+        if self._function is None or not torch.is_grad_enabled():
+            return self._launch(*arguments)
+        return self._function.apply(*arguments)
+
+
+# Triton's own two are written for use inside kernels, and cost a caller outside 10 microseconds each.
+
+
+def cdiv(number: int, divisor: int) -> int:
+    """number / divisor, rounded up."""
+    return -(-number // divisor)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not smaller than `number`, which is positive."""
+    return 1 << (number - 1).bit_length()
+
+
 def interpreting() -> bool:
     """True when Triton kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return HAS_TRITON and triton.knobs.runtime.interpret
 
 
 def capability(device: torch.device) -> tuple[int, int]:
@@ -106,7 +169,7 @@ def _obstacle(device: torch.device, dtypes: tuple[str, ...]) -> str | None:
     if unknown:
         return f"it has no kernel for {', '.join(unknown)}"
     if device.type == "cpu":
-        return None if interpreting() else "the tensors are on the CPU, and TRITON_INTERPRET is not 1"
+        return None if interpreting() else "the tensors are on the CPU, and kernels were compiled for a GPU"
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA device"
     found = capability(device)

@@ -41,10 +41,13 @@ from torch import Tensor
 
 from grpo_kernels.dispatch import (
     Impl,
+    Operator,
     TensorDescriptor,
     capability,
+    cdiv,
     choose,
     interpreting,
+    next_power_of_2,
     num_multiprocessors,
     tl,
     triton,
@@ -60,7 +63,8 @@ SMALLEST_TORCH_CHUNK = 64
 # What a chunk of a Triton route may hold at once, unless `chunk_rows` says otherwise.
 ROUTE_CHUNK_BYTES = 3 * 2**28
 
-# Rows of a program that finishes a chunk of the "tiles" route.
+# Of the "tiles" route: rows of a chunk that stores nothing, and of a program that finishes a chunk.
+LARGEST_TILES_CHUNK = 8192
 FINISHED_ROWS = 32
 
 # Nats: exp of it, summed over any vocabulary and weighted by it, is within float32 and bfloat16.
@@ -129,8 +133,7 @@ def _form(hidden: Tensor, weight: Tensor, differentiable_entropy: bool) -> Form:
 # The two operators, as torch.compile and autograd see them. `softcap` 0 means none, `chunk_rows` 0 means "choose".
 
 
-@torch.library.custom_op("grpo_kernels::linear_logprob", mutates_args=())
-def _forward_op(
+def _launch_forward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -141,8 +144,9 @@ def _forward_op(
     chosen: str,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities [M], entropy [M], and for the backward three that are empty in forms without them:
-    u [M, D] up to its row's factor, that factor [M] (without 1 / t), and t w [M, D]."""
+    """Log-probabilities [M], entropy [M], and what the backward needs, empty in forms that do not need it:
+    t u [M, D] up to a factor of its row, that factor [M], and t w [M, D].
+    """
     if chosen == "torch":
         forward = _torch_forward
     else:
@@ -150,8 +154,7 @@ def _forward_op(
     return forward(hidden, weight, targets, temperature, softcap, form, chunk_rows)
 
 
-@_forward_op.register_fake
-def _(hidden, weight, targets, temperature, softcap, form, differentiable_entropy, chosen, chunk_rows):
+def _fake_forward(hidden, weight, targets, temperature, softcap, form, differentiable_entropy, chosen, chunk_rows):
     return _allocate(hidden, form)
 
 
@@ -168,8 +171,7 @@ def _value_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("grpo_kernels::linear_logprob_recompute", mutates_args=())
-def _recompute_op(
+def _launch_recompute(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -183,8 +185,7 @@ def _recompute_op(
     return _torch_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows)
 
 
-@_recompute_op.register_fake
-def _(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows):
+def _fake_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows):
     return torch.empty_like(hidden), torch.empty_like(weight)
 
 
@@ -222,7 +223,9 @@ def _backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_
     return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup_context)
+_forward_op = Operator("linear_logprob", _launch_forward, _fake_forward)
+_recompute_op = Operator("linear_logprob_recompute", _launch_recompute, _fake_recompute)
+_forward_op.differentiate(_setup_context, _backward)
 
 
 def _scale_rows(rows: Tensor, scale: Tensor) -> Tensor:
@@ -376,7 +379,7 @@ def _rows_forward(
             logits, coefficients, entropy_coefficients, targets[rows], logprobs[rows], entropy[rows],
             V, padded, 1.0 / temperature, softcap, head.scale if head.multiplies_16_bit else 1.0,
             LIMIT=LIMIT, SOFTCAP=softcap > 0, UNIT=len(unit) > 0, ENTROPY=len(unit_entropy) > 0,
-            BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16,
+            BLOCK=min(8192, next_power_of_2(V)), num_warps=16,
         )  # fmt: skip
         if len(unit) > 0:
             unit[rows] = head.combine_scaled(coefficients[:C, :V])
@@ -492,21 +495,10 @@ def _fits_tiles(hidden: Tensor, weight: Tensor, form: str) -> bool:
     return is_able and is_laid_out and D % 8 == 0 and form != "unit_entropy"
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How the head's product is cut up; measured on an H100 by benchmarks/kernels.py."""
-
-    rows: int  # of a tile
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-    programs_per_multiprocessor: int
-    stores: int  # parts in which a tile is written, each staged in shared memory
-    flatten: bool = True  # one pipeline through all tiles of a program
-
-
-TILING = Tiling(128, 256, 64, num_warps=8, num_stages=3, programs_per_multiprocessor=1, stores=2)
+# How the head's product is cut up: what ran fastest on an H100 (LOG.md). 32 KiB tiles of exponentials are staged in
+# shared memory beside the pipeline's stages, hence two to a tile.
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 256, 64
+TILE_OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 def _tiles_forward(
@@ -522,13 +514,13 @@ def _tiles_forward(
     target_logits = _target_logits(hidden, weight, targets, scaling)
     references = target_logits.clone()
     exponentials = weight.new_empty(min(chunk_rows, len(unit)), _round_up(V, 8))
-    sums = references.new_empty(3, triton.cdiv(V, TILING.columns), chunk_rows)
+    sums = references.new_empty(3, cdiv(V, TILE_COLUMNS), chunk_rows)
     for rows in _chunks(len(hidden), chunk_rows):
         chunk = _Chunk(
             hidden[rows], weight, targets[rows], target_logits[rows], references[rows],
             exponentials[: rows.stop - rows.start] if len(unit) > 0 else None, sums, scaling,
         )  # fmt: skip
-        out_of_range = torch.zeros(triton.cdiv(len(chunk.hidden), TILING.rows), dtype=torch.int32, device=hidden.device)
+        out_of_range = torch.zeros(cdiv(len(chunk.hidden), TILE_ROWS), dtype=torch.int32, device=hidden.device)
         for only_out_of_range in (False, True):
             _multiply(chunk, out_of_range, only_out_of_range)
             _finish(chunk, out_of_range, only_out_of_range, logprobs[rows], entropy[rows], unit_scale[rows])
@@ -543,7 +535,7 @@ def _tiles_chunk_rows(weight: Tensor, form: str) -> int:
     rows = 2**24 // (D * weight.element_size())
     if form == "unit":
         rows = min(max(rows, 2048), ROUTE_CHUNK_BYTES // (V * weight.element_size()))
-    return max(TILING.rows, 1 << (rows.bit_length() - 1))
+    return max(TILE_ROWS, 1 << (min(rows, LARGEST_TILES_CHUNK).bit_length() - 1))
 
 
 @dataclass(frozen=True)
@@ -569,7 +561,7 @@ def _target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, scaling: _Sc
     logits = torch.empty(M, dtype=torch.float32, device=hidden.device)
     _target_logits_kernel[(M,)](
         hidden, weight, targets, logits, D, scaling.inverse_temperature, scaling.softcap,
-        SOFTCAP=scaling.softcap > 0, BLOCK=min(4096, triton.next_power_of_2(D)), num_warps=4,
+        SOFTCAP=scaling.softcap > 0, BLOCK=min(4096, next_power_of_2(D)), num_warps=4,
     )  # fmt: skip
     return logits
 
@@ -577,37 +569,37 @@ def _target_logits(hidden: Tensor, weight: Tensor, targets: Tensor, scaling: _Sc
 def _multiply(chunk: _Chunk, out_of_range: Tensor, only_out_of_range: bool) -> None:
     """Fill `sums` and `exponentials`: of every row, or of the blocks of rows marked in `out_of_range`."""
     (C, D), V = chunk.hidden.shape, len(chunk.weight)
-    rows, columns, depth = TILING.rows, TILING.columns, TILING.depth
-    store = chunk.exponentials is not None
-    stored = chunk.exponentials[:, :V] if chunk.exponentials is not None else chunk.hidden
-    num_tiles = triton.cdiv(C, rows) * triton.cdiv(V, columns)
-    programs = min(num_tiles, num_multiprocessors(chunk.hidden.device) * TILING.programs_per_multiprocessor)
+    # What is not stored still has to be described.
+    stored = chunk.hidden if chunk.exponentials is None else chunk.exponentials[:, :V]
+    num_tiles = cdiv(C, TILE_ROWS) * cdiv(V, TILE_COLUMNS)
+    programs = min(num_tiles, num_multiprocessors(chunk.hidden.device))
     _multiply_kernel[(programs,)](
-        TensorDescriptor.from_tensor(chunk.hidden, [rows, depth]),
-        TensorDescriptor.from_tensor(chunk.weight, [columns, depth]),
-        TensorDescriptor.from_tensor(stored, [rows, columns // TILING.stores] if store else [rows, depth]),
+        TensorDescriptor.from_tensor(chunk.hidden, [TILE_ROWS, TILE_DEPTH]),
+        TensorDescriptor.from_tensor(chunk.weight, [TILE_COLUMNS, TILE_DEPTH]),
+        TensorDescriptor.from_tensor(stored, [TILE_ROWS, TILE_COLUMNS // 2]),
         chunk.targets, chunk.references, chunk.sums, out_of_range,
         C, V, D, chunk.sums.stride(0), chunk.sums.stride(1),
         chunk.scaling.inverse_temperature, chunk.scaling.softcap, programs,
-        ONLY_OUT_OF_RANGE=only_out_of_range, SOFTCAP=chunk.scaling.softcap > 0, STORE=store,
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, STORES=TILING.stores, FLATTEN=TILING.flatten,
-        num_warps=TILING.num_warps, num_stages=TILING.num_stages,
+        ONLY_OUT_OF_RANGE=only_out_of_range, SOFTCAP=chunk.scaling.softcap > 0, STORE=chunk.exponentials is not None,
+        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=TILE_DEPTH, **TILE_OPTIONS,
     )  # fmt: skip
 
 
 def _finish(
     chunk: _Chunk, out_of_range: Tensor, only_out_of_range: bool, logprobs: Tensor, entropy: Tensor, unit_scale: Tensor
 ) -> None:
-    """Sums to values, and the target's own coefficient. Marks blocks of rows that left the range of exp, and gives such
-    rows a reference that does not."""
+    """Sums to values, and the target's own coefficient.
+
+    Marks the blocks of rows that left the range of exp, and gives those rows a reference with which they do not.
+    """
     C, store = len(chunk.hidden), chunk.exponentials is not None
-    _finish_kernel[(triton.cdiv(C, FINISHED_ROWS),)](
+    _finish_kernel[(cdiv(C, FINISHED_ROWS),)](
         chunk.sums, chunk.targets, chunk.target_logits, chunk.references,
         chunk.exponentials if store else chunk.hidden, out_of_range, logprobs, entropy, unit_scale,
-        C, triton.cdiv(len(chunk.weight), TILING.columns), chunk.sums.stride(0), chunk.sums.stride(1),
+        C, cdiv(len(chunk.weight), TILE_COLUMNS), chunk.sums.stride(0), chunk.sums.stride(1),
         chunk.exponentials.stride(0) if store else 0, 1.0 / chunk.scaling.inverse_temperature, chunk.scaling.softcap,
         LIMIT=LIMIT / math.log(2), ONLY_OUT_OF_RANGE=only_out_of_range, SOFTCAP=chunk.scaling.softcap > 0, STORE=store,
-        ROWS=FINISHED_ROWS, BLOCK_ROWS=TILING.rows, TILES=32, num_warps=4,
+        ROWS=FINISHED_ROWS, BLOCK_ROWS=TILE_ROWS, TILES=32, num_warps=4,
     )  # fmt: skip
 
 
@@ -629,12 +621,12 @@ def _target_logits_kernel(
     tl.store(logits + row, z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "sum_stride", "tile_stride", "num_programs"])
 def _multiply_kernel(
     hidden, weight, exponentials, targets, references, sums, out_of_range,
     C, V, D, sum_stride, tile_stride, inverse_temperature, softcap, num_programs,
     ONLY_OUT_OF_RANGE: tl.constexpr, SOFTCAP: tl.constexpr, STORE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STORES: tl.constexpr, FLATTEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Tiles of hidden @ weight.T, one after the other; blocks of rows vary fastest, so the head is read once."""
     num_row_blocks = tl.cdiv(C, ROWS)
@@ -644,7 +636,7 @@ def _multiply_kernel(
         for block in range(num_row_blocks):
             marked += tl.load(out_of_range + block)
         num_tiles = tl.where(marked > 0, num_tiles, 0)
-    for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=FLATTEN and not ONLY_OUT_OF_RANGE):
+    for tile in tl.range(tl.program_id(0), num_tiles, num_programs, flatten=not ONLY_OUT_OF_RANGE):
         row_block = tile % num_row_blocks
         column_block = tile // num_row_blocks
         wanted = True
@@ -673,17 +665,13 @@ def _multiply_kernel(
                 coefficients = exponential
                 if SOFTCAP:
                     coefficients = exponential * slope
-                if STORES == 1:
-                    exponentials.store([row_block * ROWS, column_block * COLUMNS], coefficients.to(exponentials.dtype))
-                else:
-                    halves = tl.permute(tl.reshape(coefficients, [ROWS, 2, COLUMNS // 2]), (0, 2, 1))
-                    left, right = tl.split(halves)
-                    column = column_block * COLUMNS
-                    exponentials.store([row_block * ROWS, column], left.to(exponentials.dtype))
-                    exponentials.store([row_block * ROWS, column + COLUMNS // 2], right.to(exponentials.dtype))
+                left, right = tl.split(tl.permute(tl.reshape(coefficients, [ROWS, 2, COLUMNS // 2]), (0, 2, 1)))
+                column = column_block * COLUMNS
+                exponentials.store([row_block * ROWS, column], left.to(exponentials.dtype))
+                exponentials.store([row_block * ROWS, column + COLUMNS // 2], right.to(exponentials.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "sum_stride", "tile_stride"])
 def _finish_kernel(
     sums, targets, target_logits, references, exponentials, out_of_range, logprobs, entropy, unit_scale,
     C, num_column_blocks, sum_stride, tile_stride, exponential_stride, temperature, softcap,

@@ -1,20 +1,21 @@
 """LoRA linear: a frozen base weight, dense or NF4, plus trained low-rank factors, in one differentiable function.
 Knows nothing of what the projection is for, nor of optimizers.
 
-A projection of P parts (q, k and v, say) holds their base rows below each other. With W_j, A_j, B_j of part j and scale s:
+A projection of P parts (q, k and v, say) holds their base rows below each other. With W_j, A_j, B_j of part j, scale s:
 
     y_j  = x W_j^T + s (x A_j^T) B_j^T + bias_j
     dx   = sum_j  dy_j W_j + s (dy_j B_j) A_j
     dA_j = s (dy_j B_j)^T x
     dB_j = s dy_j^T (x A_j^T)
 
-(LoRA, arXiv 2106.09685.) An NF4 base is dequantised in the forward and once more in the backward, so autograd never holds it.
-That gives room for the factors: with A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j beside W,
-dy [W | B] = [dy W | dy B] is another. What is left is a product of rank r, added in one pass over the result.
+(LoRA, arXiv 2106.09685.) An NF4 base is dequantised in the forward and once more in the backward, so autograd never
+holds it. That gives room for the factors: with A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j
+beside W, dy [W | B] = [dy W | dy B] is another. What is left is a product of rank r, added in one pass over the result.
 
 Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r rounded up to a multiple of 16.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +23,15 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.dispatch import Impl, choose, tl, triton
-from grpo_kernels.nf4 import NF4, nf4_dequantize
+from grpo_kernels.nf4 import NF4, dequantize_into, nf4_dequantize
 
 
 @dataclass(frozen=True)
 class LoraFactors:
     """The low-rank factors of a projection of P parts.
 
-    The masters get the gradients, in float32; the mirrors, their copies in the compute dtype, are what is multiplied by.
-    In float32 the mirrors are the masters themselves.
+    The masters get the gradients, in float32. The mirrors, their copies in the compute dtype, are what is multiplied
+    by; in float32 they are the masters themselves. All are contiguous.
     """
 
     a: Tensor  # float32 [P * r, K], A of the parts below each other
@@ -44,8 +45,10 @@ class LoraFactors:
         return self.b[0].shape[1]
 
 
-def lora_linear(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """x [..., K] through the projection: [..., N]. Differentiable in x and in the factors' masters; base and bias are frozen."""
+def lora_linear(
+    x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """x [..., K] through the projection: [..., N]. Differentiable in x and the masters; base and bias are frozen."""
     fused = choose("lora_linear", impl, x) == "triton"
     out = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), base, factors, bias, fused, factors.a, *factors.b)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -62,7 +65,9 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, None, None, None, grad_a, *grad_b
 
 
-def linear_forward(ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, fused: bool) -> Tensor:
+def linear_forward(
+    ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, fused: bool
+) -> Tensor:
     """y [T, N] of x [T, K]; `ctx` keeps what `linear_backward` needs."""
     out, xa = (fused_forward if fused else twin_forward)(x, base, factors, bias)
     ctx.base, ctx.fused = base, fused
@@ -87,7 +92,14 @@ def twin_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tens
 
 
 def twin_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    base: Tensor | NF4,
+    a: Tensor,
+    b: Sequence[Tensor],
+    scale: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     grad_xa = scaled(joined_low_rank(grad, b), scale)  # [T, P * r]
     grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, xa, b)]
@@ -110,7 +122,14 @@ def fused_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Ten
 
 
 def fused_backward(
-    grad: Tensor, x: Tensor, xa: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, needs_x: bool
+    grad: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    base: Tensor | NF4,
+    a: Tensor,
+    b: Sequence[Tensor],
+    scale: Tensor,
+    needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, list[Tensor]]:
     """dx [T, K], dA [P * r, K] and the dB_j [N_j, r] of grad [T, N], the last two in float32."""
     grad_b = [product_float32(grad_part.t(), xa_part) for grad_part, xa_part, _ in parts_of(grad, xa, b)]
@@ -138,32 +157,29 @@ def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
     width = num_outputs + _padded(a.shape[0])
     if isinstance(base, NF4):
         weight = torch.empty(width, num_inputs, dtype=x.dtype, device=x.device)
-        nf4_dequantize(base, x.dtype, out=weight[:num_outputs])
+        dequantize_into(base, weight[:num_outputs])
         weight[num_outputs : num_outputs + a.shape[0]] = a
         return x @ weight.t()
     out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
-    torch.mm(x, base.t(), out=out[:, :num_outputs])
+    torch.mm(x, base.to(x.dtype).t(), out=out[:, :num_outputs])
     torch.mm(x, a.t(), out=out[:, num_outputs : num_outputs + a.shape[0]])
     return out
 
 
 def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], scale: Tensor) -> Tensor:
-    """[dy W | s dy_1 B_1 | s dy_2 B_2 ...], [T, K + R], for grad [T, N] and the B_j [N_j, r]. The columns beyond K + P * r are undefined."""
+    """[dy W | s dy_1 B_1 | s dy_2 B_2 ...], [T, K + R], for grad [T, N] and the B_j [N_j, r].
+
+    The columns beyond K + P * r are undefined.
+    """
     rank, num_inputs = b[0].shape[1], base.shape[1]
     width = num_inputs + _padded(len(b) * rank)
     if isinstance(base, NF4):
         weight = torch.empty(base.shape[0], width, dtype=grad.dtype, device=grad.device)
-        nf4_dequantize(base, grad.dtype, out=weight[:, :num_inputs])
-        if len(b) > 1:
-            weight[:, num_inputs:].zero_()
-        first = 0
-        for j, part in enumerate(b):
-            column = num_inputs + j * rank
-            torch.mul(part, scale, out=weight[first : first + part.shape[0], column : column + rank])
-            first += part.shape[0]
+        dequantize_into(base, weight[:, :num_inputs])
+        _place_b(b, scale, weight[:, num_inputs:])
         return grad @ weight
     out = torch.empty(grad.shape[0], width, dtype=grad.dtype, device=grad.device)
-    torch.mm(grad, base, out=out[:, :num_inputs])
+    torch.mm(grad, base.to(grad.dtype), out=out[:, :num_inputs])
     out[:, num_inputs : num_inputs + len(b) * rank] = joined_low_rank(grad, b) * scale
     return out
 
@@ -211,10 +227,58 @@ def _padded(count: int) -> int:
 
 
 @triton.jit
+def _place_b_kernel(
+    b_0,
+    b_1,
+    b_2,
+    scale,
+    out,
+    end_0,
+    end_1,
+    num_rows,
+    rank,
+    out_stride,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_R)
+    part = (n >= end_0).to(tl.int32) + (n >= end_1).to(tl.int32)
+    row = n - tl.where(part == 0, 0, tl.where(part == 1, end_0, end_1))
+    r = column[None, :] - part[:, None] * rank
+    source = row[:, None] * rank + r
+    inside = (n < num_rows)[:, None] & (r >= 0) & (r < rank)
+    value = tl.load(b_0 + source, mask=inside & (part == 0)[:, None], other=0.0).to(tl.float32)
+    value += tl.load(b_1 + source, mask=inside & (part == 1)[:, None], other=0.0).to(tl.float32)
+    value += tl.load(b_2 + source, mask=inside & (part == 2)[:, None], other=0.0).to(tl.float32)
+    target = n[:, None].to(tl.int64) * out_stride + column[None, :]
+    tl.store(
+        out + target,
+        (value * tl.load(scale)).to(out.dtype.element_ty),
+        mask=(n < num_rows)[:, None] & (column < width)[None, :],
+    )
+
+
+def _place_b(b: Sequence[Tensor], scale: Tensor, out: Tensor) -> None:
+    """out [N, R] = s B_j in the rows and the r columns of part j, zero elsewhere, for up to three parts."""
+    if len(b) > 3:
+        raise ValueError(f"A projection of {len(b)} parts has no fused form, at most 3 have. Use impl='torch'.")
+    ends = list(itertools.accumulate(part.shape[0] for part in b))
+    num_rows, width = out.shape
+    _place_b_kernel[(triton.cdiv(num_rows, 64),)](
+        b[0], b[min(1, len(b) - 1)], b[-1], scale, out, ends[0], ends[min(1, len(b) - 1)],
+        num_rows, b[0].shape[1], out.stride(0), width,
+        BLOCK_N=64, BLOCK_R=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
 def _add_low_rank_kernel(
     y, left, right, scale, bias, out,
     num_rows, num_columns, rank, y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,9 +286,13 @@ def _add_low_rank_kernel(
     row_inside, column_inside = row < num_rows, column < num_columns
     row64 = row.to(tl.int64)
     inside = row_inside[:, None] & column_inside[None, :]
-    low = tl.load(left + row64[:, None] * left_stride + r[None, :], mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
+    low = tl.load(
+        left + row64[:, None] * left_stride + r[None, :], mask=row_inside[:, None] & (r < rank)[None, :], other=0.0
+    )
     high = tl.load(
-        right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0
+        right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column,
+        mask=(r < rank)[:, None] & column_inside[None, :],
+        other=0.0,
     )
     value = tl.dot(low, high, input_precision=PRECISION)
     if HAS_SCALE:
@@ -238,7 +306,7 @@ def _add_low_rank_kernel(
 def add_low_rank(
     y: Tensor, left: Tensor, right: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """out [T, N] = y [T, N] + scale * left [T, r] @ right [r, N] + bias [N], the sum in float32. Rows may have any pitch."""
+    """out [T, N] = y [T, N] + scale * left [T, r] @ right [r, N] + bias [N], summed in float32, at any row pitch."""
     num_rows, num_columns = out.shape
     if out.numel() == 0:
         return
@@ -247,6 +315,7 @@ def add_low_rank(
     _add_low_rank_kernel[(triton.cdiv(num_columns, block_n), triton.cdiv(num_rows, block_t))](
         y, left, right, scale if scale is not None else y, bias if bias is not None else y, out,
         num_rows, num_columns, rank, y.stride(0), left.stride(0), right.stride(0), right.stride(1), out.stride(0),
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         PRECISION="ieee" if y.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

@@ -5,9 +5,9 @@ Knows nothing of norms or residuals.
 
 with f = SiLU for SwiGLU, GELU for GeGLU (arXiv 2002.05202), the projections as in `lora_linear`.
 
-The fused form keeps x and the product [x W_gu^T | x A_gu^T], nothing else of size T * I. Two kernels stand between the products:
-forward, adds the LoRA part of gate and up and writes h; backward, recomputes gate, up and h, writes d gate and d up over the kept
-product, and gathers dB_gate, dB_up and dA_down, all of which need the tile that is in registers anyway.
+The fused form keeps x and the product [x W_gu^T | x A_gu^T], nothing else of size T * I. Two kernels stand between the
+products: forward, one adds the LoRA part of gate and up and writes h; backward, one recomputes gate, up and h, writes
+d gate and d up over the kept product, and gathers dB_gate, dB_up and dA_down, which need the tile in its registers.
 
     dh = dy W_d + s (dy B_d) A_d      d gate = dh * up * f'(gate)      d up = dh * f(gate)
 
@@ -87,14 +87,20 @@ class _LoraMlpFused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # grad [T, D]
         if ctx.is_spent:
-            raise RuntimeError("lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again.")
+            raise RuntimeError(
+                "lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again."
+            )
         ctx.is_spent = True
         x, gate_up, ha, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.saved_tensors
         gate_up_base, down_base = ctx.bases
         inner = down_base.shape[1]
         grad_b_down = product_float32(grad.t(), ha)  # [D, r]
-        grad_h = product_with_b(grad, down_base, [b_down], down_scale)  # [T, I + R], dh without its LoRA part | s dy B_d
-        grad_b_gate, grad_b_up, grad_a_down = _launch_gated_backward(gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, ctx.activation)
+        grad_h = product_with_b(
+            grad, down_base, [b_down], down_scale
+        )  # [T, I + R], dh without its LoRA part | s dy B_d
+        grad_b_gate, grad_b_up, grad_a_down = _launch_gated_backward(
+            gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, ctx.activation
+        )
         del grad_h
         # x's gradient is wanted in every layer but the first, where it costs little to have it for nothing.
         grad_x, grad_xa = gradient_of_input(gate_up[:, : 2 * inner], gate_up_base, gu_a, [b_gate, b_up], gu_scale)
@@ -122,7 +128,8 @@ def _gate(gate, ACTIVATION: tl.constexpr):
 @triton.jit
 def _gated_kernel(
     gate_up, b_gate, b_up, scale, h, num_rows, inner, rank, gate_up_stride,
-    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -135,10 +142,14 @@ def _gated_kernel(
     factor = column[None, :] * rank + r[:, None]
     s = tl.load(scale)
     gate = s * tl.dot(
-        tl.load(xa, mask=low_inside, other=0.0), tl.load(b_gate + factor, mask=factor_inside, other=0.0), input_precision=PRECISION
+        tl.load(xa, mask=low_inside, other=0.0),
+        tl.load(b_gate + factor, mask=factor_inside, other=0.0),
+        input_precision=PRECISION,
     )
     up = s * tl.dot(
-        tl.load(xa + rank, mask=low_inside, other=0.0), tl.load(b_up + factor, mask=factor_inside, other=0.0), input_precision=PRECISION
+        tl.load(xa + rank, mask=low_inside, other=0.0),
+        tl.load(b_up + factor, mask=factor_inside, other=0.0),
+        input_precision=PRECISION,
     )
     gate += tl.load(kept + column[None, :], mask=inside, other=0.0).to(tl.float32)
     up += tl.load(kept + inner + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -151,9 +162,10 @@ def _gated_kernel(
 def _gated_backward_kernel(
     gate_up, b_gate, b_up, scale, grad_h, a_down, partial,
     num_rows, inner, rank, gate_up_stride, grad_h_stride, rows_of_program,
-    ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_I columns of gate and up over a stretch of rows: d gate and d up in place, dB_gate, dB_up and dA_down^T of the stretch."""
+    """BLOCK_I columns of gate and up of a stretch of rows: d gate, d up in place; its dB_gate, dB_up, dA_down."""
     column = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     stretch = tl.program_id(1)
     r = tl.arange(0, BLOCK_R)
@@ -191,13 +203,13 @@ def _gated_backward_kernel(
         grad_b_gate = tl.dot(tl.trans(grad_gate), xa_gate, grad_b_gate, input_precision=PRECISION)
         grad_b_up = tl.dot(tl.trans(grad_up), xa_up, grad_b_up, input_precision=PRECISION)
         grad_a_down = tl.dot(tl.trans(h), grad_ha, grad_a_down, input_precision=PRECISION)
-    target = column[:, None].to(tl.int64) * rank + r[None, :]
+    target = column[:, None] * rank + r[None, :]
     target_inside = (column < inner)[:, None] & (r < rank)[None, :]
     size = inner * rank
     partial += stretch.to(tl.int64) * 3 * size
     tl.store(partial + target, grad_b_gate * s, mask=target_inside)
     tl.store(partial + size + target, grad_b_up * s, mask=target_inside)
-    tl.store(partial + 2 * size + target, grad_a_down, mask=target_inside)
+    tl.store(partial + 2 * size + r[None, :] * inner + column[:, None], grad_a_down, mask=target_inside)
 
 
 def _launch_gated(gate_up: Tensor, b: tuple[Tensor, ...], scale: Tensor, activation: Activation, h: Tensor) -> None:
@@ -208,27 +220,30 @@ def _launch_gated(gate_up: Tensor, b: tuple[Tensor, ...], scale: Tensor, activat
     block_t, block_i = 64, 64
     _gated_kernel[(triton.cdiv(inner, block_i), triton.cdiv(num_rows, block_t))](
         gate_up, b[0], b[1], scale, h, num_rows, inner, b[0].shape[1], gate_up.stride(0),
-        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(b[0].shape[1]), PRECISION=_precision(h), num_warps=4,
+        ACTIVATION=activation, PRECISION=_precision(h),
+        BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(b[0].shape[1]), num_warps=4,
     )  # fmt: skip
 
 
 def _launch_gated_backward(
     gate_up: Tensor, b: tuple[Tensor, Tensor], scale: Tensor, grad_h: Tensor, a_down: Tensor, activation: Activation
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dB_gate [I, r], dB_up [I, r] and dA_down [r, I] in float32; gate_up's first 2 * I columns become d gate | d up."""
+    """dB_gate [I, r], dB_up [I, r], dA_down [r, I] in float32; gate_up's first 2 * I columns become d gate | d up."""
     (inner, rank), num_rows = b[0].shape, gate_up.shape[0]
-    block_t, block_i = 64, 64
+    block_t, block_i = 32, 64
     tiles = triton.cdiv(inner, block_i)
-    stretches = max(1, min(2 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
+    # With no rows the kernel still writes its zeros.
+    stretches = max(1, min(8 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
     rows_of_program = triton.cdiv(triton.cdiv(num_rows, stretches), block_t) * block_t
-    partial = torch.empty(stretches, 3, inner, rank, dtype=torch.float32, device=gate_up.device)
+    partial = torch.empty(stretches, 3, inner * rank, dtype=torch.float32, device=gate_up.device)
     _gated_backward_kernel[(tiles, stretches)](
         gate_up, b[0], b[1], scale, grad_h, a_down, partial,
         num_rows, inner, rank, gate_up.stride(0), grad_h.stride(0), rows_of_program,
-        ACTIVATION=activation, BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), PRECISION=_precision(gate_up), num_warps=4, num_stages=3,
+        ACTIVATION=activation, PRECISION=_precision(gate_up),
+        BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), num_warps=4, num_stages=3, maxnreg=168,
     )  # fmt: skip
-    grad_b_gate, grad_b_up, grad_a_down = partial.sum(0)
-    return grad_b_gate, grad_b_up, grad_a_down.t()
+    grad_b_gate, grad_b_up, grad_a_down = partial.sum(0) if stretches > 1 else partial[0]
+    return grad_b_gate.view(inner, rank), grad_b_up.view(inner, rank), grad_a_down.view(rank, inner)
 
 
 def _rank_block(rank: int) -> int:

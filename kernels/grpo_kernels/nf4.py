@@ -1,10 +1,11 @@
 """NF4: weights of 4 bits in bitsandbytes' format: quantise, dequantise, multiply by few rows.
 Knows nothing of layers, LoRA or models.
 
-The format (QLoRA, arXiv 2305.14314; the layout is that of bitsandbytes, which also fixes every rounding here): the weight [N, K]
-is read row by row and cut in blocks of 64 values. A block keeps its largest magnitude, `absmax`, and each value becomes the
-nearest of 16 levels of value / absmax: w = NF4_LEVELS[code] * absmax. Two codes share a byte, the even element in the high four bits.
-With double quantisation the absmax values, less their mean (`offset`), become codes of 8 bits in blocks of 256.
+The format (QLoRA, arXiv 2305.14314; the layout is that of bitsandbytes, which also fixes every rounding here): the
+weight [N, K] is read row by row and cut in blocks of 64 values. A block keeps its largest magnitude, `absmax`, and
+each value becomes the nearest of 16 levels of value / absmax: w = NF4_LEVELS[code] * absmax. Two codes share a byte,
+the even element in the high four bits. With double quantisation the absmax values, less their mean (`offset`), become
+codes of 8 bits in blocks of 256.
 
 Shapes: N rows (outputs), K columns (inputs), B = ceil(N * K / 64) blocks, C = ceil(B / 256) nested blocks, M rows of x.
 """
@@ -58,7 +59,10 @@ class NF4:
         """
         num_rows, num_columns = self.shape
         if num_columns % BLOCK:
-            raise ValueError(f"Rows of {num_columns} columns cannot be sliced: blocks of {BLOCK} values span two rows. Dequantise first.")
+            raise ValueError(
+                f"Rows of {num_columns} columns cannot be sliced: blocks of {BLOCK} values span two rows. "
+                "Dequantise first."
+            )
         if not 0 <= start <= stop <= num_rows:
             raise ValueError(f"Rows {start} to {stop} are not within the {num_rows} rows of this weight.")
         first, last = start * num_columns // BLOCK, stop * num_columns // BLOCK
@@ -83,7 +87,10 @@ def nf4_concat(parts: list[NF4]) -> NF4:
     """
     columns = {part.shape[1] for part in parts}
     if len(columns) != 1 or columns.pop() % BLOCK:
-        raise ValueError(f"Parts of {[part.shape for part in parts]} cannot be joined by rows: the columns must agree and be a multiple of {BLOCK}.")
+        raise ValueError(
+            f"Parts of {[part.shape for part in parts]} cannot be joined by rows: "
+            f"the columns must agree and be a multiple of {BLOCK}."
+        )
     shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
     packed = torch.cat([part.packed for part in parts])
     nested = [(part.nested_absmax, part.offset) for part in parts]
@@ -95,9 +102,14 @@ def nf4_concat(parts: list[NF4]) -> NF4:
 
 
 def nf4_quantize(weight: Tensor, double_quant: bool = False, impl: Impl = "auto") -> NF4:
-    """The weight [N, K] (float32, float16 or bfloat16) in 4 bits, bit for bit as bitsandbytes writes it."""
+    """The weight [N, K] (float32, float16 or bfloat16) in 4 bits, bit for bit as bitsandbytes writes it.
+
+    It runs once for a weight, so torch serves on every device and `impl` makes no difference.
+    """
     if weight.dim() != 2 or weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"A weight is [rows, columns] in float32, float16 or bfloat16; this is {weight.dtype} {list(weight.shape)}.")
+        raise ValueError(
+            f"A weight is [rows, columns] in float32, float16 or bfloat16; this is {weight.dtype} {list(weight.shape)}."
+        )
     values = weight.detach().reshape(-1)
     absmax, codes = _scale_to_levels(values)
     packed = codes[0::2] << 4 | codes[1::2]
@@ -106,7 +118,10 @@ def nf4_quantize(weight: Tensor, double_quant: bool = False, impl: Impl = "auto"
 
 
 def nf4_dequantize(nf4: NF4, dtype: torch.dtype, out: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """The weight [N, K] in `dtype`, each value rounded once from float32 level * absmax. `out` may be a view with a longer row pitch."""
+    """The weight [N, K] in `dtype`, each value rounded once from float32 level * absmax.
+
+    `out` may be a view whose rows are further apart than K.
+    """
     if out is not None and (out.shape != nf4.shape or out.dtype != dtype):
         raise ValueError(f"out is {out.dtype} {list(out.shape)}; the weight needs {dtype} {list(nf4.shape)}.")
     if choose("nf4_dequantize", impl, _empty(nf4, dtype)) == "torch":
@@ -117,25 +132,33 @@ def nf4_dequantize(nf4: NF4, dtype: torch.dtype, out: Tensor | None = None, impl
     if torch.compiler.is_compiling():
         _dequantize_op(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
     else:
-        _launch_dequantize(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
+        dequantize_into(nf4, out)
     return out
 
 
-def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
-    """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient). The weight stays in 4 bits while that is
-    faster than dequantising it for a dense product, which for M rows holds up to some M (measured, see `_fused_rows`).
+def dequantize_into(nf4: NF4, out: Tensor) -> None:
+    """`nf4_dequantize` by its kernel, for callers that have chosen it already. out [N, K], its rows at any pitch."""
+    _launch_dequantize(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
 
-    Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes.
+
+def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient).
+
+    The weight stays in 4 bits while that is faster than dequantising it for a dense product: up to `_fused_rows` rows.
+    Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes. Not safe on two streams at
+    once, because the programs that share a tile count themselves in one place of a device.
     """
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
-    elif impl == "auto" and not 0 < rows.shape[0] <= _fused_rows(weight.shape) or weight.shape[1] % BLOCK:
+    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(weight.shape[0], x.device)):
         out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
     elif torch.compiler.is_compiling():
         out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
     else:
-        out = _launch_linear(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
+        out = _launch_linear(
+            rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0]
+        )
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -144,13 +167,17 @@ def absmax_float32(nf4: NF4) -> Tensor:
     if nf4.nested_absmax is None or nf4.offset is None:
         return nf4.absmax
     codes = _dynamic_levels(nf4.device)[nf4.absmax.int()]
-    nested = torch.repeat_interleave(torch.stack([nf4.nested_absmax, nf4.offset]), NESTED_BLOCK, dim=1)[:, : codes.numel()]
+    nested = torch.repeat_interleave(torch.stack([nf4.nested_absmax, nf4.offset]), NESTED_BLOCK, dim=1)[
+        :, : codes.numel()
+    ]
     return codes * nested[0] + nested[1]
 
 
 def _dequantize_torch(nf4: NF4, dtype: torch.dtype) -> Tensor:
     num_values = nf4.shape[0] * nf4.shape[1]
-    levels = _pair_levels(nf4.device).index_select(0, nf4.packed.int()).view(-1)  # float32 [N * K], with the odd one's padding
+    levels = (
+        _pair_levels(nf4.device).index_select(0, nf4.packed.int()).view(-1)
+    )  # float32 [N * K], with the odd one's padding
     absmax = absmax_float32(nf4)
     if num_values % BLOCK == 0:
         values = levels.view(-1, BLOCK).mul_(absmax[:, None])
@@ -180,16 +207,23 @@ def _nest_absmax(nf4: NF4) -> NF4:
     offset = nf4.absmax.mean()
     num_blocks = nf4.absmax.numel()
     num_nested = -(-num_blocks // NESTED_BLOCK)
-    centred = torch.nn.functional.pad(nf4.absmax - offset, (0, num_nested * NESTED_BLOCK - num_blocks)).view(num_nested, NESTED_BLOCK)
+    centred = torch.nn.functional.pad(nf4.absmax - offset, (0, num_nested * NESTED_BLOCK - num_blocks)).view(
+        num_nested, NESTED_BLOCK
+    )
     largest = centred.abs().amax(1)
     # A block of zeros has code 0 throughout; so has the value -1.
     scaled = torch.where(largest[:, None] > 0, centred * (1.0 / largest)[:, None], -1.0)
     if nf4.device.type == "cpu":
-        # bitsandbytes' CPU library looks the code up on a grid of 2**16 points; on a GPU it compares with exact midpoints.
+        # bitsandbytes' CPU library looks codes up on a grid of 2**16 points; on a GPU it compares with exact midpoints.
         grid = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).int()
         scaled = grid / 65535.0 * 2 - 1
     codes = torch.bucketize(scaled, _midpoints(_dynamic_levels(nf4.device)), out_int32=True).to(torch.uint8)
-    return replace(nf4, absmax=codes.view(-1)[:num_blocks].clone(), nested_absmax=largest, offset=offset.expand(num_nested).contiguous())
+    return replace(
+        nf4,
+        absmax=codes.view(-1)[:num_blocks].clone(),
+        nested_absmax=largest,
+        offset=offset.expand(num_nested).contiguous(),
+    )
 
 
 def _empty(nf4: NF4, dtype: torch.dtype) -> Tensor:
@@ -214,7 +248,7 @@ def _dequantize_kernel(
     num_values, num_columns, out_stride,
     NESTED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PITCHED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks of 64 values, as [BLOCKS, 32] bytes. WHOLE_BLOCKS: 64 divides K. PITCHED: rows of `out` are apart, and 64 divides K."""
+    """BLOCKS blocks of 64 values. WHOLE_BLOCKS: 64 divides K. PITCHED: besides, the rows of `out` are apart."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     element = block[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -236,7 +270,9 @@ def _dequantize_kernel(
         tl.store(out + element, values, mask=element < num_values)
 
 
-def _launch_dequantize(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+def _launch_dequantize(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor
+) -> None:
     num_rows, num_columns = out.shape
     if out.numel() == 0:
         return
@@ -249,15 +285,15 @@ def _launch_dequantize(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | N
     blocks = 64
     # Without fusion of multiply and add: double quantisation rounds the product, then the sum, as bitsandbytes does.
     _dequantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
-        packed, absmax, nested_absmax if nested else absmax, offset if nested else absmax, _dynamic_levels(out.device), _levels(out.device),
-        out, num_rows * num_columns, num_columns, out.stride(0),
+        packed, absmax, nested_absmax if nested else absmax, offset if nested else absmax,
+        _dynamic_levels(out.device), _levels(out.device), out, num_rows * num_columns, num_columns, out.stride(0),
         NESTED=nested, WHOLE_BLOCKS=num_columns % BLOCK == 0, PITCHED=not out.is_contiguous(), BLOCKS=blocks,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-# One code picks its level from the lane that holds it: lane l of each half warp has level l, and a shuffle needs no address. As loads,
-# in a pipelined loop, the levels would each become an asynchronous copy of four bytes; this is ten times faster.
+# One code picks its level from the lane that holds it: lane l of each half warp has level l, and a shuffle needs no
+# address. As loads, in a pipelined loop, the levels would each become an asynchronous copy of four bytes.
 _SHUFFLE_LEVELS = tl.constexpr("""{
     .reg .b32 lane, level, code;
     .reg .b64 address;
@@ -290,7 +326,8 @@ def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
     if SHUFFLE:
         l0, l1, l2, l3, l4, l5, l6, l7 = tl.inline_asm_elementwise(
             _SHUFFLE_LEVELS, "=f,=f,=f,=f,=f,=f,=f,=f,r,l", [word, levels.to(tl.int64)],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=1,
         )  # fmt: skip
     else:
         l0, l1 = tl.load(levels + (word >> 4 & 15)), tl.load(levels + (word & 15))
@@ -302,14 +339,14 @@ def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
     return tl.join(even, odd)
 
 
-@triton.jit(do_not_specialize=["num_x_rows"])
+@triton.jit
 def _linear_kernel(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
     num_x_rows, num_rows, num_columns, x_stride,
     NESTED: tl.constexpr, SHUFFLE: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K; the last program to arrive at a tile adds the stretches up."""
+    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K. A tile's last program adds them up."""
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -323,20 +360,23 @@ def _linear_kernel(
         column_block = step * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
         within_row = column_block < blocks_of_row
         block = row[:, None] * blocks_of_row + column_block[None, :]  # [BLOCK_N, BLOCK_K / 64]
-        word = tl.load(packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=within_row[None, :, None], other=0)
+        word = tl.load(
+            packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=within_row[None, :, None], other=0
+        )
         scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row[None, :], NESTED)
         level = _levels_of_words(word, levels, SHUFFLE).reshape(BLOCK_N, BLOCK_K // 64, 64)
         weight = (level * scale[:, :, None]).to(x.dtype.element_ty).reshape(BLOCK_N, BLOCK_K)
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x_tile = tl.load(
-            x + m[None, :].to(tl.int64) * x_stride + k[:, None], mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None], other=0.0
+            x + m[None, :].to(tl.int64) * x_stride + k[:, None],
+            mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None],
+            other=0.0,
         )
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision=PRECISION)
     inside = (n < num_rows)[:, None] & (m < num_x_rows)[None, :]
     target = m[None, :].to(tl.int64) * num_rows + n[:, None]
     if SPLITS > 1:
-        size = num_x_rows.to(tl.int64) * num_rows
-        tl.store(partial + split * size + target, accumulator, mask=inside)
+        tl.store(partial + split.to(tl.int64) * num_x_rows * num_rows + target, accumulator, mask=inside)
         tl.debug_barrier()
         tile = tile_m * tl.num_programs(0) + tile_n
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
@@ -344,15 +384,23 @@ def _linear_kernel(
             return
         tl.store(arrived + tile, 0)
         accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for part in tl.static_range(SPLITS):
-            accumulator += tl.load(partial + part * size + target, mask=inside, other=0.0, cache_modifier=".cg")
+        for _ in tl.static_range(SPLITS):
+            accumulator += tl.load(partial + target, mask=inside, other=0.0, cache_modifier=".cg")
+            target += tl.cast(num_rows, tl.int64) * num_x_rows
     if HAS_BIAS:
         accumulator += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)[:, None]
+    target = m[None, :].to(tl.int64) * num_rows + n[:, None]
     tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
 
 
 def _launch_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    num_rows: int,
 ) -> Tensor:
     """x [M, K] -> [M, N]"""
     num_x_rows, num_columns = x.shape
@@ -363,10 +411,15 @@ def _launch_linear(
     nested = nested_absmax is not None
     tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.device)
     grid = (triton.cdiv(num_rows, tiling.block_n), triton.cdiv(num_x_rows, tiling.block_m), tiling.splits)
-    partial = torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device) if tiling.splits > 1 else out
+    partial = (
+        torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
+        if tiling.splits > 1
+        else out
+    )
     _linear_kernel[grid](
         x, packed.view(torch.int32), absmax, nested_absmax if nested else absmax, offset if nested else absmax,
-        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, out, partial, _arrived(x.device, grid[0] * grid[1]),
+        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x,
+        out, partial, _arrived(x.device, grid[0] * grid[1]) if tiling.splits > 1 else out,
         num_x_rows, num_rows, num_columns, x.stride(0),
         NESTED=nested, SHUFFLE=not interpreting(), HAS_BIAS=bias is not None, SPLITS=tiling.splits,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
@@ -387,26 +440,55 @@ class _Tiling:
 
 @functools.cache
 def _linear_tiling(num_x_rows: int, num_rows: int, num_columns: int, device: torch.device) -> _Tiling:
-    block_m = min(64, max(16, triton.next_power_of_2(num_x_rows)))
-    tiles = triton.cdiv(num_rows, 64) * triton.cdiv(num_x_rows, block_m)
-    splits = max(1, min(8, 2 * num_multiprocessors(device) // tiles, num_columns // 512))
-    return _Tiling(block_m, 64, 128, splits, 4, 3)
+    """Tiles and the split of K, from measurements on an H100 (LOG.md).
+
+    Few rows need many programs on a multiprocessor, which hide each other's way from 4 bits to the tensor cores. Many
+    rows need large tiles, so that each weight is dequantised once.
+    """
+    tiles_n = triton.cdiv(num_rows, 64)
+    is_large = _has_large_shared_memory(device)
+    largest_m = 64 if not is_large else 256 if tiles_n >= num_multiprocessors(device) else 128
+    block_m = min(largest_m, max(16, triton.next_power_of_2(num_x_rows)))
+    programs_wanted = {16: 8, 32: 4, 64: 4}.get(block_m, 2) * num_multiprocessors(device)
+    tiles = tiles_n * triton.cdiv(num_x_rows, block_m)
+    shortest = 512 if block_m == 16 else 1024
+    splits = min(8, max(1, programs_wanted // tiles), max(1, num_columns // shortest))
+    block_k = 64 if block_m in (64, 256) else 128
+    # A power of two, so that few variants are compiled.
+    return _Tiling(block_m, 64, block_k, 1 << (splits.bit_length() - 1), 4, 3 if is_large else 2)
 
 
 @functools.cache
-def _fused_rows(shape: tuple[int, int]) -> int:
-    """The largest number of rows of x for which the fused product is the faster one."""
-    return 64
+def _fused_rows(num_rows: int, device: torch.device) -> int:
+    """The most rows of x for which the fused product is faster than dequantising and cuBLAS, measured on an H100."""
+    if not _has_large_shared_memory(device):
+        return 64
+    return 256 if triton.cdiv(num_rows, 64) >= num_multiprocessors(device) else 128
 
 
-@functools.cache
+def _has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program can have the 160 KB of shared memory that the largest tiles need (A100, H100 and later)."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
+
+
 def _arrived(device: torch.device, num_tiles: int) -> Tensor:
     """A counter for each output tile, zero between launches: the last program to arrive sets it back."""
-    return torch.zeros(num_tiles, dtype=torch.int32, device=device)
+    counters = _counters.get((device, num_tiles))
+    if counters is None:
+        counters = torch.zeros(num_tiles, dtype=torch.int32, device=device)
+        # Within the capture of a CUDA graph the zeros are recorded, not written, so these serve that graph alone.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _counters[device, num_tiles] = counters
+    return counters
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @torch.library.custom_op("grpo_kernels::nf4_dequantize", mutates_args=("out",))
-def _dequantize_op(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor) -> None:
+def _dequantize_op(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, out: Tensor
+) -> None:
     _launch_dequantize(packed, absmax, nested_absmax, offset, out)
 
 
@@ -417,14 +499,26 @@ def _(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tens
 
 @torch.library.custom_op("grpo_kernels::nf4_linear", mutates_args=())
 def _linear_op(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    num_rows: int,
 ) -> Tensor:
     return _launch_linear(x, packed, absmax, nested_absmax, offset, bias, num_rows)
 
 
 @_linear_op.register_fake
 def _(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None, bias: Tensor | None, num_rows: int
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    num_rows: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], num_rows)
 
@@ -443,8 +537,11 @@ def _pair_levels(device: torch.device) -> Tensor:
 
 @functools.cache
 def _dynamic_levels(device: torch.device) -> Tensor:
-    """bitsandbytes' signed dynamic map, float32 [256] in rising order (arXiv 1511.04561, 2110.02861): seven decades, each with
-    twice the steps of the one below, at the centres of equal steps from 0.1 to 1 of the decade; and 0 and 1."""
+    """bitsandbytes' signed dynamic map (arXiv 1511.04561, 2110.02861), float32 [256] in rising order.
+
+    Seven decades, each with twice the steps of the one below, at the centres of equal steps from 0.1 to 1 of the
+    decade; and 0 and 1.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """LoRA QKV: one projection of three parts, whose outputs are views of one tensor and whose gradients may be.
 Knows nothing of heads, rotary embeddings or attention.
 
-The mathematics is `lora_linear`'s, with the parts q, k and v (see there). What differs is the boundary: q, k and v leave as views of
-one tensor [T, N_q + N_k + N_v], and when their gradients come back as neighbouring views of one tensor, no copy joins them.
+The mathematics is `lora_linear`'s, with the parts q, k and v (see there). What differs is the boundary: q, k and v
+leave as views of one tensor [T, N_q + N_k + N_v], and when their gradients come back as neighbouring views of one
+tensor, no copy joins them.
 
 Shapes: T rows of x (tokens), K inputs, N_q + N_k + N_v outputs, r the rank.
 """

@@ -11,10 +11,12 @@ In float32, rounded once (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4)
 Floor in elements: 2 D forward and 3 D backward; fused with the addition 4 D and 4 D.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, num_multiprocessors, tl, triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, impl: Impl = "auto") -> Tensor:
@@ -57,8 +59,7 @@ def _torch_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
 # The kernel, as autograd and torch.compile see it.
 
 
-@torch.library.custom_op("grpo_kernels::rms_norm", mutates_args=())
-def _norm_op(
+def _launch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed rows, x + residual (empty without one), and r [N] in float32."""
@@ -68,7 +69,7 @@ def _norm_op(
     if N > 0:
         others = rows if residual is None else _as_rows(residual)
         shape = _shape(D)
-        _forward_kernel[(triton.cdiv(N, shape["ROWS"]),)](
+        _forward_kernel[(cdiv(N, shape["ROWS"]),)](
             rows, others, weight, normed, total, scales, N, D, rows.stride(0), others.stride(0), eps, offset,
             ADD=residual is not None, **shape,
         )  # fmt: skip
@@ -77,17 +78,16 @@ def _norm_op(
 
 def _allocate(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = x.numel() // x.shape[-1]
-    total = x.new_empty(x.shape if residual is not None else (0,))
-    return x.new_empty(x.shape), total, torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(normed)
+    return normed, total, torch.empty(num_rows, dtype=torch.float32, device=x.device)
 
 
-@_norm_op.register_fake
-def _(x, residual, weight, eps, offset):
+def _fake_norm(x, residual, weight, eps, offset):
     return _allocate(x, residual)
 
 
-@torch.library.custom_op("grpo_kernels::rms_norm_backward", mutates_args=())
-def _norm_backward_op(
+def _launch_norm_backward(
     grad_normed: Tensor,
     grad_total: Tensor | None,
     total: Tensor,
@@ -97,7 +97,7 @@ def _norm_backward_op(
     weight_is_trained: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum [..., D] and of the weight [D], the latter empty unless it is trained."""
-    grad = total.new_empty(total.shape)
+    grad = torch.empty_like(total, memory_format=torch.contiguous_format)
     rows = _as_rows(total)
     N, D = rows.shape
     if N == 0:
@@ -105,7 +105,7 @@ def _norm_backward_op(
     grad_normed = _as_rows(grad_normed)
     others = grad_normed if grad_total is None else _as_rows(grad_total)
     shape = _shape(D)
-    programs = triton.cdiv(N, shape["ROWS"])
+    programs = cdiv(N, shape["ROWS"])
     if weight_is_trained:
         programs = min(programs, 2 * num_multiprocessors(total.device))
     partial_sums = scales.new_empty(programs if weight_is_trained else 0, D)
@@ -117,8 +117,7 @@ def _norm_backward_op(
     return grad, partial_sums.sum(0).to(weight.dtype) if weight_is_trained else weight.new_empty(0)
 
 
-@_norm_backward_op.register_fake
-def _(grad_normed, grad_total, total, weight, scales, offset, weight_is_trained):
+def _fake_norm_backward(grad_normed, grad_total, total, weight, scales, offset, weight_is_trained):
     return total.new_empty(total.shape), weight.new_empty(weight.shape if weight_is_trained else (0,))
 
 
@@ -141,7 +140,9 @@ def _backward(ctx, grad_normed: Tensor | None, grad_total: Tensor | None, _scale
     return grad, grad if ctx.adds else None, grad_weight if ctx.needs_input_grad[2] else None, None, None
 
 
-_norm_op.register_autograd(_backward, setup_context=_setup_context)
+_norm_op = Operator("rms_norm", _launch_norm, _fake_norm)
+_norm_backward_op = Operator("rms_norm_backward", _launch_norm_backward, _fake_norm_backward)
+_norm_op.differentiate(_setup_context, _backward)
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -150,13 +151,14 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
+@functools.cache
 def _shape(D: int) -> dict[str, int]:
     """One wide row, or several narrow ones, to a program: about 2048 elements for each 4 warps."""
-    block = triton.next_power_of_2(D)
+    block = next_power_of_2(D)
     return {"BLOCK": block, "ROWS": max(1, 2048 // block), "num_warps": min(16, max(4, block // 512))}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     x, residual, weight, normed, total, scales, N, D, x_stride, residual_stride, eps, offset,
     ADD: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -177,7 +179,7 @@ def _forward_kernel(
     tl.store(scales + rows, scale, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "num_programs"])
 def _backward_kernel(
     grad_normed, grad_total, total, weight, scales, grad, partial_sums,
     N, D, grad_stride, grad_total_stride, total_stride, num_programs, offset,

@@ -13,10 +13,12 @@ All in float32, rounded once. Inputs are read where they lie, e.g. as columns of
 Floor in elements: 2 N H E forward; 2 N H E backward, 3 N H E with the norm.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, num_multiprocessors, tl, triton
 
 
 def rope(
@@ -40,7 +42,7 @@ def rope(
     tensors = [tensor for tensor in (q, k, q_norm, k_norm) if tensor is not None]
     if choose("rope", impl, *tensors) == "torch":
         return _torch_rope(q, cos, sin, q_norm, eps, offset), _torch_rope(k, cos, sin, k_norm, eps, offset)
-    return _rope_op(q, cos, sin, q_norm, eps, offset), _rope_op(k, cos, sin, k_norm, eps, offset)
+    return _rope_op(q, k, cos, sin, q_norm, k_norm, eps, offset)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
@@ -70,26 +72,79 @@ def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps:
 # The kernel, as autograd and torch.compile see it.
 
 
-@torch.library.custom_op("grpo_kernels::rope", mutates_args=())
-def _rope_op(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    rotated = x.new_empty(x.shape)
+def _launch_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    offset: float,
+) -> tuple[Tensor, Tensor]:
+    return _rotate(q, cos, sin, q_norm, eps, offset), _rotate(k, cos, sin, k_norm, eps, offset)
+
+
+def _fake_rope(q, k, cos, sin, q_norm, k_norm, eps, offset):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _launch_rope_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    offset: float,
+    norms_are_trained: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q [N, Hq, E], k [N, Hk, E] and of their norms' weights, [0] unless these are given and trained."""
+    q_grads = _rotate_back(grad_q, q, cos, sin, q_norm, eps, offset, norms_are_trained)
+    k_grads = _rotate_back(grad_k, k, cos, sin, k_norm, eps, offset, norms_are_trained)
+    return q_grads[0], k_grads[0], q_grads[1], k_grads[1]
+
+
+def _fake_rope_backward(grad_q, grad_k, q, k, cos, sin, q_norm, k_norm, eps, offset, norms_are_trained):
+    sizes = [norm.shape[0] if norms_are_trained and norm is not None else 0 for norm in (q_norm, k_norm)]
+    grads = grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
+    return *grads, grad_q.new_empty(sizes[0]), grad_k.new_empty(sizes[1])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, cos, sin, q_norm, k_norm, ctx.eps, ctx.offset = inputs
+    # A rotation needs no input for its gradient, a norm does.
+    ctx.save_for_backward(None if q_norm is None else q, None if k_norm is None else k, cos, sin, q_norm, k_norm)
+
+
+def _backward(ctx, grad_q: Tensor, grad_k: Tensor):
+    trained = ctx.needs_input_grad[4:6]
+    grads = _rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.offset, any(trained))
+    grad_norms = [grad if is_trained else None for grad, is_trained in zip(grads[2:], trained, strict=True)]
+    return grads[0], grads[1], None, None, *grad_norms, None, None
+
+
+_rope_op = Operator("rope", _launch_rope, _fake_rope)
+_rope_backward_op = Operator("rope_backward", _launch_rope_backward, _fake_rope_backward)
+_rope_op.differentiate(_setup_context, _backward)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         x = _last_contiguous(x)
-        shape = _shape(x, cos)
-        _forward_kernel[(triton.cdiv(x.shape[0] * x.shape[1], shape["ROWS"]),)](
+        shape = _shape(x.shape[2], cos.shape[1])
+        _forward_kernel[(cdiv(x.shape[0] * x.shape[1], shape["ROWS"]),)](
             x, cos, sin, cos if weight is None else weight, rotated, *_sizes(x, cos, sin), eps, offset,
             NORM=weight is not None, **shape,
         )  # fmt: skip
     return rotated
 
 
-@_rope_op.register_fake
-def _(x, cos, sin, weight, eps, offset):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("grpo_kernels::rope_backward", mutates_args=())
-def _rope_backward_op(
+def _rotate_back(
     grad_rotated: Tensor,
     x: Tensor | None,
     cos: Tensor,
@@ -97,61 +152,40 @@ def _rope_backward_op(
     weight: Tensor | None,
     eps: float,
     offset: float,
-    weight_is_trained: bool,
+    norm_is_trained: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [N, H, E] and of the weight [E], the latter empty unless it is trained."""
     E = grad_rotated.shape[2]
-    grad = grad_rotated.new_empty(grad_rotated.shape)
+    sums_weight = norm_is_trained and weight is not None
+    grad = torch.empty_like(grad_rotated, memory_format=torch.contiguous_format)
     if grad_rotated.numel() == 0:
-        return grad, grad.new_zeros(E if weight_is_trained else 0)
+        return grad, grad.new_zeros(E if sums_weight else 0)
     grad_rotated = _last_contiguous(grad_rotated)
     x = grad_rotated if x is None else _last_contiguous(x)
-    shape = _shape(x, cos)
-    programs = triton.cdiv(x.shape[0] * x.shape[1], shape["ROWS"])
-    if weight_is_trained:
+    shape = _shape(E, cos.shape[1])
+    programs = cdiv(x.shape[0] * x.shape[1], shape["ROWS"])
+    if sums_weight:
         programs = min(programs, 4 * num_multiprocessors(x.device))
-    partial_sums = torch.zeros(programs if weight_is_trained else 0, E, dtype=torch.float32, device=x.device)
+    partial_sums = torch.empty(programs if sums_weight else 0, E, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         grad_rotated, x, cos, sin, cos if weight is None else weight, grad, partial_sums,
         *_sizes(x, cos, sin), grad_rotated.stride(0), grad_rotated.stride(1), programs, eps, offset,
-        NORM=weight is not None, WEIGHT=weight_is_trained, **shape,
+        NORM=weight is not None, WEIGHT=sums_weight, **shape,
     )  # fmt: skip
-    return grad, partial_sums.sum(0).to(grad.dtype)
-
-
-@_rope_backward_op.register_fake
-def _(grad_rotated, x, cos, sin, weight, eps, offset, weight_is_trained):
-    return grad_rotated.new_empty(grad_rotated.shape), grad_rotated.new_empty(
-        grad_rotated.shape[2] if weight_is_trained else 0
-    )
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    x, cos, sin, weight, ctx.eps, ctx.offset = inputs
-    ctx.save_for_backward(None if weight is None else x, cos, sin, weight)
-
-
-def _backward(ctx, grad_rotated: Tensor):
-    x, cos, sin, weight = ctx.saved_tensors
-    weight_is_trained = weight is not None and ctx.needs_input_grad[3]
-    grad, grad_weight = _rope_backward_op(grad_rotated, x, cos, sin, weight, ctx.eps, ctx.offset, weight_is_trained)
-    return grad, None, None, grad_weight.to(weight.dtype) if weight_is_trained else None, None, None
-
-
-_rope_op.register_autograd(_backward, setup_context=_setup_context)
+    return grad, partial_sums.sum(0).to(grad.dtype) if sums_weight else grad.new_empty(0)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _shape(x: Tensor, cos: Tensor) -> dict[str, int]:
+@functools.cache
+def _shape(E: int, half: int) -> dict[str, int]:
     """Blocks for the rotated half and for what is passed through, and heads to a program: about 2048 elements."""
-    half, passed = cos.shape[1], x.shape[2] - 2 * cos.shape[1]
-    block = triton.next_power_of_2(half)
+    passed = E - 2 * half
+    block = next_power_of_2(half)
     return {
         "HALF": block,
-        "PASSED": triton.next_power_of_2(passed) if passed > 0 else 0,
+        "PASSED": next_power_of_2(passed) if passed > 0 else 0,
         "ROWS": max(1, 1024 // block),
         "num_warps": 4,
     }
@@ -167,7 +201,7 @@ def _load(x, offsets, mask):
     return tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _forward_kernel(
     x, cos, sin, weight, rotated,
     num_rows, H, E, half, token_stride, head_stride, cos_stride, sin_stride, eps, offset,
@@ -203,7 +237,7 @@ def _forward_kernel(
         tl.store(rotated + passed_columns, passed.to(dtype), mask=passed_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_programs"])
 def _backward_kernel(
     grad_rotated, x, cos, sin, weight, grad, partial_sums,
     num_rows, H, E, half, token_stride, head_stride, cos_stride, sin_stride,

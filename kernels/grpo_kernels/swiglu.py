@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, choose, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, tl, triton
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -69,7 +69,7 @@ def gated_backward(
     grads = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1]) if out is None else out
     product = torch.empty_like(grad, memory_format=torch.contiguous_format)
     grad_gate, grad_up = grads.chunk(2, -1)
-    _launch_backward(gate, up, grad, activation, grad_gate, grad_up, product)
+    _fill_gradients(gate, up, grad, activation, grad_gate, grad_up, product)
     return grads, product
 
 
@@ -108,9 +108,8 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 # The kernel, as autograd and torch.compile see it.
 
 
-@torch.library.custom_op("grpo_kernels::gated", mutates_args=())
-def _gated_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    product = gate.new_empty(gate.shape)
+def _launch_gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    product = torch.empty_like(gate, memory_format=torch.contiguous_format)
     I = gate.shape[-1]
     gate, up = _as_rows(gate), _as_rows(up)
     if gate.numel() > 0:
@@ -129,20 +128,17 @@ def _gated_op(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return product
 
 
-@_gated_op.register_fake
-def _(gate, up, activation):
+def _fake_gated(gate, up, activation):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("grpo_kernels::gated_backward", mutates_args=())
-def _gated_backward_op(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    grad_gate, grad_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    _launch_backward(gate, up, grad, activation, grad_gate, grad_up, None)
+def _launch_gated_backward(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (gate, up))
+    _fill_gradients(gate, up, grad, activation, grad_gate, grad_up, None)
     return grad_gate, grad_up
 
 
-@_gated_backward_op.register_fake
-def _(gate, up, grad, activation):
+def _fake_gated_backward(gate, up, grad, activation):
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
@@ -156,7 +152,9 @@ def _backward(ctx, grad: Tensor):
     return (*_gated_backward_op(gate, up, grad, ctx.activation), None)
 
 
-_gated_op.register_autograd(_backward, setup_context=_setup_context)
+_gated_op = Operator("gated", _launch_gated, _fake_gated)
+_gated_backward_op = Operator("gated_backward", _launch_gated_backward, _fake_gated_backward)
+_gated_op.differentiate(_setup_context, _backward)
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -170,10 +168,10 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 def _grid(rows: Tensor) -> tuple[int, int]:
     # Rows first: a grid's other axes hold at most 65535.
-    return rows.shape[0], triton.cdiv(rows.shape[1], BLOCK)
+    return rows.shape[0], cdiv(rows.shape[1], BLOCK)
 
 
-def _launch_backward(
+def _fill_gradients(
     gate: Tensor, up: Tensor, grad: Tensor, activation: str, grad_gate: Tensor, grad_up: Tensor, product: Tensor | None
 ) -> None:
     """Fills grad_gate, grad_up and, if given, product; the first two have to be views of rows."""

@@ -2,14 +2,8 @@
 Knows nothing of any operation.
 """
 
-import os
-
 import pytest
 import torch
-
-# Triton reads this when a kernel is defined, so it comes before the first import of grpo_kernels.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # The interpreter's tl.dot is wrong in bfloat16, so without a GPU the kernels are tested in the other two.
 KERNEL_DTYPES = (

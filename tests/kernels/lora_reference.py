@@ -3,10 +3,9 @@ Knows nothing of how grpo_kernels computes it.
 """
 
 import torch
-from torch import Tensor
-
 from grpo_kernels.lora_linear import LoraFactors
 from grpo_kernels.nf4 import NF4, nf4_dequantize, nf4_quantize
+from torch import Tensor
 
 
 def random_base(num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device, kind: str) -> Tensor | NF4:
@@ -33,7 +32,9 @@ def leaves(factors: LoraFactors, compute: torch.dtype) -> list[Tensor]:
     return [t.detach().to(compute).requires_grad_() for t in (factors.a_mirror, *factors.b_mirror)]
 
 
-def reference_linear(x: Tensor, weight: Tensor, a: Tensor, b: list[Tensor], scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def reference_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: list[Tensor], scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
     rows, rank, outputs = 0, b[0].shape[1], []
     for j, b_part in enumerate(b):
         part = x @ weight[rows : rows + b_part.shape[0]].t()

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_reference import leaves, plain, random_base, random_factors, reference_linear
-
 from grpo_kernels.lora_linear import lora_linear
 from grpo_kernels.nf4 import NF4, nf4_quantize
+from lora_reference import leaves, plain, random_base, random_factors, reference_linear
 
 
 def expected(x, base, factors, bias, grad, compute):
@@ -21,19 +20,24 @@ def expected(x, base, factors, bias, grad, compute):
 
 @pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
 @pytest.mark.parametrize(
-    ("num_rows", "sizes", "num_inputs", "rank"), [(1, [64], 64, 4), (37, [123], 192, 8), (70, [128, 32, 32], 64, 3), (5, [252, 7], 128, 20)]
+    ("num_rows", "sizes", "num_inputs", "rank"),
+    [(1, [64], 64, 4), (37, [123], 192, 8), (70, [128, 32, 32], 64, 3), (5, [252, 7], 128, 20)],
 )
 def test_agrees_with_float64(num_rows, sizes, num_inputs, rank, kind, dtype, device, impl, relative_error):
     base = random_base(sum(sizes), num_inputs, dtype, device, kind)
     factors = random_factors(sizes, num_inputs, rank, dtype, device)
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype).requires_grad_()
-    bias, grad = torch.randn(sum(sizes), device=device).to(dtype), torch.randn(num_rows, sum(sizes), device=device).to(dtype)
+    bias, grad = (
+        torch.randn(sum(sizes), device=device).to(dtype),
+        torch.randn(num_rows, sum(sizes), device=device).to(dtype),
+    )
     out = lora_linear(x, base, factors, bias, impl=impl)
     got = [out, *torch.autograd.grad(out, [x, factors.a, *factors.b], grad)]
     assert all(gradient.dtype == torch.float32 for gradient in got[2:])
     truth, own = (expected(x, base, factors, bias, grad, compute) for compute in (torch.float64, dtype))
     for ours, true, torchs in zip(got, truth, own, strict=True):
-        assert relative_error(ours, true) <= 1.3 * relative_error(torchs, true) + 1e-6
+        # Half a unit in the last place on top: with few rows there is no sum that would average roundings.
+        assert relative_error(ours, true) <= 1.3 * relative_error(torchs, true) + max(1e-6, torch.finfo(dtype).eps / 2)
 
 
 def test_gradients_accumulate_in_the_masters(device, impl):
@@ -53,7 +57,10 @@ def test_scale_zero_is_the_base(device, impl, relative_error):
     factors = random_factors([64], 64, 4, torch.float32, device, scale=0.0)
     base = random_base(64, 64, torch.float32, device, "nf4")
     x = torch.randn(5, 64, device=device)
-    assert relative_error(lora_linear(x, base, factors, impl=impl), x.double() @ plain(base, x.dtype, torch.float64).t()) < 1e-6
+    assert (
+        relative_error(lora_linear(x, base, factors, impl=impl), x.double() @ plain(base, x.dtype, torch.float64).t())
+        < 1e-6
+    )
 
 
 def test_inputs_without_gradient(device, impl):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from lora_reference import leaves, plain, random_base, random_factors, reference_linear
-
 from grpo_kernels.mlp import lora_mlp
+from lora_reference import leaves, plain, random_base, random_factors, reference_linear
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
@@ -41,7 +40,8 @@ def check(num_rows, width, inner, rank, kind, activation, dtype, device, impl, r
     got = [out, *torch.autograd.grad(out, [x, *masters], grad)]
     assert all(gradient.dtype == torch.float32 for gradient in got[2:])
     truth, own = (
-        expected(x, gate_up, gate_up_factors, down, down_factors, activation, grad, compute) for compute in (torch.float64, dtype)
+        expected(x, gate_up, gate_up_factors, down, down_factors, activation, grad, compute)
+        for compute in (torch.float64, dtype)
     )
     for ours, true, torchs in zip(got, truth, own, strict=True):
         # Half a unit in the last place on top: with one row or rank 1 there is no sum that would average roundings.
@@ -54,7 +54,9 @@ def test_agrees_with_float64(kind, activation, dtype, device, impl, relative_err
     check(37, 64, 192, 4, kind, activation, dtype, device, impl, relative_error)
 
 
-@pytest.mark.parametrize(("num_rows", "width", "inner", "rank"), [(1, 64, 64, 2), (9, 252, 123, 20), (150, 64, 128, 32)])
+@pytest.mark.parametrize(
+    ("num_rows", "width", "inner", "rank"), [(1, 64, 64, 2), (9, 252, 123, 20), (150, 64, 128, 32)]
+)
 def test_odd_sizes(num_rows, width, inner, rank, dtype, device, impl, relative_error):
     check(num_rows, width, inner, rank, "nf4", "silu", dtype, device, impl, relative_error)
 

@@ -3,7 +3,6 @@
 import bitsandbytes.functional
 import pytest
 import torch
-
 from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_quantize
 
 SHAPES = [(64, 64), (3, 40), (7, 13), (1, 1), (130, 64), (99, 507), (252, 320)]

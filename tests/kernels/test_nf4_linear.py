@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from grpo_kernels.nf4 import nf4_dequantize, nf4_linear, nf4_quantize
 
 
@@ -21,7 +20,9 @@ def check(x, nf4, bias, impl, relative_error):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs"), [(1, 64, 64), (3, 123, 320), (17, 252, 192), (70, 64, 128)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "num_inputs"), [(1, 64, 64), (3, 123, 320), (17, 252, 192), (70, 64, 128)]
+)
 def test_agrees_with_float64(num_rows, num_outputs, num_inputs, double_quant, dtype, device, impl, relative_error):
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
     nf4 = nf4_quantize(torch.randn(num_outputs, num_inputs, device=device), double_quant)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from lora_reference import leaves, plain, random_base, random_factors, reference_linear
-
 from grpo_kernels.qkv import lora_qkv
+from lora_reference import leaves, plain, random_base, random_factors, reference_linear
 
 SIZES = [64, 32, 32]
 
@@ -31,7 +30,8 @@ def test_agrees_with_float64(kind, joined, dtype, device, impl, relative_error):
         return [out, *torch.autograd.grad(out, [inputs, a, *b], grad.to(compute))]
 
     for ours, true, torchs in zip(got, by_autograd(torch.float64), by_autograd(dtype), strict=True):
-        assert relative_error(ours, true) <= 1.3 * relative_error(torchs, true) + 1e-6
+        # Half a unit in the last place on top: with few rows there is no sum that would average roundings.
+        assert relative_error(ours, true) <= 1.3 * relative_error(torchs, true) + max(1e-6, torch.finfo(dtype).eps / 2)
 
 
 def test_an_output_that_is_not_used(device, impl):
@@ -45,10 +45,14 @@ def test_an_output_that_is_not_used(device, impl):
     expected = plain(base, torch.float32, torch.float64)
     low_rank = [b.double() @ a.double() * 0.75 for a, b in zip(factors.a.split(4), factors.b, strict=True)]
     weight = expected + torch.cat(low_rank)
-    torch.testing.assert_close(x.grad.double(), (weight[:64].sum(0) + weight[96:].sum(0)).expand(7, -1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        x.grad.double(), (weight[:64].sum(0) + weight[96:].sum(0)).expand(7, -1), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_no_rows(device, impl):
     factors = random_factors(SIZES, 64, 4, torch.float32, device)
-    q, k, v = lora_qkv(torch.randn(0, 64, device=device), random_base(128, 64, torch.float32, device, "nf4"), factors, impl=impl)
+    q, k, v = lora_qkv(
+        torch.randn(0, 64, device=device), random_base(128, 64, torch.float32, device, "nf4"), factors, impl=impl
+    )
     assert q.shape == (0, 64) and k.shape == v.shape == (0, 32)

@@ -1,0 +1,89 @@
+"""Tiny random models of several architectures, and policies over them: what the tests share. No test is here."""
+
+import torch
+import transformers
+
+from grpo.packing import build_packer
+from grpo.policy import Policy, load_model
+
+VOCABULARY = 101  # odd on purpose
+
+SIZES = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    eos_token_id=2,
+    bos_token_id=1,
+    pad_token_id=0,
+)
+
+# Architectures by name: those that KnownModel must recognise, and some that it must not.
+KNOWN = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
+    "llama3-rope": lambda: transformers.LlamaConfig(
+        **SIZES,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True),
+}
+UNKNOWN = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=1
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(**SIZES, final_logit_softcapping=5.0, sliding_window=8),
+    "mistral-window": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+    "granite": lambda: transformers.GraniteConfig(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"},
+        residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+    ),
+}
+
+
+def write_checkpoint(folder, config):
+    """A random model of this configuration, with weights large enough for its probabilities to differ."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 0.15)
+            elif "bias" in name:
+                parameter.normal_(0, 0.1)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=2, bos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    return folder
+
+
+CPU = torch.device("cpu")
+
+
+def build_policy(config):
+    return Policy(load_model(config, CPU, 64), config)
+
+
+def randomise(policy, seed=1, size=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.store.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+    policy.store.refresh()
+
+
+def one_batch(groups, config):
+    [[batch]] = build_packer(config, CPU)(groups)
+    return batch
