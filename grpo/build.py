@@ -123,9 +123,7 @@ def build_policy(config: Config, questions: Questions) -> Policy:
 
 def build_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
     """The rollout engine that a configuration asks for."""
-    return TorchEngine(
-        policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature
-    )
+    return TorchEngine(policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature)
 
 
 def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
@@ -174,7 +172,7 @@ def build_run(task: Task, config: Config, folder: Path, questions: Questions, ch
 
 
 def seed_globals(seed: int) -> None:
-    """Seed the global generators, which only reward functions draw from: the run's own draws have seeds of their own."""
+    """Seed the global generators. Only reward functions draw from them: the run's own draws have their own seeds."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

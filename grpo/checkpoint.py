@@ -147,9 +147,7 @@ def resume_folder(run: Path) -> Path:
     if (run / STATE).is_file():
         return run
     if not run.is_dir():
-        raise UserError(
-            f"There is no run folder {run}. --resume takes one, such as runs/gsm8k-20260101-120000."
-        )
+        raise UserError(f"There is no run folder {run}. --resume takes one, such as runs/gsm8k-20260101-120000.")
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint to resume from. Start the run again without --resume.")

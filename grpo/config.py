@@ -194,7 +194,5 @@ def from_dict(values: dict) -> Config:
     """
     unknown = sorted(set(values) - set(field_names()))
     if unknown:
-        raise UserError(
-            f"The saved configuration has fields that this version does not know: {', '.join(unknown)}."
-        )
+        raise UserError(f"The saved configuration has fields that this version does not know: {', '.join(unknown)}.")
     return Config(**values)

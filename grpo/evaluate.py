@@ -1,13 +1,13 @@
 """Held-out scores: pass@1, pass@k, majority@k, each with a 95% interval. Knows nothing of training.
 
-The same prompts and the same engine each time, at the training temperature, with n samples a prompt of which c are right:
+The same prompts and the same engine each time, at the training temperature, n samples a prompt of which c are right:
 
     pass@1       c / n
     pass@k       1 - C(n - c, k) / C(n, k), unbiased: Chen et al. 2021, arXiv 2107.03374, equation 1
     majority@k   whether the answer given most often by k samples is right; ties count their share of right answers
 
 Every score is the mean of one number in [0, 1] a prompt, so its interval is that of a clustered proportion: Wilson's
-(1927) with the effective sample size p (1 - p) / SE^2, SE being the standard error between prompts (Dean and Pagano 2015).
+(1927) with the effective sample size p (1 - p) / SE^2, SE the standard error between prompts (Dean and Pagano 2015).
 """
 
 from __future__ import annotations
@@ -118,13 +118,11 @@ def score_lines(scores: dict[str, float]) -> Iterator[str]:
 def comparison(before: dict[str, float], after: dict[str, float]) -> str:
     """The final line: first against last held-out score."""
     first, last = (
-        f"{s['eval/pass@1']:.1%} [{s['eval/pass@1/low']:.1%}, {s['eval/pass@1/high']:.1%}]"
-        for s in (before, after)
+        f"{s['eval/pass@1']:.1%} [{s['eval/pass@1/low']:.1%}, {s['eval/pass@1/high']:.1%}]" for s in (before, after)
     )
     gain = 100 * (after["eval/pass@1"] - before["eval/pass@1"])
     apart = (
-        after["eval/pass@1/low"] > before["eval/pass@1/high"]
-        or after["eval/pass@1/high"] < before["eval/pass@1/low"]
+        after["eval/pass@1/low"] > before["eval/pass@1/high"] or after["eval/pass@1/high"] < before["eval/pass@1/low"]
     )
     verdict = "the 95% intervals are apart" if apart else "the 95% intervals overlap"
     return f"held-out pass@1: {first} before, {last} after: {gain:+.1f} points; {verdict}"

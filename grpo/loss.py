@@ -70,9 +70,7 @@ class Loss:
         log_ratio = self.ratio(forward.logprobs - forward.old, batch)
         gap = forward.old - batch.sampler_logprobs
         keep = math.prod((mask(forward, batch) for mask in self.masks), start=batch.mask.float())
-        token_loss = (
-            keep * self.correction(gap, batch) * self.objective(log_ratio, batch.advantages, forward.logprobs)
-        )
+        token_loss = keep * self.correction(gap, batch) * self.objective(log_ratio, batch.advantages, forward.logprobs)
         for term in self.terms:
             token_loss = token_loss + term(forward, batch)
         loss = (batch.weights * token_loss).sum()
@@ -80,9 +78,7 @@ class Loss:
             sums = self._sums(forward, batch, log_ratio, gap, keep)
         return loss, sums | {"policy/loss": loss.detach()}
 
-    def _sums(
-        self, forward: Pass, batch: Batch, log_ratio: Tensor, gap: Tensor, keep: Tensor
-    ) -> dict[str, Tensor]:
+    def _sums(self, forward: Pass, batch: Batch, log_ratio: Tensor, gap: Tensor, keep: Tensor) -> dict[str, Tensor]:
         mask = batch.mask.float()
         ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
         lowered = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
@@ -126,9 +122,7 @@ def sequence_ratio(log_ratio: Tensor, batch: Batch) -> Tensor:
 # ---- objective: what the ratio and the advantage are worth
 
 
-def clipped(
-    log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, low: float, high: float, dual: float
-) -> Tensor:
+def clipped(log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, low: float, high: float, dual: float) -> Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A), the two bounds apart as in DAPO (arXiv 2503.14476, equation 10).
 
     With A < 0 the value is at least dual * A: dual clip, Ye et al. 2020, arXiv 1912.09729, equation 5.

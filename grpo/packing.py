@@ -78,9 +78,7 @@ class Packer:
 
         Groups are dealt out to the optimizer steps in turn.
         """
-        return [
-            self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)
-        ]
+        return [self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)]
 
     def _optimizer_step(self, groups: list[Group]) -> list[Batch]:
         pieces = [

@@ -105,9 +105,7 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         origins = dict.fromkeys(field_names(), "run")
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
     if task is None:
-        raise UserError(
-            "Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags."
-        )
+        raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
     config, flags = arguments.config, _flags(argv)
     origins |= dict.fromkeys(flags, "flag")
     missing: list[str] = []
@@ -170,9 +168,7 @@ def _hub_has(name: str, kind: str) -> bool:
         return True
     try:
         huggingface_hub.HfApi().repo_info(name, repo_type=kind, timeout=HUB_TIMEOUT)
-    except (
-        Exception
-    ):  # offline, unknown and refused come as unrelated classes; all mean that it is not to be had
+    except Exception:  # offline, unknown and refused come as unrelated classes; all mean that it is not to be had
         return False
     return True
 
@@ -185,7 +181,8 @@ def banner(resolved: Resolved) -> Panel:
         "So this run uses what ships with the package: a tiny model and "
         f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
         f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
-        f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} --data {task.data}",
+        f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} "
+        f"--data {task.data}",
         title="EMBEDDED DEFAULT",
         border_style="yellow",
     )
@@ -313,9 +310,7 @@ def stops_gently(run: Any) -> Iterator[None]:
 
     def request(signal_number: int, frame: object) -> None:
         run.stop_requested = True
-        run.recorder.message(
-            "Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays)."
-        )
+        run.recorder.message("Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays).")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, request)
@@ -337,8 +332,8 @@ def new_run_folder(resolved: Resolved) -> Path:
         folder.mkdir(parents=True, exist_ok=False)
     except FileExistsError as error:
         raise UserError(
-            f"The run folder {folder} exists already, and a run never overwrites another. Choose another --run-dir, or go "
-            f"on with that run by --resume {folder}."
+            f"The run folder {folder} exists already, and a run never overwrites another. Choose another --run-dir, or "
+            f"go on with that run by --resume {folder}."
         ) from error
     except OSError as error:
         raise UserError(

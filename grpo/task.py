@@ -128,9 +128,7 @@ def _read_jsonl(path: Path) -> list[Row]:
             except ValueError as error:
                 raise UserError(f"{path} line {number} is not JSON: {error}.") from error
             if not isinstance(row, dict):
-                raise UserError(
-                    f"{path} line {number} is {line.strip()[:40]!r}; each line must be a JSON object."
-                )
+                raise UserError(f"{path} line {number} is {line.strip()[:40]!r}; each line must be a JSON object.")
             rows.append(row)
     return rows
 

@@ -113,9 +113,7 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
 def step_metrics(groups: list[Group], num_rolled_out: float) -> dict[str, float]:
     """What the groups of a step look like, before any update."""
     rewards = torch.cat([group.rewards for group in groups])
-    parts = {
-        f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts
-    }
+    parts = {f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts}
     lengths = [len(completion.tokens) for group in groups for completion in group.completions]
     trained = sum(map(has_gradient, groups))
     return {

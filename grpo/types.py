@@ -80,9 +80,7 @@ class Batch:
     layout: GroupLayout  # the lengths of prompts and completions
     tokens: Tensor  # [N] int64
     positions: Tensor  # [N] int64, place in its own prompt + completion
-    previous: (
-        Tensor  # [N] int64, the packed index of the token before; a completion's first follows its prompt
-    )
+    previous: Tensor  # [N] int64, the packed index of the token before; a completion's first follows its prompt
     sequence: Tensor  # [N] int64, which of the S completions a token belongs to; 0 on prompts
     mask: Tensor  # [N] bool, True = sampled by the policy
     sampler_logprobs: Tensor  # [N] float32, 0 where not sampled
@@ -91,9 +89,7 @@ class Batch:
     # Filled before the first optimizer step of a rollout by the passes that the loss asks for; empty otherwise.
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
     reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, adapter off
-    entropy_floor: float = float(
-        "-inf"
-    )  # tokens of lower entropy are left out when only the top share trains
+    entropy_floor: float = float("-inf")  # tokens of lower entropy are left out when only the top share trains
 
     @property
     def num_sequences(self) -> int:

@@ -62,8 +62,7 @@ def test_completions_end_with_the_stop_token_or_at_the_limit(tiny_config):
 def test_the_same_seed_gives_the_same_groups_and_another_seed_others(tiny_config):
     _, engine = build_engine(tiny_config(max_completion_tokens=9))
     first, again, other = (
-        [c.tokens for group in engine.rollout(prompts(), 4, seed) for c in group.completions]
-        for seed in (5, 5, 6)
+        [c.tokens for group in engine.rollout(prompts(), 4, seed) for c in group.completions] for seed in (5, 5, 6)
     )
     assert first == again != other
 
@@ -71,7 +70,7 @@ def test_the_same_seed_gives_the_same_groups_and_another_seed_others(tiny_config
 def test_samples_follow_the_models_distribution(tiny_config):
     """First tokens of 4,000 completions against the exact probabilities: a chi-square test."""
     config = tiny_config(max_completion_tokens=1, temperature=0.5)
-    policy, engine = build_engine(config)
+    _, engine = build_engine(config)
     [prompt] = prompts(1)
     counts = torch.zeros(VOCABULARY)
     for seed in range(8):
@@ -94,14 +93,12 @@ def test_almost_greedy_tokens_are_those_of_transformers(name, tiny_config):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(config.model).eval()
     for group in engine.rollout(prompts(), 1, seed=0):
         tokens = torch.tensor([group.prompt.tokens])
-        out = theirs.generate(
-            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12
-        )
+        out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=12)
         assert group.completions[0].tokens == out[0, tokens.shape[1] :].tolist()
 
 
 def test_scoring_given_completions_equals_the_policy(tiny_config):
-    policy, engine = build_engine(tiny_config())
+    _, engine = build_engine(tiny_config())
     groups = engine.rollout(prompts(3), 1, seed=2)
     scores = engine.score([g.prompt.tokens for g in groups], [g.completions[0].tokens for g in groups])
     for group, row in zip(groups, scores, strict=True):

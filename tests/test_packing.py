@@ -23,7 +23,8 @@ def rows_of(batch):
             assert batch.mask[here].all()
             assert batch.positions[here].tolist() == list(range(prompt, prompt + length))
             assert batch.previous[here].tolist() == [head_start - 1, *range(start, start + length - 1)]
-            yield head, batch.tokens[here].tolist(), batch.advantages[start].item(), batch.sampler_logprobs[here].tolist()
+            logprobs = batch.sampler_logprobs[here].tolist()
+            yield head, batch.tokens[here].tolist(), batch.advantages[start].item(), logprobs
             start, sequence = start + length, sequence + 1
     assert start == len(batch.tokens) == layout.num_tokens
     assert not batch.mask[: layout.num_prompt_tokens].any()

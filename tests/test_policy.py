@@ -34,9 +34,7 @@ def reference_logprobs(model, groups, temperature):
     for group in groups:
         for completion in group.completions:
             tokens = torch.tensor([group.prompt.tokens + completion.tokens])
-            logits = (
-                model(input_ids=tokens, use_cache=False).logits[0, len(group.prompt.tokens) - 1 : -1].double()
-            )
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(group.prompt.tokens) - 1 : -1].double()
             log_p = torch.log_softmax(logits / temperature, dim=-1)
             logprobs.append(log_p.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1))
             entropies.append(-(log_p.exp() * log_p).sum(1))

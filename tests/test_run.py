@@ -80,9 +80,7 @@ def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
     code = f"import sys; from grpo.run import main; sys.exit(main({killed_argv!r}))"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     last_seen = random.Random().randint(5, 15)
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if re.match(rf"\s*{last_seen}/20\b", line):
                 process.send_signal(signal.SIGKILL)
@@ -95,7 +93,8 @@ def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("killed", "whole")]
     assert completions[0] == completions[1]
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        killed, whole = (load_file(tmp_path / run / "checkpoints" / "step-000020" / name) for run in ("killed", "whole"))
+        files = [tmp_path / run / "checkpoints" / "step-000020" / name for run in ("killed", "whole")]
+        killed, whole = map(load_file, files)
         assert killed.keys() == whole.keys()
         assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
@@ -206,7 +205,7 @@ def test_task_file_that_is_none(text, words, capsys, tmp_path):
         ("def bad(completions): return [1.0]", "{bad: 1.0, says: 1.0}", ["`bad`", "length 1"]),
         ("def bad(completion): return 'good'", "{bad: 1.0, says: 1.0}", ["`bad`", "'good'"]),
         ("def bad(completion): return float('nan')", "{bad: 1.0, says: 1.0}", ["`bad`", "nan"]),
-        ("def bad(completion, anwser): return 1.0", "{bad: 1.0, says: 1.0}", ["`bad`", "anwser", "Did you mean", "answer"]),
+        ("def bad(completion, anwser): return 1.0", "{bad: 1.0, says: 1.0}", ["`bad`", "anwser", "Did you mean"]),
         ("", "{letters: 1.0}", ["`says`", "letters"]),
         ("", "{}", ["reward"]),
     ],

@@ -59,19 +59,15 @@ def load_adapter(policy: Policy, folder: Path) -> None:
         tensors = load((folder / WEIGHTS).read_bytes())
         settings = json.loads((folder / SETTINGS).read_bytes())
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(
-            f"The adapter in {folder} cannot be read: {error}. Choose another checkpoint."
-        ) from error
+        raise UserError(f"The adapter in {folder} cannot be read: {error}. Choose another checkpoint.") from error
     wanted = {
-        f"{PREFIX}{name}.lora_{x}.weight": t
-        for name, a, b in policy.store.factors()
-        for x, t in (("A", a), ("B", b))
+        f"{PREFIX}{name}.lora_{x}.weight": t for name, a, b in policy.store.factors() for x, t in (("A", a), ("B", b))
     }
     missing = sorted(set(wanted) - set(tensors))
     if missing or len(tensors) != len(wanted):
         raise UserError(
             f"The adapter in {folder} was made for {settings.get('base_model_name_or_path')}, not for this model "
-            f"({policy.source}): it has {len(tensors)} tensors where {len(wanted)} are needed. Give --model accordingly."
+            f"({policy.source}): it has {len(tensors)} tensors where {len(wanted)} are needed. Give its --model."
         )
     for name, target in wanted.items():
         if tensors[name].shape != target.shape:

@@ -26,9 +26,7 @@ class KeyValueCache:
         self._mask = torch.empty(0)
         self._place = torch.empty(0)
 
-    def fill(
-        self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: int, room: int
-    ) -> None:
+    def fill(self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: int, room: int) -> None:
         """Start from packed prompts: k and v [N, K, E]; each prompt is copied for its `copies` completions."""
         for slabs, packed in ((self.keys, k), (self.values, v)):
             padded = pad_sequence(list(packed.split(prompts)), batch_first=True).transpose(1, 2)
@@ -44,9 +42,7 @@ class KeyValueCache:
         self._place = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
         seen = torch.arange(max(self.lengths), device=device)[None] <= self._place[:, None]
-        self._mask = torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=device).masked_fill(
-            ~seen, -math.inf
-        )
+        self._mask = torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=device).masked_fill(~seen, -math.inf)
 
     def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of one new token a sequence: q [S, H, E], k and v [S, K, E] -> [S, H, E]."""
@@ -57,9 +53,7 @@ class KeyValueCache:
         keys, values = self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
         # The query heads that share a key/value head become rows of one product instead of copies of the keys.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
-        out = F.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=self._mask[:, None, None], scale=scale
-        )
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask[:, None, None], scale=scale)
         return out.reshape(q.shape)
 
     def keep(self, rows: list[int]) -> None:

@@ -4,8 +4,8 @@ Which architectures are known is decided by structure and by trial, not by class
 gate/up/down linears and two norms is rebuilt here, and must give what Hugging Face's own layer gives on random input
 (`recognise`). Llama, Mistral, Qwen2 and Qwen3 pass; whatever does not is left to `PlainModel`.
 
-Everything is packed: hidden states are [N, D], whether N counts the tokens of packed groups or the one new token of each
-of S sequences. What attention does with them is the caller's choice.
+Everything is packed: hidden states are [N, D], whether N counts the tokens of packed groups or the one new token of
+each of S sequences. What attention does with them is the caller's choice.
 """
 
 from __future__ import annotations
@@ -166,9 +166,7 @@ def recognise(model: nn.Module, longest: int) -> bool:
     if not _has_structure(model, longest):
         return False
     with torch.no_grad():
-        return _same_frame(model) and all(
-            _same_layer(model, index) for index in range(len(model.model.layers))
-        )
+        return _same_frame(model) and all(_same_layer(model, index) for index in range(len(model.model.layers)))
 
 
 def _has_structure(model: nn.Module, longest: int) -> bool:

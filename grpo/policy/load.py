@@ -72,9 +72,7 @@ def context_length(name: str, config: Config) -> int:
     """
     built_for = _from_hub(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
     if config.max_context > built_for:
-        raise UserError(
-            f"--max-context is {config.max_context}, but {name} was built for {built_for} tokens."
-        )
+        raise UserError(f"--max-context is {config.max_context}, but {name} was built for {built_for} tokens.")
     return config.max_context or built_for
 
 
@@ -119,9 +117,7 @@ def _projection(
 ) -> Projection:
     """One projection of these linears, whose own weights are freed."""
     # Conv1D (GPT-2) is a linear whose weight is stored transposed.
-    weights = [
-        linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data for linear in linears
-    ]
+    weights = [linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
     base = join_rows([weight.to(device).contiguous() for weight in weights], config.base)
@@ -138,9 +134,7 @@ def _stop_tokens(model: nn.Module) -> list[int]:
     """The tokens that end a completion, from the checkpoint's generation settings."""
     stop = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
     if stop is None:
-        raise UserError(
-            "The model's generation_config.json names no eos_token_id, so no completion could end."
-        )
+        raise UserError("The model's generation_config.json names no eos_token_id, so no completion could end.")
     return [stop] if isinstance(stop, int) else list(stop)
 
 

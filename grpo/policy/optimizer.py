@@ -13,7 +13,7 @@ from grpo.errors import UserError
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of step 0, 1, ...: linear warm-up, then the schedule; a pure function, so a resumed run needs no state."""
+    """The rate of step 0, 1, ...: linear warm-up, then the schedule. Pure, so a resumed run needs no state."""
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
     left = (config.steps - step) / max(1, config.steps - config.warmup_steps)
     shape: dict[str, Callable[[float], float]] = {
@@ -44,8 +44,8 @@ def clip_gradient(parameters: list[nn.Parameter], max_norm: float) -> float:
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if not math.isfinite(norm):
         raise UserError(
-            f"The gradient's norm is {norm}, so this step would ruin the adapter. Resume from the last checkpoint with a "
-            "lower --learning-rate, or look into completions.jsonl for what the policy had come to."
+            f"The gradient's norm is {norm}, so this step would ruin the adapter. Resume from the last checkpoint with "
+            "a lower --learning-rate, or look into completions.jsonl for what the policy had come to."
         )
     return norm
 

@@ -131,9 +131,7 @@ class Policy:
 
     def _store_entropy_floor(self, batches: list[Batch]) -> None:
         """The entropy that the top share of the optimizer step's sampled tokens reaches."""
-        entropies = (
-            torch.cat([self.score(batch)[1][batch.mask] for batch in batches]).sort(descending=True).values
-        )
+        entropies = torch.cat([self.score(batch)[1][batch.mask] for batch in batches]).sort(descending=True).values
         floor = float(entropies[max(0, round(len(entropies) * self.config.top_entropy) - 1)])
         for batch in batches:
             batch.entropy_floor = floor

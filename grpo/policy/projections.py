@@ -5,7 +5,7 @@ A projection holds the rows of one or several linears that read the same input (
     base     [M, K]     frozen, float32, bf16 or NF4; M = sum of the parts' output sizes
     lora_a   [P r, K]   the parts' A stacked, float32 master
     lora_b   [M_p, r]   one a part, float32 masters
-    mirrors             the factors in the dtype of the computation, at fixed addresses; the masters themselves in float32
+    mirrors             the factors in the dtype of the computation, at fixed addresses; in float32 the masters
 
     y = x base^T + bias + scale * [ (x A_p^T) B_p^T for each part p ]
 
@@ -52,9 +52,7 @@ class Projection(nn.Module):
         self.rank = rank
         self.lora_a = nn.Parameter(torch.zeros(len(sizes) * rank, columns, device=device))
         self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(size, rank, device=device)) for size in sizes)
-        self.mirrors = [
-            m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()
-        ]
+        self.mirrors = [m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()]
         self.share_scale(torch.ones(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     gap     mean |log p of the engine - log p of the policy|: under a bound that is calibrated at the start
     moved   mean |log p of the engine now - at the last sync|: more than noise whenever the policy's own has moved
 
-The first finds wrong weights; the second finds an engine that stands still while the updates are yet too small for the first.
+The first finds wrong weights; the second an engine that stands still while updates are too small for the first.
 
 It is small (a few short completions), so it costs little and runs at every sync.
 """
@@ -72,8 +72,8 @@ class Canary:
             )
         if should_move > self.stir and moved <= self.repeat_noise + STANDSTILL * should_move:
             raise UserError(
-                f"The rollout engine stood still: at version {self.policy.version} the policy's log-probabilities moved "
-                f"by {should_move:.2g} on average, the engine's by {moved:.2g}, where repeating itself makes "
+                f"The rollout engine stood still: at version {self.policy.version} the policy's log-probabilities "
+                f"moved by {should_move:.2g} on average, the engine's by {moved:.2g}, where repeating itself makes "
                 f"{self.repeat_noise:.2g}. It is sampling from an older policy. Please report this."
             )
         return {"sync/gap": gap, "sync/moved": moved}

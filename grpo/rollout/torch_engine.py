@@ -26,7 +26,7 @@ from grpo.types import Completion, Group, Prompt
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
 
-# Finished sequences are dropped from the computation when they are at least this share of it: dropping copies the cache.
+# Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
 
 
@@ -69,9 +69,7 @@ class TorchEngine:
         scored = []
         for place in range(longest):
             # A sequence that is already at its end is fed its first token again; what comes out is not looked at.
-            tokens = torch.tensor(
-                [c[place] if place < len(c) else c[0] for c in completions], device=hidden.device
-            )
+            tokens = torch.tensor([c[place] if place < len(c) else c[0] for c in completions], device=hidden.device)
             scored.append(self._logprobs(hidden).gather(1, tokens[:, None]).squeeze(1))
             hidden = decoder.step(tokens) if place + 1 < longest else hidden
         rows = torch.stack(scored, dim=1).tolist()
