@@ -168,6 +168,7 @@ def build_run(task: Task, config: Config, folder: Path, questions: Questions, ch
         admits=has_different_rewards if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         progress=progress,
+        saved_step=progress.step,
     )
 
 

@@ -162,6 +162,7 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
             not 0 <= c.adam_beta1 < 1 or not 0 <= c.adam_beta2 < 1,
             "adam_beta1 and adam_beta2 must be in [0, 1).",
         ),
+        (c.seed >= 2**32, f"seed is {c.seed}. Use less than 2**32."),
         (c.clip_low > 1, f"clip_low is {c.clip_low}. The ratio is never negative, so use at most 1."),
         (
             not 0 <= c.correction_floor <= c.correction_cap,

@@ -74,6 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         console.file.flush()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say("Stopped at once. What the last checkpoint holds is there: go on with --resume.")
+        return 130
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -300,7 +303,7 @@ def _train_and_keep(run: Any) -> None:
         train(run)
     finally:
         # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
-        if run.policy.version == run.progress.version and run.progress.step > 0:
+        if run.policy.version == run.progress.version and run.progress.step > run.saved_step:
             save(run)
 
 

@@ -154,11 +154,18 @@ def load_rows(task: Task, split: str, data: str) -> list[Row]:
     """
     try:
         rows = list(task.rows(split, data))
+    except UserError:
+        raise
     except KeyError as missing:
         raise UserError(
             f"The rows of {data} ({split}) have no column {missing}, which task {task.name} reads. "
             "Rename the column in the data or change `rows` in the task file."
         ) from missing
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"`rows` of task {task.name} raised {type(error).__name__} on {data} ({split}): {error}. "
+            "Mend the row or `rows` in the task file."
+        ) from error
     if not rows:
         raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows.")
     return rows
@@ -172,7 +179,7 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
     Raises:
         UserError: a prompt is longer than that, or the model has no chat template for messages.
     """
-    contents = [task.prompt(row) for row in rows]
+    contents = [_content(task, index, row) for index, row in enumerate(rows)]
     chat = isinstance(contents[0], list)
     if chat and not tokenizer.chat_template:
         raise UserError(
@@ -192,6 +199,16 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
             "completion in the context. Lower --max-completion-tokens, raise --max-context, or leave the row out."
         )
     return prompts
+
+
+def _content(task: Task, index: int, row: Row) -> list[Message] | str:
+    try:
+        return task.prompt(row)
+    except Exception as error:  # the user's own code may raise anything
+        raise UserError(
+            f"`prompt` of task {task.name} raised {type(error).__name__} on row {index}: {error}. The row has the "
+            f"columns {', '.join(row)}."
+        ) from error
 
 
 def _render(tokenizer: Any, content: list[Message] | str) -> str:

@@ -51,6 +51,7 @@ class Run:
     max_rollouts: int  # in one step
     progress: Progress = field(default_factory=Progress)
     stop_requested: bool = False
+    saved_step: int = 0  # steps done at the last checkpoint
 
 
 def train(run: Run) -> None:
@@ -142,6 +143,7 @@ def save(run: Run) -> None:
     """Write a checkpoint of the run as it is between two steps."""
     run.progress.position = run.recorder.position()
     save_checkpoint(run.folder, run.policy, run.progress, run.config.keep)
+    run.saved_step = run.progress.step
 
 
 class Clock:

@@ -8,7 +8,7 @@ from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise
 
 from grpo.policy import load_model
 from grpo.policy.adapter import adapter_files, load_adapter
-from grpo.policy.known import KnownModel
+from grpo.policy.known import KnownModel, recognise
 from grpo.policy.plain import PlainModel
 
 
@@ -45,6 +45,14 @@ def reference_logprobs(model, groups, temperature):
 def test_architectures_are_told_apart_by_what_they_compute(name, tiny_config):
     model = load_model(tiny_config(name), CPU, 64).model
     assert isinstance(model, KnownModel if name in KNOWN else PlainModel)
+
+
+@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+def test_they_are_told_apart_in_bf16_and_with_freshly_initialised_weights_too(name):
+    """Where a layer adds little to its input, and rounding is coarse, a wrong layer must not pass for the right one."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config((KNOWN | UNKNOWN)[name](), dtype=torch.bfloat16).eval()
+    assert recognise(model, longest=64) == (name in KNOWN)
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
@@ -146,6 +154,21 @@ def test_the_reference_policy_is_the_model_without_adapter(tiny_config, groups):
     randomise(policy)
     assert not torch.allclose(policy.score(batch)[0], fresh, atol=1e-3)
     torch.testing.assert_close(policy.score_reference(batch), fresh)
+
+
+def test_old_logprobs_are_those_before_the_first_optimizer_step(tiny_config, groups):
+    """With two epochs the second step's ratio is against the policy that sampled, not against the first step's."""
+    config = tiny_config(epochs=2, learning_rate=0.05, clip_low=0.01, clip_high=0.01)
+    policy = build_policy(config)
+    randomise(policy)
+    batch = one_batch(groups, config)
+    before = policy.score(batch)[0]
+    metrics = policy.update([[batch]], 0)
+    torch.testing.assert_close(batch.old_logprobs, before, atol=0, rtol=0)
+    assert policy.version == 2
+    assert not torch.allclose(policy.score(batch)[0], before, atol=1e-2)
+    # No ratio is clipped at the first step, where it is 1; at the second many are.
+    assert 0.1 < metrics["policy/clip_fraction"] <= 0.5
 
 
 def test_recomputing_layers_changes_no_gradient(tiny_config, groups):

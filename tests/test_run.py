@@ -248,6 +248,8 @@ def test_data_that_is_wrong(capsys, tmp_path):
     fails([gsm8k, "--data", str(data)], capsys, "is empty")
     (data / "train.jsonl").write_text('{"query": "1 + 1?", "answer": "#### 2"}\n')
     fails([gsm8k, "--data", str(data)], capsys, "no column 'question'")
+    (data / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "2, without the mark"}\n')
+    fails([gsm8k, "--data", str(data)], capsys, "`rows` of task gsm8k raised ValueError")
     (data / "train.jsonl").write_text("{not json}\n")
     fails([gsm8k, "--data", str(data)], capsys, "line 1 is not JSON")
     row = json.dumps({"question": "How many? " * 2000, "answer": "#### 2"})

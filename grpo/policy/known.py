@@ -10,6 +10,7 @@ each of S sequences. What attention does with them is the caller's choice.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +40,10 @@ FUSED = {
 class Norm(nn.Module):
     """RMSNorm as in Llama: Zhang and Sennrich 2019, arXiv 1910.07467, in float32."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         super().__init__()
-        self.weight = module.weight
-        self.epsilon = module.variance_epsilon
+        self.weight: nn.Parameter = module.weight
+        self.epsilon: float = module.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -56,7 +57,7 @@ class Norm(nn.Module):
 class KnownLayer(nn.Module):
     """One decoder layer over four projections."""
 
-    def __init__(self, layer: nn.Module, projections: dict[str, Any], index: int):
+    def __init__(self, layer: Any, projections: dict[str, Any], index: int):
         super().__init__()
         attention = layer.self_attn
         self.index = index
@@ -98,7 +99,7 @@ class KnownModel(nn.Module):
 
     can_decode_packed = True
 
-    def __init__(self, model: nn.Module, store: ProjectionStore, recompute: bool):
+    def __init__(self, model: Any, store: ProjectionStore, recompute: bool):
         super().__init__()
         body = model.model
         self.embed = body.embed_tokens
@@ -158,18 +159,20 @@ def _recomputed(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tens
 # ---- recognition
 
 
-def recognise(model: nn.Module, longest: int) -> bool:
+def recognise(model: Any, longest: int) -> bool:
     """Whether KnownModel computes what this Hugging Face model computes on sequences up to `longest` tokens.
 
-    By structure first, then by trial: each layer, and the way from token to logits without layers, on random input.
+    By structure first, then by trial: a layer of each kind, and the way from token to logits without layers, on
+    random input.
     """
     if not _has_structure(model, longest):
         return False
+    first_of_kind = {_kind(layer): index for index, layer in reversed(list(enumerate(model.model.layers)))}
     with torch.no_grad():
-        return _same_frame(model) and all(_same_layer(model, index) for index in range(len(model.model.layers)))
+        return _same_frame(model) and all(_same_layer(model, index) for index in first_of_kind.values())
 
 
-def _has_structure(model: nn.Module, longest: int) -> bool:
+def _has_structure(model: Any, longest: int) -> bool:
     body = getattr(model, "model", None)
     named = {"embed_tokens", "layers", "norm", "rotary_emb"}
     if body is None or not named <= {name for name, _ in body.named_children()} or len(body.layers) == 0:
@@ -195,14 +198,14 @@ def _has_structure(model: nn.Module, longest: int) -> bool:
     return hasattr(body.norm, "variance_epsilon")
 
 
-def _window(attention: nn.Module, config: Any) -> float:
+def _window(attention: Any, config: Any) -> float:
     """How many tokens back a layer looks: its own setting where the class has one, else the model's (Mistral)."""
     owner = attention if hasattr(attention, "sliding_window") else config
     window = getattr(owner, "sliding_window", None)  # Llama has neither
     return math.inf if window is None else window
 
 
-def _same_frame(model: nn.Module) -> bool:
+def _same_frame(model: Any) -> bool:
     """Token to logits with the layers taken out: embedding, final norm and head, and nothing else."""
     body, layers = model.model, model.model.layers
     tokens = torch.arange(7, device=body.embed_tokens.weight.device)
@@ -214,25 +217,31 @@ def _same_frame(model: nn.Module) -> bool:
     return _agree(F.linear(Norm(body.norm)(body.embed_tokens(tokens)), model.lm_head.weight), theirs)
 
 
-def _same_layer(model: nn.Module, index: int) -> bool:
-    layer, body = model.model.layers[index], model.model
-    weight = layer.input_layernorm.weight
-    generator = torch.Generator().manual_seed(index)
-    x = torch.randn(11, weight.shape[0], generator=generator).to(weight)
-    cos, sin = body.rotary_emb(x, torch.arange(11, device=x.device)[None])
+def _kind(layer: Any) -> str:
+    """Layers of one kind compute the same function of their weights: the same modules, sizes and settings."""
+    settings = {name: value for name, value in vars(layer.self_attn).items() if isinstance(value, (int, float, str))}
+    settings.pop("layer_idx", None)
+    return f"{layer} {sorted(settings.items())}"
+
+
+def _same_layer(model: Any, index: int) -> bool:
+    """In float32 whatever the checkpoint's dtype, and by what the layer adds: rounding and residual hide nothing."""
+    layer = copy.deepcopy(model.model.layers[index]).float()
+    size = layer.input_layernorm.weight.shape[0]
+    x = torch.randn(11, size, generator=torch.Generator().manual_seed(index))
+    cos, sin = model.model.rotary_emb(x, torch.arange(11)[None])
     if cos.shape[-1] != layer.self_attn.head_dim:
         return False
     theirs = layer(x[None], attention_mask=None, position_embeddings=(cos, sin))
     theirs = theirs[0] if theirs.ndim == 3 else theirs
-    attend = packed(GroupLayout.of([11], device=x.device))
     ours = KnownLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
-    return _agree(ours(x, (cos[0], sin[0]), attend), theirs)
+    return _agree(ours(x, (cos[0], sin[0]), packed(GroupLayout.of([11]))) - x, theirs - x)
 
 
 class _Together(nn.Module):
     """Several Hugging Face linears read as one, for the trial: no copy of their weights is kept."""
 
-    def __init__(self, layer: nn.Module, parts: tuple[str, ...]):
+    def __init__(self, layer: Any, parts: tuple[str, ...]):
         super().__init__()
         self.linears = [layer.get_submodule(part) for part in parts]
 
@@ -241,13 +250,12 @@ class _Together(nn.Module):
 
 
 def _agree(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal up to the rounding of the weights' dtype."""
-    tolerance = 32 * torch.finfo(theirs.dtype).eps
+    """Equal up to rounding in their dtype."""
     difference = (ours.float() - theirs.float()).norm() / theirs.float().norm()
-    return bool(difference < tolerance)
+    return bool(difference < max(1e-5, 4 * torch.finfo(theirs.dtype).eps))
 
 
-def fuse(model: nn.Module, build: Callable[[str, list[nn.Linear], list[str]], Projection]) -> ProjectionStore:
+def fuse(model: Any, build: Callable[[str, list, list[str]], Projection]) -> ProjectionStore:
     """The projections of every layer, under names such as "3.qkv"; each linear's own weight is given up.
 
     build: (name, linears, their Hugging Face names) -> Projection.

@@ -130,9 +130,9 @@ def _projection(
     return Projection(base, bias, names, sizes, config.lora_rank, dtype)
 
 
-def _stop_tokens(model: nn.Module) -> list[int]:
+def _stop_tokens(model: Any) -> list[int]:
     """The tokens that end a completion, from the checkpoint's generation settings."""
-    stop = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    stop = model.generation_config.eos_token_id
     if stop is None:
         raise UserError("The model's generation_config.json names no eos_token_id, so no completion could end.")
     return [stop] if isinstance(stop, int) else list(stop)

@@ -7,6 +7,7 @@ copy of the prompt, because an unknown architecture cannot be trusted with packe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class PlainModel(nn.Module):
 
     can_decode_packed = False
 
-    def __init__(self, model: nn.Module, recompute: bool):
+    def __init__(self, model: Any, recompute: bool):
         super().__init__()
         self.model = model
         self.head, self.softcap = _find_head(model)
@@ -49,7 +50,7 @@ class PlainModel(nn.Module):
         return torch.cat(prompts + completions)
 
 
-def last_hidden(model: nn.Module, tokens: Tensor) -> Tensor:
+def last_hidden(model: Any, tokens: Tensor) -> Tensor:
     """What the head reads: [rows, L] -> [rows, L, D]."""
     return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
 
@@ -61,7 +62,7 @@ def silence(model: nn.Module) -> None:
             module.p = 0.0
 
 
-def _find_head(model: nn.Module) -> tuple[Tensor, float | None]:
+def _find_head(model: Any) -> tuple[Tensor, float | None]:
     """The head's weight [V, D] and soft cap, proved on a few tokens.
 
     Raises:
@@ -84,7 +85,7 @@ def _find_head(model: nn.Module) -> tuple[Tensor, float | None]:
     return weight, softcap
 
 
-def fuse(model: nn.Module, build: Callable[[str, list[Linear], list[str]], Projection]) -> ProjectionStore:
+def fuse(model: Any, build: Callable[[str, list, list[str]], Projection]) -> ProjectionStore:
     """A projection of its own in place of every linear but the head.
 
     build: (name, [linear], [Hugging Face name]) -> Projection.
@@ -99,7 +100,7 @@ def fuse(model: nn.Module, build: Callable[[str, list[Linear], list[str]], Proje
     return store
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Linear]]:
+def _linears(model: Any) -> Iterator[tuple[Any, str, str, Linear]]:
     """(parent, attribute, full name, linear) of every linear but the head, in the model's order."""
     head = model.get_output_embeddings()
     for parent_name, parent in model.named_modules():

@@ -148,7 +148,7 @@ class ProjectionStore:
     def refresh(self) -> None:
         """Copy the masters to their mirrors; a no-op in float32, where they are the same memory."""
         mirrors = [mirror for projection in self.projections.values() for mirror in projection.mirrors]
-        torch._foreach_copy_(mirrors, [p.detach() for p in self.parameters()])
+        torch._foreach_copy_(mirrors, [p.detach() for p in self.parameters()])  # pyright: ignore[reportPrivateImportUsage]
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(Hugging Face module name, A [r, K], B [M, r]) of every linear: views of the masters."""

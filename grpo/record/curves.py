@@ -81,7 +81,7 @@ def _draw_reward(axes: Axes, curves: Curves) -> None:
     for place, name in enumerate(names):
         label = name.removeprefix("reward/").replace("_", " ")[:_LONGEST_LABEL]
         _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4)
-    _line(axes, curves, "reward/mean", _MAIN, label="sum, weighted", width=2.4)
+    _line(axes, curves, "reward/mean", _MAIN, label="total", width=2.4)
     axes.set_title("Reward, mean of a step")
     _legend_beside(axes)
 

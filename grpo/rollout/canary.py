@@ -24,7 +24,7 @@ from grpo.types import Batch, Completion, Group, Prompt
 
 Score = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 
-NUM_PROMPTS, NUM_TOKENS = 4, 6
+NUM_PROMPTS, NUM_TOKENS = 2, 6
 
 # The gap may grow to this many times what it was at the first sync ...
 GAP_GROWTH = 4.0

@@ -1,0 +1,79 @@
+"""Writes the figures of README.md from benchmarks/results/*.json. Knows nothing of how they were measured.
+
+python scripts/write_readme_table.py           rewrite what stands between the two markers
+python scripts/write_readme_table.py --check   fail if that would change anything
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures begin: python scripts/write_readme_table.py -->", "<!-- figures end -->"
+
+# Rows of the kernel results that README shows: (operation, shape).
+HEADLINES = (
+    ("linear_logprob forward + backward", "8192 x 4096 x 128256"),
+    ("linear_logprob no gradient", "8192 x 4096 x 128256"),
+)
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    written = f"{before}{BEGIN}\n\n{embedded()}\n\n{kernels()}\n\n{END}{after}"
+    if "--check" in sys.argv[1:]:
+        sys.exit(f"{README} is older than the results; run python {Path(__file__).name}" if written != text else 0)
+    README.write_text(written)
+
+
+def embedded() -> str:
+    """The default run, a line a seed."""
+    result = json.loads((RESULTS / "embedded-cpu.json").read_text())
+    machine = result["machine"]
+    lines = [
+        f"| {row['seed']} | {percent(row['before'])} | {percent(row['after'])} | "
+        f"{100 * (row['after'][0] - row['before'][0]):+.1f} | {row['steps']} | {row['seconds']:.0f} |"
+        for row in result["rows"]
+    ]
+    return (
+        f"The default run on {machine['cores']} cores of an {machine['processor']} CPU, torch {machine['torch']}, "
+        f"{machine['date']} (`{machine['command']}`): held-out pass@1 with its 95% interval, and the seconds of the "
+        "whole command.\n\n| seed | before | after | points | steps | seconds |\n|---:|---|---|---:|---:|---:|\n"
+        + "\n".join(lines)
+    )
+
+
+def percent(score: list[float]) -> str:
+    mean, low, high = (f"{100 * value:.1f}" for value in score)
+    return f"{mean}% [{low}, {high}]"
+
+
+def kernels() -> str:
+    """The LM head against its rivals, on each GPU that was measured."""
+    tables = []
+    for path in sorted(RESULTS.glob("kernels-*.json")):
+        result = json.loads(path.read_text())
+        rows = [row for row in result["rows"] if (row["operation"], row["shape"]) in HEADLINES and not row["skipped"]]
+        lines = "\n".join(map(kernel_line, rows))
+        machine = result["machine"]
+        origin = (
+            f"The LM head's kernel on one {machine['gpu']}, bfloat16, as a multiple of one product with the head "
+            f"measured in the same run (`{machine['command']}`; all: [kernels/README.md](kernels/README.md))."
+        )
+        header = "| operation | tokens x hidden x vocabulary | | × one product | peak GiB |\n|---|---|---|---:|---:|"
+        tables.append(f"{origin}\n\n{header}\n{lines}")
+    return "\n\n".join(tables)
+
+
+def kernel_line(row: dict[str, Any]) -> str:
+    name = f"**{row['entry']}**" if row["entry"].startswith("ours") else row["entry"]
+    return f"| {row['operation']} | {row['shape']} | {name} | {row['ratio']:.2f} | {row['peak_gib']:.2f} |"
+
+
+if __name__ == "__main__":
+    main()
