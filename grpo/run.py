@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -43,7 +43,7 @@ console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150,
 class Arguments:
     """Train a language model with GRPO on the task of a Python file."""
 
-    task: tyro.conf.Positional[str] = ""
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK.py")] = ""
     """The task file, such as tasks/gsm8k.py; it comes first. With --resume or --eval RUN it may be left out."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Try the data and the rewards on every gold answer, then stop. Loads no model."""

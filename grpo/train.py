@@ -75,11 +75,8 @@ def train(run: Run) -> None:
         run.recorder.completions(step, groups)
 
         done = step + 1
-        run.progress.step, run.progress.cursor, run.progress.version = (
-            done,
-            run.stream.cursor,
-            run.policy.version,
-        )
+        run.progress.step, run.progress.cursor = done, run.stream.cursor
+        run.progress.version = run.policy.version
         if done % eval_every == 0 or done == config.steps:
             evaluate(run)
         if done % config.save_every == 0 or done in (config.steps, run.progress.best_step):

@@ -6,6 +6,7 @@ import transformers
 from tiny_models import VOCABULARY, build_policy, one_batch, randomise
 
 from grpo.errors import UserError
+from grpo.rollout.canary import Canary
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.types import Prompt
 
@@ -32,9 +33,12 @@ def build_engine(config, seed=1):
     return policy, TorchEngine(policy, Letters(), prompts(), config.max_completion_tokens, config.temperature)
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral-window"])
-def test_sampling_logprobs_are_the_policys(name, tiny_config):
-    config = tiny_config(name, temperature=0.8, max_completion_tokens=23, mask_truncated=False)
+def test_sampling_logprobs_are_the_policys(name, recompute, tiny_config):
+    config = tiny_config(
+        name, recompute=recompute, temperature=0.8, max_completion_tokens=23, mask_truncated=False
+    )
     policy, engine = build_engine(config)
     groups = engine.rollout(prompts(), 7, seed=11)
     for group in groups:
@@ -124,6 +128,15 @@ def test_the_canary_trips_when_the_engine_has_other_weights(tiny_config):
     randomise(policy, 3)
     with pytest.raises(UserError, match="is not the policy"):
         engine.sync()
+
+
+def test_the_canary_refuses_an_engine_that_is_another_model_from_the_start(tiny_config):
+    policy, engine = build_engine(tiny_config())
+    other, _ = build_engine(tiny_config(), seed=2)
+    completions = [group.completions[0].tokens for group in engine.rollout(prompts(2), 1, seed=0)]
+    Canary(policy, engine.score, prompts(2), completions)
+    with pytest.raises(UserError, match="before any update"):
+        Canary(other, engine.score, prompts(2), completions)
 
 
 def test_the_canary_trips_when_the_engine_stands_still_within_the_bound(tiny_config):

@@ -171,10 +171,11 @@ def test_old_logprobs_are_those_before_the_first_optimizer_step(tiny_config, gro
     assert 0.1 < metrics["policy/clip_fraction"] <= 0.5
 
 
-def test_recomputing_layers_changes_no_gradient(tiny_config, groups):
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
+def test_recomputing_layers_changes_no_gradient(name, tiny_config, groups):
     gradients = []
     for recompute in ("none", "layer"):
-        config = tiny_config(recompute=recompute)
+        config = tiny_config(name, recompute=recompute)
         policy = build_policy(config)
         randomise(policy)
         batch = one_batch(groups, config)

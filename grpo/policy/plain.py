@@ -20,6 +20,9 @@ from grpo.types import Batch
 
 Linear = nn.Linear | Conv1D
 
+# Attributes by which Hugging Face's attention hands a probability to a dropout function, not to a module.
+FUNCTIONAL_DROPOUT = {"attention_dropout", "attn_dropout_p", "dropout_p"}
+
 
 class PlainModel(nn.Module):
     """The same calls as KnownModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
@@ -30,13 +33,21 @@ class PlainModel(nn.Module):
         super().__init__()
         self.model = model
         self.head, self.softcap = _find_head(model)
-        if recompute and model.supports_gradient_checkpointing:
+        self.recompute = recompute and model.supports_gradient_checkpointing
+        if self.recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.train()  # checkpointing is only done in train mode; dropout is off, see `silence`
         silence(model)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
+        # Hugging Face recomputes layers in train mode only, and there it silently refuses to keep a key/value cache.
+        self.model.train(self.recompute and torch.is_grad_enabled())
+        try:
+            return self._hidden(batch)
+        finally:
+            self.model.eval()
+
+    def _hidden(self, batch: Batch) -> Tensor:
         layout = batch.layout
         heads = batch.tokens[: layout.num_prompt_tokens].split(layout.prompt_lengths)
         rest = iter(batch.tokens[layout.num_prompt_tokens :].split([n for g in layout.completion_lengths for n in g]))
@@ -60,6 +71,8 @@ def silence(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name in FUNCTIONAL_DROPOUT & vars(module).keys():
+            setattr(module, name, 0.0)
 
 
 def _find_head(model: Any) -> tuple[Tensor, float | None]:

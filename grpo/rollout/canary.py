@@ -31,6 +31,9 @@ GAP_GROWTH = 4.0
 # ... and is never asked to be smaller than this share of a log-probability, by the precision of the computation.
 SMALLEST_BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+# A gap at the start that no difference of kernels explains: then the engine computes another model from the outset.
+LARGEST_NOISE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
+
 # A mean movement of the policy's log-probabilities that rounding alone cannot explain, by the same precision.
 STIR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3}
 # An engine that moved less than this share of what the policy moved has not taken the update up.
@@ -51,6 +54,12 @@ class Canary:
         dtype = policy.store.compute_dtype
         self.bound = max(GAP_GROWTH * self.noise, SMALLEST_BOUND[dtype])
         self.stir = STIR[dtype]
+        if not self.noise <= LARGEST_NOISE[dtype]:
+            raise UserError(
+                f"The rollout engine is not the policy: before any update their log-probabilities differ by "
+                f"{self.noise:.2g} on average, where different kernels explain at most {LARGEST_NOISE[dtype]:.2g}. "
+                "This model cannot be sampled from by this engine. Please report this with the model's name."
+            )
         self.repeat_noise = _distance(self.engine_before, self._measure()[0])
 
     def check(self) -> dict[str, float]:
