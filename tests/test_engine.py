@@ -36,9 +36,7 @@ def build_engine(config, seed=1):
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "gemma2", "mistral-window"])
 def test_sampling_logprobs_are_the_policys(name, recompute, tiny_config):
-    config = tiny_config(
-        name, recompute=recompute, temperature=0.8, max_completion_tokens=23, mask_truncated=False
-    )
+    config = tiny_config(name, recompute=recompute, temperature=0.8, max_completion_tokens=23, mask_truncated=False)
     policy, engine = build_engine(config)
     groups = engine.rollout(prompts(), 7, seed=11)
     for group in groups:

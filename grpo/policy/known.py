@@ -97,8 +97,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 class KnownModel(nn.Module):
     """Embedding, known layers, final norm; the head is a plain weight that `linear_logprob` multiplies by."""
 
-    can_decode_packed = True
-
     def __init__(self, model: Any, store: ProjectionStore, recompute: bool):
         super().__init__()
         body = model.model

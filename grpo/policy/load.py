@@ -25,6 +25,8 @@ transformers_logging.disable_progress_bar()  # the run has one of its own
 
 Model = KnownModel | PlainModel
 
+UNLIMITED_CONTEXT = 2**20  # tokens
+
 
 @dataclass
 class Loaded:
@@ -70,7 +72,9 @@ def context_length(name: str, config: Config) -> int:
     Raises:
         UserError: --max-context is more than the model can.
     """
-    built_for = _from_hub(AutoConfig.from_pretrained, name).get_text_config().max_position_embeddings
+    settings = _from_hub(AutoConfig.from_pretrained, name).get_text_config()
+    # Models whose positions are relative (Bloom) or none (Mamba) name no limit.
+    built_for = getattr(settings, "max_position_embeddings", UNLIMITED_CONTEXT)
     if config.max_context > built_for:
         raise UserError(f"--max-context is {config.max_context}, but {name} was built for {built_for} tokens.")
     return config.max_context or built_for

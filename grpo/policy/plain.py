@@ -27,8 +27,6 @@ FUNCTIONAL_DROPOUT = {"attention_dropout", "attn_dropout_p", "dropout_p"}
 class PlainModel(nn.Module):
     """The same calls as KnownModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
 
-    can_decode_packed = False
-
     def __init__(self, model: Any, recompute: bool):
         super().__init__()
         self.model = model
