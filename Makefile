@@ -16,8 +16,10 @@ test-gpu:
 	pytest -m gpu
 
 bench:
+	python benchmarks/embedded.py
 	python benchmarks/kernels.py --peers
 
 # The tables in the docs are written from benchmarks/results/*.json, never by hand.
 tables:
 	python scripts/write_kernel_table.py
+	python scripts/write_readme_table.py

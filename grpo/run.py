@@ -219,8 +219,8 @@ def check(resolved: Resolved) -> int:
     report = preflight_rewards(resolved.task, questions, every_row=True)
     console.print(preflight_table(report))
     name, value = resolved.task.solved
-    say(f"{len(questions.train):,} training and {len(questions.test):,} held-out rows, prompts of at most "
-                  f"{questions.longest} tokens.")  # fmt: skip
+    rows = f"{len(questions.train):,} training and {len(questions.test):,} held-out rows"
+    say(f"{rows}, prompts of at most {questions.longest} tokens.")
     for warning in report.warnings:
         say(f"note: {warning}")
     lowest = next(check.lowest["gold"] for check in report.checks if check.name == name)
@@ -275,12 +275,12 @@ def start(resolved: Resolved, resume: str) -> int:
         _train_and_keep(run)
     run.engine.close()
     if run.progress.step < resolved.config.steps:
-        say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with\n"
-                      f"  python -m grpo.run --resume {folder}")  # fmt: skip
+        say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with")
+        say(f"  python -m grpo.run --resume {folder}")
         return 130
     say(comparison(run.progress.first_scores, run.progress.last_scores))
-    say(f"curves: {folder / 'curves.png'}   completions: {folder / 'completions.jsonl'}   "
-                  f"adapter: {folder / 'checkpoints'}")  # fmt: skip
+    files = {"curves": "curves.png", "completions": "completions.jsonl", "adapter": "checkpoints"}
+    say("   ".join(f"{what}: {folder / name}" for what, name in files.items()))
     return 0
 
 

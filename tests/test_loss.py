@@ -134,7 +134,6 @@ def test_prompt_tokens_and_equal_reward_groups_have_no_gradient(groups):
     loss, _ = build_loss(config)(forward, batch)
     loss.backward()
     assert torch.equal(forward.logprobs.grad[~batch.mask], torch.zeros(19))
-    assert forward.logprobs.grad[batch.mask].abs().min() >= 0
     assert forward.logprobs.grad[batch.mask].abs().max() > 0
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
 from grpo.checkpoint import list_checkpoints
+from grpo.record.recorder import TIMING_PREFIXES
 from grpo.run import main, resolve
 
 
@@ -32,8 +33,7 @@ def task_file(tmp_path):
 def metrics_of(folder):
     """metrics.jsonl without what may differ between equal runs."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timing = ("time/", "speed/", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(timing)} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMING_PREFIXES)} for line in lines]
 
 
 def run_toy(task_file, folder, *flags):
