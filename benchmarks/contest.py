@@ -5,13 +5,18 @@ Knows nothing of any kernel; `kernels.py` runs contests, the files `kernel_cases
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 Run = Callable[[], Any]
+
+WAIT_MS = 6.0  # longer than a host takes to queue what is compared here
+CYCLES_PER_MS = 2_000_000  # of a GPU at 2 GHz; a slower one waits longer
+MOST_REPEATS = 50
 
 
 @dataclass
@@ -39,9 +44,36 @@ class Case:
     prepare: Callable[[], Contest]
 
 
-def milliseconds(run: Run, repeat_ms: int = 150) -> float:
-    """Median time of a run, the L2 cache flushed before each."""
-    return do_bench(run, warmup=40, rep=repeat_ms, return_mode="median")
+def milliseconds(run: Run, waits: bool = True, repeat_ms: float = 150) -> float:
+    """Median GPU time of a run, the L2 cache flushed before each.
+
+    The GPU `waits` while the host queues a short run, so that what is timed is kernels and the gaps between them, and
+    not the host, whose speed differs between machines with one kind of GPU. Before long runs, where the host is ahead
+    anyway, it must not: a GPU that has rested has a higher clock, for the first milliseconds.
+    """
+    flushed = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.uint8, device="cuda")
+    repeats = max(5, min(MOST_REPEATS, int(repeat_ms / rough_milliseconds(run))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flushed.zero_()
+        if waits:
+            torch.cuda._sleep(int(WAIT_MS * CYCLES_PER_MS))
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in events)
+
+
+def rough_milliseconds(run: Run) -> float:
+    """One warm run, host and GPU together."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    started = perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return (perf_counter() - started) * 1e3
 
 
 def peak_gib(run: Run) -> float:

@@ -265,11 +265,29 @@ def prepare_attention(prompt: int, completion: int, size: int, Hq: int, Hk: int,
         inputs = [randn(N, Hq, E), randn(N, Hk, E), randn(N, Hk, E)]
         return forward_and_backward(lambda q, k, v: group_attention(q, k, v, layout), inputs)
 
+    def flex() -> Run:
+        """The same tokens, one copy of the prompt, by a mask; compiled for this shape."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        N = shared.num_tokens
+        segment = torch.arange(1 + size, device="cuda").repeat_interleave(shared.segments.diff())
+
+        def visible(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & ((segment[i] == segment[j]) | (segment[j] == 0))
+
+        mask = create_block_mask(visible, None, None, N, N, device="cuda")
+        torch.compiler.reset()
+        compiled = torch.compile(flex_attention, dynamic=False)
+        inputs = [randn(1, heads, N, E) for heads in (Hq, Hk, Hk)]
+        return forward_and_backward(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True), inputs)[
+            backward
+        ]
+
     return Contest(
         {"ours": attend(shared)[backward]},
         "packed whole sequences, flash attention",
         floor_run=attend(whole)[backward],
-        peers={"packed whole sequences": lambda: attend(whole)[backward]},
+        peers={"packed whole sequences": lambda: attend(whole)[backward], "FlexAttention, shared prompt": flex},
     )
 
 

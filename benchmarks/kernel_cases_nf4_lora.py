@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from contest import Case, Contest, Run, relative_error
 from grpo_kernels.dispatch import Impl
-from grpo_kernels.lora_linear import LoraFactors, lora_linear
+from grpo_kernels.lora_linear import LoraFactors, lora_linear, lora_linear_inference
 from grpo_kernels.mlp import Activation, lora_mlp
 from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_linear, nf4_quantize
 from torch import Tensor
@@ -148,6 +148,28 @@ def prepare_lora_linear(T: int, sizes: list[int], K: int) -> Contest:
     )
 
 
+def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
+    factors, parts = random_factors(sizes, K), [randn(size, K, scale=K**-0.5) for size in sizes]
+    base, x = quantized(parts), randn(M, K)
+    weight = nf4_dequantize(base, torch.bfloat16)
+    truth = x.double() @ dense_products(base, factors).T
+
+    def separately() -> Tensor:
+        with torch.no_grad():
+            return lora_linear(x, weight, factors, impl="torch")
+
+    return Contest(
+        {
+            "ours": in_graph(lambda: lora_linear_inference(x, base, factors)),
+            "ours, bfloat16 base": in_graph(lambda: lora_linear_inference(x, weight, factors)),
+            "separate products, bfloat16 base": in_graph(separately),
+        },
+        "one product with the bfloat16 weight",
+        floor_run=in_graph(lambda: x @ weight.T),
+        errors=lambda got: {"output": relative_error(got, truth)},
+    )
+
+
 def prepare_mlp(T: int, D: int, I: int, activation: Activation) -> Contest:
     gate, up, down = randn(I, D, scale=D**-0.5), randn(I, D, scale=D**-0.5), randn(D, I, scale=I**-0.5)
     bases = quantized([gate, up]), quantized([down])
@@ -257,6 +279,16 @@ CASES = [
         Case(f"nf4_linear, {M} rows", f"{K} -> {N}", "0.75" if M <= 64 else "", partial(prepare_linear, M, N, K))
         for N, K in ((14336, 4096), (4096, 4096), (4096, 14336))
         for M in (1, 8, 16, 32, 64, 128, 256, 512)
+    ),
+    *(
+        Case(
+            f"lora_linear_inference, {M} rows",
+            f"{K} -> {'+'.join(map(str, sizes))}",
+            "",
+            partial(prepare_inference, M, sizes, K),
+        )
+        for sizes, K in (([4096, 1024, 1024], 4096), ([14336, 14336], 4096), ([4096], 14336))
+        for M in (1, 16, 64, 256)
     ),
     *(
         Case(

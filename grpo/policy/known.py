@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from grpo_kernels import add_rms_norm, lora_mlp, rms_norm, rope
 from grpo_kernels.attention import GroupLayout, group_attention
+from grpo_kernels.swiglu import ACTIVATIONS, Activation, gated
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from grpo.policy.cache import KeyValueCache
+from grpo.policy.linears import NF4Linear
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.types import Batch
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, each [N, E]
+Angles = tuple[Tensor, Tensor]  # cos and sin of each pair of a head's elements, each [N, E / 2]
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]  # (layer, q, k, v, scale) -> [N, H, E]
 
 # Each projection's name, and the Hugging Face linears whose rows it holds in order.
@@ -34,6 +37,15 @@ FUSED = {
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
+}
+
+
+# Each norm's attribute of KnownLayer, and its Hugging Face name.
+NORMS = {
+    "input_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
 }
 
 
@@ -47,11 +59,14 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * wide.to(x.dtype)
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class NoNorm(nn.Module):
+    """What stands in for the norm of queries and keys where a layer has none."""
+
+    weight = None
+    epsilon = 0.0
 
 
 class KnownLayer(nn.Module):
@@ -65,33 +80,55 @@ class KnownLayer(nn.Module):
         self.scale: float = attention.scaling
         self.input_norm = Norm(layer.input_layernorm)
         self.mlp_norm = Norm(layer.post_attention_layernorm)
-        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else nn.Identity()
-        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else nn.Identity()
-        self.activation = layer.mlp.act_fn
+        self.q_norm = Norm(attention.q_norm) if hasattr(attention, "q_norm") else NoNorm()
+        self.k_norm = Norm(attention.k_norm) if hasattr(attention, "k_norm") else NoNorm()
         self.qkv, self.o = projections["qkv"], projections["o"]
         self.gate_up, self.down = projections["gate_up"], projections["down"]
         self.q_size = attention.q_proj.out_features
         self.kv_size = attention.k_proj.out_features
-        self.mlp_size = layer.mlp.gate_proj.out_features
+        self.mlp = build_mlp(self.gate_up, self.down, layer.mlp.act_fn)
 
-    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """[N, D] -> [N, D]."""
         fused = self.qkv(self.input_norm(x))
         q, k, v = (
             part.unflatten(-1, (-1, self.head_size))
             for part in fused.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         )
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        x = x + self.o(attend(self.index, q, k, v, self.scale).flatten(-2))
-        gate, up = self.gate_up(self.mlp_norm(x)).split(self.mlp_size, dim=-1)
-        return x + self.down(self.activation(gate) * up)
+        norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": self.q_norm.epsilon}
+        q, k = rope(q, k, *angles, **norms)
+        attended = self.o(attend(self.index, q, k, v, self.scale).flatten(-2))
+        normed, x = add_rms_norm(attended, x, self.mlp_norm.weight, self.mlp_norm.epsilon)
+        return x + self.mlp(normed)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding, halves convention: Su et al. 2021, arXiv 2104.09864. x [N, heads, E]."""
-    cos, sin = (part.unsqueeze(1) for part in rope)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def build_mlp(gate_up: Any, down: Any, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """[N, D] -> [N, D], down(activation(gate) * up): as one operation where there is one for it."""
+    fused = _fused_activation(activation)
+    plain = all(isinstance(projection, Projection) and projection.bias is None for projection in (gate_up, down))
+    if fused is not None and plain:
+        return lambda x: lora_mlp(x, gate_up.base, gate_up.lora, down.base, down.lora, fused)
+
+    def separately(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(activation(gate) * up)
+
+    return separately
+
+
+def _fused_activation(activation: Callable[[Tensor], Tensor]) -> Activation | None:
+    """The kernels' name of an activation, found by what it computes."""
+    x = torch.linspace(-8, 8, 129)
+    for name in ACTIVATIONS:
+        if torch.allclose(activation(x), gated(x, torch.ones(129), name)):
+            return name
+    return None
+
+
+def half_angles(cos: Tensor, sin: Tensor) -> Angles:
+    """What Hugging Face's rotary embeddings return, each [1, N, E] of two equal halves, as `rope` takes it."""
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
 
 
 class KnownModel(nn.Module):
@@ -132,12 +169,33 @@ class KnownModel(nn.Module):
         cache.advance()
         return self._run(tokens, positions, cache.append)
 
+    def small_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor) of all that is neither a projection's base nor a table: norms and biases."""
+        yield "model.norm.weight", self.norm.weight
+        for index, layer in enumerate(self.layers):
+            for ours, theirs in NORMS.items():
+                norm = getattr(layer, ours)
+                if isinstance(norm, Norm):
+                    yield f"model.layers.{index}.{theirs}.weight", norm.weight
+            for name in FUSED:
+                yield from getattr(layer, name).biases()
+
+    def pad_vocabulary(self, multiple: int) -> None:
+        """Keep embedding and head as the first rows of tables whose height is a multiple of this.
+
+        A rollout engine that wants padded tables can then take them as they are. Nothing changes for the model.
+        """
+        tied = self.head.data_ptr() == self.embed.weight.data_ptr()
+        padded = _padded(self.embed.weight.data, multiple)
+        self.tables = padded, padded if tied else _padded(self.head.data, multiple)
+        size = self.head.shape[0]
+        self.embed.weight.data, self.head.data = (table[:size] for table in self.tables)
+
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed(tokens)
-        cos, sin = self.rope(x, positions.unsqueeze(0))
-        rope = (cos.squeeze(0), sin.squeeze(0))
+        angles = half_angles(*self.rope(x, positions.unsqueeze(0)))
         for layer in self.layers:
-            x = self.run_layer(layer, x, rope, attend)
+            x = self.run_layer(layer, x, angles, attend)
         return self.norm(x)
 
 
@@ -146,12 +204,18 @@ def packed(layout: GroupLayout) -> Attend:
     return lambda index, q, k, v, scale: group_attention(q, k, v, layout, scale=scale)
 
 
-def _kept(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-    return layer(x, rope, attend)
+def _padded(table: Tensor, multiple: int) -> Tensor:
+    """[V, D] -> [V rounded up, D], the table itself where nothing is missing."""
+    missing = -table.shape[0] % multiple
+    return F.pad(table, (0, 0, 0, missing)) if missing else table
 
 
-def _recomputed(layer: nn.Module, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-    return checkpoint(layer, x, rope, attend, use_reentrant=False)
+def _kept(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    return layer(x, angles, attend)
+
+
+def _recomputed(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+    return checkpoint(layer, x, angles, attend, use_reentrant=False)
 
 
 # ---- recognition
@@ -184,12 +248,15 @@ def _has_structure(model: Any, longest: int) -> bool:
         modules = {name: module for name, module in layer.named_modules() if name}
         if not {*parts, *norms} <= set(modules) <= allowed:
             return False
-        if not all(isinstance(modules[part], nn.Linear) for part in parts):
+        if not all(isinstance(modules[part], nn.Linear | NF4Linear) for part in parts):
             return False
-        if not all(hasattr(modules[name], "variance_epsilon") for name in norms):
+        of_heads = [modules[name] for name in ("self_attn.q_norm", "self_attn.k_norm") if name in modules]
+        if not all(hasattr(norm, "variance_epsilon") for norm in [*(modules[name] for name in norms), *of_heads]):
             return False
         attention = layer.self_attn
         if not hasattr(attention, "head_dim") or not hasattr(attention, "scaling"):
+            return False
+        if any(norm.weight.shape != (attention.head_dim,) for norm in of_heads):
             return False
         if _window(attention, model.config) < longest:
             return False
@@ -233,7 +300,7 @@ def _same_layer(model: Any, index: int) -> bool:
     theirs = layer(x[None], attention_mask=None, position_embeddings=(cos, sin))
     theirs = theirs[0] if theirs.ndim == 3 else theirs
     ours = KnownLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
-    return _agree(ours(x, (cos[0], sin[0]), packed(GroupLayout.of([11]))) - x, theirs - x)
+    return _agree(ours(x, half_angles(cos, sin), packed(GroupLayout.of([11]))) - x, theirs - x)
 
 
 class _Together(nn.Module):

@@ -4,7 +4,7 @@ Knows nothing of `grpo`.
 
 from grpo_kernels.attention import GroupLayout, group_attention
 from grpo_kernels.linear_logprob import linear_logprob
-from grpo_kernels.lora_linear import LoraFactors, lora_linear
+from grpo_kernels.lora_linear import LoraFactors, lora_linear, lora_linear_inference
 from grpo_kernels.mlp import lora_mlp
 from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_linear, nf4_quantize
 from grpo_kernels.qkv import lora_qkv
@@ -21,6 +21,7 @@ __all__ = [
     "group_attention",
     "linear_logprob",
     "lora_linear",
+    "lora_linear_inference",
     "lora_mlp",
     "lora_qkv",
     "nf4_concat",

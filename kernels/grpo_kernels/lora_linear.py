@@ -18,12 +18,15 @@ Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, choose, tl, triton
-from grpo_kernels.nf4 import NF4, dequantize_into, nf4_dequantize
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, tl, triton
+from grpo_kernels.nf4 import NF4, dequantize_into, nf4_dequantize, nf4_linear
+
+MOST_DECODED_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,43 @@ class LoraFactors:
 def lora_linear(
     x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
-    """x [..., K] through the projection: [..., N]. Differentiable in x and the masters; base and bias are frozen."""
+    """x [..., K] through the projection: [..., N]. Differentiable in x and the masters; base and bias are frozen.
+
+    Few rows without gradient, as in decoding, are left to `lora_linear_inference`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
     fused = choose("lora_linear", impl, x) == "triton"
-    out = _LoraLinear.apply(x.reshape(-1, x.shape[-1]), base, factors, bias, fused, factors.a, *factors.b)
+    if fused and is_decoding(rows):
+        out = lora_linear_inference(rows, base, factors, bias, impl)
+    else:
+        out = _LoraLinear.apply(rows, base, factors, bias, fused, factors.a, *factors.b)
     return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def is_decoding(rows: Tensor) -> bool:
+    """Whether x [T, K] has few rows and no gradient. With more rows, scores are rounded as the trained forward's."""
+    return not torch.is_grad_enabled() and rows.shape[0] <= MOST_DECODED_ROWS
+
+
+def lora_linear_inference(
+    x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """`lora_linear` without gradient for a rollout engine: x [M, K] -> [M, N], M from 0 to thousands.
+
+    Three launches for few rows: the product with the base, which stays in 4 bits while that is faster (`nf4_linear`),
+    x A^T, and one pass that adds every part. It reads the mirrors and the scale, not the masters. Safe in a CUDA graph;
+    what a replay computes follows the factors and the scale. With an NF4 base not on two streams at once.
+
+    Under torch.compile, or called as such, it is one of two operators:
+        grpo_kernels::lora_linear_dense(x, weight, a, b, scale, bias=None, impl="auto")
+        grpo_kernels::lora_linear_nf4(x, packed, absmax, nested_absmax, offset, num_rows, a, b, scale, bias=None,
+                                      impl="auto")
+    """
+    a, b = factors.a_mirror, list(factors.b_mirror)
+    if isinstance(base, NF4):
+        nested = base.nested_absmax, base.offset
+        return _inference_nf4_op(x, base.packed, base.absmax, *nested, base.shape[0], a, b, factors.scale, bias, impl)
+    return _inference_dense_op(x, base, a, b, factors.scale, bias, impl)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -110,15 +146,11 @@ def twin_backward(
 def fused_forward(x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """y [T, N] and s x A^T [T, P * r] of x [T, K], from one product."""
     extended = product_with_a(x, base, factors.a_mirror)
-    num_outputs, rank = base.shape[0], factors.rank
+    num_outputs = base.shape[0]
     out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
-    first = 0
-    for j, b in enumerate(factors.b_mirror):
-        part, low = slice(first, first + b.shape[0]), slice(num_outputs + j * rank, num_outputs + (j + 1) * rank)
-        part_bias = None if bias is None else bias[part]
-        add_low_rank(extended[:, part], extended[:, low], b.t(), factors.scale, part_bias, out[:, part])
-        first += b.shape[0]
-    return out, scaled(extended[:, num_outputs : num_outputs + factors.a_mirror.shape[0]], factors.scale)
+    xa = extended[:, num_outputs : num_outputs + factors.a_mirror.shape[0]]
+    add_low_rank(extended, xa, _transposed(factors.b_mirror), factors.scale, bias, out)
+    return out, scaled(xa, factors.scale)
 
 
 def fused_backward(
@@ -139,6 +171,52 @@ def fused_backward(
     return grad_x, product_float32(grad_xa.t(), x), grad_b
 
 
+def _infer_dense(
+    x: Tensor, weight: Tensor, a: Tensor, b: list[Tensor], scale: Tensor, bias: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    return _infer(x, weight, a, b, scale, bias, impl)
+
+
+def _infer_nf4(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    num_rows: int,
+    a: Tensor,
+    b: list[Tensor],
+    scale: Tensor,
+    bias: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    base = NF4(packed, absmax, (num_rows, x.shape[1]), nested_absmax, offset)
+    return _infer(x, base, a, b, scale, bias, impl)
+
+
+@torch.no_grad()
+def _infer(
+    x: Tensor, base: Tensor | NF4, a: Tensor, b: list[Tensor], scale: Tensor, bias: Tensor | None, impl: Any
+) -> Tensor:
+    if choose("lora_linear_inference", impl, x) == "torch":
+        return twin_forward(x, base, LoraFactors(a, tuple(b), a, tuple(b), scale), bias)[0]
+    out = nf4_linear(x, base, impl=impl) if isinstance(base, NF4) else x @ base.to(x.dtype).t()
+    add_low_rank(out, x @ a.t(), _transposed(b), scale, bias, out)
+    return out
+
+
+def _fake_inference_dense(x, weight, a, b, scale, bias=None, impl="auto"):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _fake_inference_nf4(x, packed, absmax, nested_absmax, offset, num_rows, a, b, scale, bias=None, impl="auto"):
+    return x.new_empty(x.shape[0], num_rows)
+
+
+_inference_dense_op = Operator("lora_linear_dense", _infer_dense, _fake_inference_dense)
+_inference_nf4_op = Operator("lora_linear_nf4", _infer_nf4, _fake_inference_nf4)
+
+
 def gradient_of_input(
     grad: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -147,7 +225,7 @@ def gradient_of_input(
     extended = product_with_b(grad, base, b, scale)
     grad_xa = extended[:, num_inputs : num_inputs + a.shape[0]]
     grad_x = torch.empty(grad.shape[0], num_inputs, dtype=grad.dtype, device=grad.device)
-    add_low_rank(extended[:, :num_inputs], grad_xa, a, None, None, grad_x)
+    add_low_rank(extended, grad_xa, [a], None, None, grad_x)
     return grad_x, grad_xa
 
 
@@ -216,6 +294,10 @@ def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tup
     return list(zip(column_parts(columns, b), low_rank.split(b[0].shape[1], dim=1), b, strict=True))
 
 
+def _transposed(b: Sequence[Tensor]) -> list[Tensor]:
+    return [part.t() for part in b]
+
+
 def scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
     """scale * low_rank [T, r], in low_rank's dtype, multiplied in float32."""
     return torch.mul(low_rank, scale, out=torch.empty(low_rank.shape, dtype=low_rank.dtype, device=low_rank.device))
@@ -266,23 +348,44 @@ def _place_b(b: Sequence[Tensor], scale: Tensor, out: Tensor) -> None:
         raise ValueError(f"A projection of {len(b)} parts has no fused form, at most 3 have. Use impl='torch'.")
     ends = list(itertools.accumulate(part.shape[0] for part in b))
     num_rows, width = out.shape
-    _place_b_kernel[(triton.cdiv(num_rows, 64),)](
+    _place_b_kernel[(cdiv(num_rows, 64),)](
         b[0], b[min(1, len(b) - 1)], b[-1], scale, out, ends[0], ends[min(1, len(b) - 1)],
         num_rows, b[0].shape[1], out.stride(0), width,
-        BLOCK_N=64, BLOCK_R=triton.next_power_of_2(width), num_warps=4,
+        BLOCK_N=64, BLOCK_R=next_power_of_2(width), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _add_low_rank_kernel(
-    y, left, right, scale, bias, out,
-    num_rows, num_columns, rank, y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
-    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    y, left, right_0, right_1, right_2, scale, bias, out,
+    num_rows, columns_0, columns_1, columns_2, rank,
+    y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
+    PARTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of one part: the tiles of the parts' columns lie beside each other, none spans two parts."""
+    tile = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
+    right, num_columns = right_0, columns_0
+    if PARTS > 1:
+        tiles = tl.cdiv(columns_0, BLOCK_N)
+        is_later = tile >= tiles
+        right, num_columns = tl.where(is_later, right_1, right), tl.where(is_later, columns_1, num_columns)
+        first = tl.where(is_later, columns_0, 0)
+        left += tl.where(is_later, rank, 0)
+        tile -= tl.where(is_later, tiles, 0)
+        if PARTS > 2:
+            tiles = tl.cdiv(columns_1, BLOCK_N)
+            is_last = is_later & (tile >= tiles)
+            right, num_columns = tl.where(is_last, right_2, right), tl.where(is_last, columns_2, num_columns)
+            first += tl.where(is_last, columns_1, 0)
+            left += tl.where(is_last, rank, 0)
+            tile -= tl.where(is_last, tiles, 0)
+        y += first
+        bias += first
+        out += first
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside, column_inside = row < num_rows, column < num_columns
     row64 = row.to(tl.int64)
     inside = row_inside[:, None] & column_inside[None, :]
@@ -304,18 +407,26 @@ def _add_low_rank_kernel(
 
 
 def add_low_rank(
-    y: Tensor, left: Tensor, right: Tensor, scale: Tensor | None, bias: Tensor | None, out: Tensor
+    y: Tensor, left: Tensor, rights: Sequence[Tensor], scale: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
-    """out [T, N] = y [T, N] + scale * left [T, r] @ right [r, N] + bias [N], summed in float32, at any row pitch."""
-    num_rows, num_columns = out.shape
+    """out = y + scale * [left_1 right_1 | left_2 right_2 ...] + bias, summed in float32, rounded once.
+
+    out and y [T, N] at any row pitch, the same memory or apart; left [T, P * r]; rights P <= 3 times [r, N_j], of one
+    pitch; scale [1] float32; bias [N].
+    """
+    if len(rights) > 3:
+        raise ValueError(f"A projection of {len(rights)} parts has no fused form, at most 3 have. Use impl='torch'.")
     if out.numel() == 0:
         return
-    rank = left.shape[1]
-    block_t, block_n = 64, 64
-    _add_low_rank_kernel[(triton.cdiv(num_columns, block_n), triton.cdiv(num_rows, block_t))](
-        y, left, right, scale if scale is not None else y, bias if bias is not None else y, out,
-        num_rows, num_columns, rank, y.stride(0), left.stride(0), right.stride(0), right.stride(1), out.stride(0),
-        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+    first, num_rows = rights[0], out.shape[0]
+    rank, columns = first.shape[0], [right.shape[1] for right in rights]
+    block_t, block_n = min(64, max(16, next_power_of_2(num_rows))), 64
+    _add_low_rank_kernel[(sum(cdiv(count, block_n) for count in columns), cdiv(num_rows, block_t))](
+        y, left, first, rights[min(1, len(rights) - 1)], rights[-1],
+        scale if scale is not None else y, bias if bias is not None else y, out,
+        num_rows, columns[0], columns[min(1, len(rights) - 1)], columns[-1], rank,
+        y.stride(0), left.stride(0), first.stride(0), first.stride(1), out.stride(0),
+        PARTS=len(rights), HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
+        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, next_power_of_2(rank)),
         PRECISION="ieee" if y.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

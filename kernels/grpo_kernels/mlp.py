@@ -14,8 +14,6 @@ d gate and d up over the kept product, and gathers dB_gate, dB_up and dA_down, w
 Shapes: T rows of x (tokens), D inputs and outputs, I inner width, r the rank.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -24,15 +22,16 @@ from grpo_kernels.lora_linear import (
     LoraFactors,
     add_low_rank,
     gradient_of_input,
+    is_decoding,
     lora_linear,
+    lora_linear_inference,
     product_float32,
     product_with_a,
     product_with_b,
     scaled,
 )
 from grpo_kernels.nf4 import NF4
-
-Activation = Literal["silu", "gelu", "gelu_tanh"]
+from grpo_kernels.swiglu import Activation, gated
 
 
 def lora_mlp(
@@ -51,6 +50,10 @@ def lora_mlp(
         gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl="torch").chunk(2, dim=-1)
         return lora_linear(_activate(gate, activation) * up, down_base, down_factors, impl="torch")
     rows = x.reshape(-1, x.shape[-1])
+    if is_decoding(rows):
+        gate, up = lora_linear_inference(rows, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
+        h = gated(gate, up, activation, impl=impl)
+        return lora_linear_inference(h, down_base, down_factors, impl=impl).view(x.shape)
     out = _LoraMlpFused.apply(
         rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
         gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,
@@ -75,7 +78,7 @@ class _LoraMlpFused(torch.autograd.Function):
         del h
         out = torch.empty_like(x)
         ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]  # [T, r]
-        add_low_rank(extended[:, : x.shape[1]], ha, down_factors.b_mirror[0].t(), down_factors.scale, None, out)
+        add_low_rank(extended, ha, [down_factors.b_mirror[0].t()], down_factors.scale, None, out)
         ctx.bases, ctx.activation, ctx.is_spent = (gate_up_base, down_base), activation, False
         ctx.save_for_backward(
             x, gate_up, scaled(ha, down_factors.scale),

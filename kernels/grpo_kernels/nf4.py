@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, choose, interpreting, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import Impl, cdiv, choose, interpreting, num_multiprocessors, tl, triton
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -322,7 +322,7 @@ _SHUFFLE_LEVELS = tl.constexpr("""{
 
 @triton.jit
 def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
-    """The levels of the 8 codes of each word [...], as [..., 2, 2, 2]. The even element of a byte is its high half."""
+    """The levels of the 8 codes of each word, in their order. The even element of a byte is its high half."""
     if SHUFFLE:
         l0, l1, l2, l3, l4, l5, l6, l7 = tl.inline_asm_elementwise(
             _SHUFFLE_LEVELS, "=f,=f,=f,=f,=f,=f,=f,=f,r,l", [word, levels.to(tl.int64)],
@@ -334,9 +334,7 @@ def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
         l2, l3 = tl.load(levels + (word >> 12 & 15)), tl.load(levels + (word >> 8 & 15))
         l4, l5 = tl.load(levels + (word >> 20 & 15)), tl.load(levels + (word >> 16 & 15))
         l6, l7 = tl.load(levels + (word >> 28 & 15)), tl.load(levels + (word >> 24 & 15))
-    even = tl.join(tl.join(l0, l4), tl.join(l2, l6))
-    odd = tl.join(tl.join(l1, l5), tl.join(l3, l7))
-    return tl.join(even, odd)
+    return l0, l1, l2, l3, l4, l5, l6, l7
 
 
 @triton.jit
@@ -364,7 +362,10 @@ def _linear_kernel(
             packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=within_row[None, :, None], other=0
         )
         scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row[None, :], NESTED)
-        level = _levels_of_words(word, levels, SHUFFLE).reshape(BLOCK_N, BLOCK_K // 64, 64)
+        l0, l1, l2, l3, l4, l5, l6, l7 = _levels_of_words(word, levels, SHUFFLE)
+        even = tl.join(tl.join(l0, l4), tl.join(l2, l6))
+        odd = tl.join(tl.join(l1, l5), tl.join(l3, l7))
+        level = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K // 64, 64)
         weight = (level * scale[:, :, None]).to(x.dtype.element_ty).reshape(BLOCK_N, BLOCK_K)
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x_tile = tl.load(
@@ -393,6 +394,65 @@ def _linear_kernel(
     tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _word_product(l0, l1, l2, l3, l4, l5, l6, l7, scale, x):
+    """[BLOCK_N, BLOCKS, 8] in float32: each word's 8 weights, rounded to x's dtype, times 8 values of x [BLOCKS, 8]."""
+    dtype = x.dtype.element_ty
+    product = (l0 * scale).to(dtype).to(tl.float32) * tl.load(x).to(tl.float32)[None]
+    product += (l1 * scale).to(dtype).to(tl.float32) * tl.load(x + 1).to(tl.float32)[None]
+    product += (l2 * scale).to(dtype).to(tl.float32) * tl.load(x + 2).to(tl.float32)[None]
+    product += (l3 * scale).to(dtype).to(tl.float32) * tl.load(x + 3).to(tl.float32)[None]
+    product += (l4 * scale).to(dtype).to(tl.float32) * tl.load(x + 4).to(tl.float32)[None]
+    product += (l5 * scale).to(dtype).to(tl.float32) * tl.load(x + 5).to(tl.float32)[None]
+    product += (l6 * scale).to(dtype).to(tl.float32) * tl.load(x + 6).to(tl.float32)[None]
+    product += (l7 * scale).to(dtype).to(tl.float32) * tl.load(x + 7).to(tl.float32)[None]
+    return product
+
+
+@triton.jit
+def _row_kernel(
+    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, num_rows, num_columns,
+    NESTED: tl.constexpr, SHUFFLE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of a single row of x [K], without tensor cores, which cost more here than they save."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, num_rows - 1).to(tl.int64)
+    blocks_of_row = num_columns // 64
+    sums = tl.zeros([BLOCK_N, BLOCKS, 8], tl.float32)
+    for step in range(0, tl.cdiv(blocks_of_row, BLOCKS)):
+        column_block = step * BLOCKS + tl.arange(0, BLOCKS)
+        # Beyond the edge the last block is read again, with scales of 0.
+        within_row = (column_block < blocks_of_row)[None, :]
+        column_block = tl.minimum(column_block, blocks_of_row - 1)
+        block = row[:, None] * blocks_of_row + column_block[None, :]
+        word = tl.load(packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :])
+        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
+        scale = tl.where(within_row, scale, 0.0)[:, :, None]
+        l0, l1, l2, l3, l4, l5, l6, l7 = _levels_of_words(word, levels, SHUFFLE)
+        x_words = x + column_block[:, None] * 64 + tl.arange(0, 8)[None, :] * 8
+        sums += _word_product(l0, l1, l2, l3, l4, l5, l6, l7, scale, x_words)
+    total = tl.sum(tl.sum(sums, 2), 1)
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < num_rows)
+
+
+def _launch_row(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
+    bias: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """out [1, N] from x [1, K]. Programs as small as it takes to have several on each multiprocessor."""
+    nested, num_rows = nested_absmax is not None, out.shape[1]
+    block_n = 16 if num_rows >= 64 * num_multiprocessors(x.device) else 4
+    # Eight blocks are 64 words: fewer than threads, so the compiler reads x where it is multiplied, not through
+    # shared memory.
+    _row_kernel[(cdiv(num_rows, block_n),)](
+        x, packed.view(torch.int32), absmax, nested_absmax if nested else absmax, offset if nested else absmax,
+        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, out, num_rows, x.shape[1],
+        NESTED=nested, SHUFFLE=not interpreting(), HAS_BIAS=bias is not None, BLOCK_N=block_n, BLOCKS=8, num_warps=4,
+    )  # fmt: skip
+
+
 def _launch_linear(
     x: Tensor,
     packed: Tensor,
@@ -408,6 +468,9 @@ def _launch_linear(
     if out.numel() == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
+    if num_x_rows == 1:
+        _launch_row(x, packed, absmax, nested_absmax, offset, bias, out)
+        return out
     nested = nested_absmax is not None
     tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.device)
     grid = (triton.cdiv(num_rows, tiling.block_n), triton.cdiv(num_x_rows, tiling.block_m), tiling.splits)

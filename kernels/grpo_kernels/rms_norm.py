@@ -51,9 +51,8 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 def _torch_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x_32 = x.to(compute)
-    normed = x_32 * torch.rsqrt(x_32.square().mean(-1, keepdim=True) + eps)
-    return (normed * (weight.to(compute) + offset)).to(x.dtype)
+    scale = weight.to(compute) + offset if offset else weight.to(compute)
+    return torch.nn.functional.rms_norm(x.to(compute), x.shape[-1:], scale, eps).to(x.dtype)
 
 
 # The kernel, as autograd and torch.compile see it.

@@ -41,7 +41,8 @@ def rope(
     _check(q, k, cos, sin, q_norm, k_norm)
     tensors = [tensor for tensor in (q, k, q_norm, k_norm) if tensor is not None]
     if choose("rope", impl, *tensors) == "torch":
-        return _torch_rope(q, cos, sin, q_norm, eps, offset), _torch_rope(k, cos, sin, k_norm, eps, offset)
+        angles = _both_halves(cos, sin, torch.float64 if q.dtype == torch.float64 else torch.float32)
+        return _torch_rope(q, *angles, q_norm, eps, offset), _torch_rope(k, *angles, k_norm, eps, offset)
     return _rope_op(q, k, cos, sin, q_norm, k_norm, eps, offset)
 
 
@@ -58,15 +59,30 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None
             raise ValueError(f"{name} is {list(norm.shape)}; give [{E}].")
 
 
-def _torch_rope(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    n = x.to(compute)
+def _torch_rope(
+    x: Tensor, both_cos: Tensor, both_sin: Tensor, weight: Tensor | None, eps: float, offset: float
+) -> Tensor:
+    """x [N, H, E] with the angles of `_both_halves`."""
+    n = x.to(both_cos.dtype)
     if weight is not None:
-        n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps) * (weight.to(compute) + offset)
-    half = cos.shape[1]
-    cos, sin = cos.to(compute)[:, None, :], sin.to(compute)[:, None, :]
-    first, second, rest = n[..., :half], n[..., half : 2 * half], n[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x.dtype)
+        n = torch.nn.functional.rms_norm(n, n.shape[-1:], weight.to(n.dtype) + offset, eps)
+    num_passed = n.shape[-1] - both_cos.shape[-1]
+    if num_passed == 0:
+        return (n * both_cos + _swapped(n) * both_sin).to(x.dtype)
+    rotated, passed = n.split([both_cos.shape[-1], num_passed], dim=-1)
+    return torch.cat([rotated * both_cos + _swapped(rotated) * both_sin, passed], -1).to(x.dtype)
+
+
+def _both_halves(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What a head's R rotated elements, and they with their halves exchanged, are multiplied by, each [N, 1, R]."""
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """The last axis with its halves exchanged."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([second, first], -1)
 
 
 # The kernel, as autograd and torch.compile see it.

@@ -23,7 +23,7 @@ from torch import Tensor
 from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, tl, triton
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
 
 
 def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:

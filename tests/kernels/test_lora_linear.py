@@ -100,3 +100,16 @@ def test_another_scale_over_the_same_factors(device, impl, relative_error):
     reference = replace(factors, scale=torch.zeros(1, device=device))
     low_rank = lora_linear(x, base, factors, impl=impl) - lora_linear(x, base, reference, impl=impl)
     assert relative_error(low_rank, x.double() @ factors.a.double().t() @ factors.b[0].double().t() * 0.75) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4 double"])
+def test_without_gradient(kind, dtype, device, impl, relative_error):
+    """A few rows, as in decoding, take another way to the same values."""
+    factors = random_factors([64, 32], 128, 4, dtype, device)
+    base, bias = random_base(96, 128, dtype, device, kind), torch.randn(96, device=device).to(dtype)
+    x = torch.randn(2, 3, 128, device=device).to(dtype)
+    with_gradient = lora_linear(x, base, factors, bias, impl=impl)
+    with torch.no_grad():
+        without = lora_linear(x, base, factors, bias, impl=impl)
+    assert without.shape == (2, 3, 96)
+    assert relative_error(without, with_gradient) < max(1e-6, torch.finfo(dtype).eps)

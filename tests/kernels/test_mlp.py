@@ -98,3 +98,15 @@ def test_fused_keeps_one_tensor_of_the_inner_width(device):
 def test_unknown_activation_is_named(device):
     with pytest.raises(ValueError, match="'relu'"):
         lora_mlp(torch.randn(3, 64, device=device), *projections(64, 64, 4, torch.float32, device, "dense"), "relu")
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4 double"])
+def test_without_gradient(kind, dtype, device, impl, relative_error):
+    """A few rows, as in decoding, take another way to the same values."""
+    arguments = projections(64, 192, 4, dtype, device, kind)
+    x = torch.randn(2, 3, 64, device=device).to(dtype)
+    with_gradient = lora_mlp(x, *arguments, "gelu_tanh", impl=impl)
+    with torch.no_grad():
+        without = lora_mlp(x, *arguments, "gelu_tanh", impl=impl)
+    assert without.shape == (2, 3, 64)
+    assert relative_error(without, with_gradient) < max(1e-6, 2 * torch.finfo(dtype).eps)
