@@ -5,19 +5,21 @@
     python -m grpo.run --resume runs/gsm8k-...            go on where the last checkpoint was
     python -m grpo.run --eval runs/gsm8k-...              held-out score of a run, or of any model with a task file
 
-Bad input ends with one sentence and exit code 2; Ctrl-C finishes the step, saves, and ends with exit code 130.
+Bad input and memory that runs out end with one sentence and exit code 2; Ctrl-C finishes the step, saves, and ends
+with exit code 130.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +36,7 @@ from grpo.task import Task, load_task
 
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
+OUT_OF_CPU_MEMORY = "DefaultCPUAllocator"  # how a RuntimeError of torch says so; for a GPU there is a class
 
 # Without a terminal there is no width to keep to.
 console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
@@ -61,7 +64,7 @@ class Resolved:
     task: Task
     task_path: str
     config: Config
-    origins: dict[str, str]  # field -> "default", "task", "embedded", "run" or "flag"
+    origins: dict[str, str]  # field -> "default", "task", "embedded" or "flag"; a resumed run keeps those it began with
     missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
 
 
@@ -105,7 +108,7 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         origins = {name: "task" for name in field_names() if getattr(base, name) != getattr(Config(), name)}
     if saved:
         base = from_dict(saved["config"])
-        origins = dict.fromkeys(field_names(), "run")
+        origins = saved["origins"]
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
     if task is None:
         raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
@@ -133,7 +136,8 @@ def _option(argv: list[str], name: str) -> str:
 
 def _flags(argv: list[str]) -> list[str]:
     """The fields of Config that the command line names."""
-    given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in argv}
+    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    given = {option.removeprefix("--").removeprefix("no-").replace("-", "_") for option in options}
     return [name for name in field_names() if name in given]
 
 
@@ -243,13 +247,14 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
     is_run = bool(_saved_run(target))
     config = resolved.config if is_run else dataclasses.replace(resolved.config, model=target)
     questions = build_questions(resolved.task, config)
-    policy = build_policy(config, questions)
-    if is_run:
-        checkpoint = best_checkpoint(Path(target))
-        load_adapter(policy, checkpoint)
-        say(f"adapter of {checkpoint}")
-    engine = build_engine(config, policy, questions)
-    scores = build_evaluator(resolved.task, config, questions)(engine)
+    with memory_in_words(config):
+        policy = build_policy(config, questions)
+        if is_run:
+            checkpoint = best_checkpoint(Path(target))
+            load_adapter(policy, checkpoint)
+            say(f"adapter of {checkpoint}")
+        engine = build_engine(config, policy, questions)
+        scores = build_evaluator(resolved.task, config, questions)(engine)
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
         say("  " + line)
@@ -268,11 +273,13 @@ def start(resolved: Resolved, resume: str) -> int:
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
-    run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
-    _write_config(resolved, folder)
-    say(f"run folder: {folder}")
-    with run.recorder, stops_gently(run):
-        _train_and_keep(run)
+    with memory_in_words(resolved.config, folder):
+        with removed_if_empty(folder):
+            run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
+        _write_config(resolved, folder)
+        say(f"run folder: {folder}")
+        with run.recorder, stops_gently(run):
+            _train_and_keep(run)
     run.engine.close()
     if run.progress.step < resolved.config.steps:
         say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with")
@@ -321,6 +328,58 @@ def stops_gently(run: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def memory_in_words(config: Config, folder: Path | None = None) -> Iterator[None]:
+    """Inside, memory that runs out is told with what to lower, and how the run in `folder` goes on.
+
+    Raises:
+        UserError: it ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and not the only one
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(_out_of_memory(error, config, folder)) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    signs = (OUT_OF_CPU_MEMORY, "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+
+
+def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str:
+    from grpo.checkpoint import list_checkpoints
+
+    whose = "this machine" if isinstance(error, MemoryError) or OUT_OF_CPU_MEMORY in str(error) else "the GPU"
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    told = f" (the last request was for {asked[1]})" if asked else ""
+    in_4_bits = "" if config.base == "nf4" else ", or keep the base weights in 4 bits with --base nf4"
+    checkpoints = list_checkpoints(folder) if folder else []
+    then = (
+        f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and lower values."
+        if checkpoints
+        else "There is no checkpoint to go on from: start again with lower values."
+    )
+    return (
+        f"The memory of {whose} ran out{told}. Lower --tokens-per-batch ({config.tokens_per_batch}) for the "
+        f"update, or for the rollout --max-completion-tokens ({config.max_completion_tokens}), --prompts-per-step "
+        f"({config.prompts_per_step}), --group-size ({config.group_size}) or --eval-prompts ({config.eval_prompts})"
+        f"{in_4_bits}. {then}"
+    )
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """What cannot be built leaves no empty folder behind, whose name would be taken."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def new_run_folder(resolved: Resolved) -> Path:

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise
+from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise, reference_logprobs
 
 from grpo.policy import load_model
 from grpo.policy.adapter import adapter_files, load_adapter
@@ -26,19 +26,6 @@ def peft_model(policy, base, folder):
 
 def reference_model(config):
     return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
-
-
-def reference_logprobs(model, groups, temperature):
-    """log p and entropy of each completion's tokens, one unpacked sequence at a time, in float64."""
-    logprobs, entropies = [], []
-    for group in groups:
-        for completion in group.completions:
-            tokens = torch.tensor([group.prompt.tokens + completion.tokens])
-            logits = model(input_ids=tokens, use_cache=False).logits[0, len(group.prompt.tokens) - 1 : -1].double()
-            log_p = torch.log_softmax(logits / temperature, dim=-1)
-            logprobs.append(log_p.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1))
-            entropies.append(-(log_p.exp() * log_p).sum(1))
-    return torch.cat(logprobs), torch.cat(entropies)
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])

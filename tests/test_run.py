@@ -198,6 +198,9 @@ def test_task_file_that_is_none(text, words, capsys, tmp_path):
     fails([str(path)], capsys, *words)
 
 
+GREEDY = "def bad(completion): import torch; raise torch.OutOfMemoryError('CUDA out of memory')"
+
+
 @pytest.mark.parametrize(
     ("extra", "rewards", "words"),
     [
@@ -206,6 +209,7 @@ def test_task_file_that_is_none(text, words, capsys, tmp_path):
         ("def bad(completion): return 'good'", "{bad: 1.0, says: 1.0}", ["`bad`", "'good'"]),
         ("def bad(completion): return float('nan')", "{bad: 1.0, says: 1.0}", ["`bad`", "nan"]),
         ("def bad(completion, anwser): return 1.0", "{bad: 1.0, says: 1.0}", ["`bad`", "anwser", "Did you mean"]),
+        (GREEDY, "{bad: 1.0, says: 1.0}", ["`bad`", "OutOfMemoryError", "mend the reward"]),
         ("", "{letters: 1.0}", ["`says`", "letters"]),
         ("", "{}", ["reward"]),
     ],
@@ -235,6 +239,79 @@ LIMIT = 12
     Path(path).write_text(Path(path).read_text().replace("LIMIT = 12", "LIMIT = 10**9"))
     assert main(["--resume", str(folder), "--steps", str(len(done) + 2)]) == 0
     assert [line["step"] for line in metrics_of(folder) if "reward/mean" in line] == list(range(len(done) + 2))
+
+
+# A reward of this task arms a hook of PyTorch's that calls, once, for more memory than any machine can address.
+EXHAUST = """
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook as before_forward
+from torch.optim.optimizer import register_optimizer_step_post_hook as after_update
+
+def exhaust(*arguments):
+    hook.remove()
+    DEMAND
+
+sizes = []
+def patient(completions):
+    global hook
+    sizes.append(len(completions))
+    if sizes.count(SIZE) == TIMES:
+        hook = HOOK(exhaust)
+    return [len(set(completion[0]["content"])) / 10 for completion in completions]
+"""
+STEP, EVALUATION = "8", "24"  # completions scored at once: what comes next is an update, or a rollout
+ON_A_CPU = "torch.empty(10**15)"
+ON_A_GPU = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a capacity of')"
+
+
+PATIENT = [*SMALL, "--eval-samples", "6", "--eval-every", "2", "--steps", "6"]
+
+
+def patient_task(size="-1", times="-1", hook="before_forward", demand="pass"):
+    extra = EXHAUST.replace("SIZE", size).replace("TIMES", times).replace("HOOK", hook).replace("DEMAND", demand)
+    return TASK.format(rewards="{patient: 1.0, says: 1.0}", extra=extra)
+
+
+@pytest.fixture(scope="module")
+def untroubled_metrics(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untroubled")
+    (folder / "toy.py").write_text(patient_task())
+    assert main([str(folder / "toy.py"), *PATIENT, "--run-dir", str(folder / "run")]) == 0
+    return metrics_of(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("size", "times", "hook", "demand", "words"),
+    [
+        (EVALUATION, "2", "before_forward", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
+        (STEP, "2", "before_forward", ON_A_GPU, ["the GPU", "20.00 GiB"]),
+        (STEP, "5", "after_update", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
+    ],
+    ids=["rollout", "forward", "update"],
+)
+def test_memory_that_runs_out_is_told_and_nothing_is_lost(
+    size, times, hook, demand, words, untroubled_metrics, tmp_path, capsys
+):
+    path, folder = tmp_path / "toy.py", tmp_path / "run"
+    path.write_text(patient_task(size, times, hook, demand))
+    flags_to_lower = ["--tokens-per-batch (16384)", "--max-completion-tokens (7)", "--group-size (4)", "--base nf4"]
+    argv = [str(path), *PATIENT, "--run-dir", str(folder)]
+    fails(argv, capsys, *words, *flags_to_lower, f"--resume {folder}`")
+    assert 1 <= len([line for line in metrics_of(folder) if "reward/mean" in line]) <= 4
+    path.write_text(patient_task())
+    assert main(["--resume", str(folder), "--tokens-per-batch", "16000"]) == 0
+    assert metrics_of(folder) == untroubled_metrics
+
+
+def test_memory_that_runs_out_before_the_first_step(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    huge = ["--lora-rank", str(10**13), "--base", "nf4"]
+    fails([task_file(), "--run-dir", str(folder), *huge], capsys, "memory of this machine ran out", "no checkpoint")
+    assert not folder.exists()
+    assert main([task_file(), "--eval", "embedded", *huge]) == 2
+    error = capsys.readouterr().err
+    assert "memory of this machine ran out" in error
+    assert "--base nf4" not in error
 
 
 def test_data_that_is_wrong(capsys, tmp_path):
@@ -347,3 +424,23 @@ def test_the_origin_of_every_value_is_known(task_file):
     _, explicit = resolve([task_file(), "--model", "embedded", "--base", "nf4"])
     assert explicit.missing == []
     assert explicit.config.base == "nf4"
+
+
+def test_a_resumed_run_keeps_the_origin_of_every_value(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "2", "--clip-low", "0.1")
+    begun = json.loads((folder / "config.json").read_text())
+    shown = shown_origins(capsys)
+    assert main(["--resume", str(folder), "--steps", "3", "--temperature", "0.9"]) == 0
+    resumed = json.loads((folder / "config.json").read_text())
+    assert resumed["origins"] == begun["origins"] | {"steps": "flag", "temperature": "flag"}
+    assert resumed["config"] == begun["config"] | {"steps": 3, "temperature": 0.9}
+    assert begun["origins"] | {"model": "embedded", "clip_low": "flag", "clip_high": "default"} == begun["origins"]
+    assert "clip_low flag" in shown
+    assert shown_origins(capsys) == sorted([*shown, "temperature flag"])
+
+
+def shown_origins(capsys):
+    """The fields in the printed table, each with its origin."""
+    rows = re.findall(r"^(\w+) +\S+ +(task|embedded|flag) *$", capsys.readouterr().out, re.MULTILINE)
+    return sorted(f"{field} {origin}" for field, origin in rows)

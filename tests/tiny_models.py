@@ -87,3 +87,16 @@ def randomise(policy, seed=1, size=0.1):
 def one_batch(groups, config):
     [[batch]] = build_packer(config, CPU)(groups)
     return batch
+
+
+def reference_logprobs(model, groups, temperature):
+    """log p and entropy of each completion's tokens, one unpacked sequence at a time, in float64."""
+    logprobs, entropies = [], []
+    for group in groups:
+        for completion in group.completions:
+            tokens = torch.tensor([group.prompt.tokens + completion.tokens])
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(group.prompt.tokens) - 1 : -1].double()
+            log_p = torch.log_softmax(logits / temperature, dim=-1)
+            logprobs.append(log_p.gather(1, torch.tensor(completion.tokens)[:, None]).squeeze(1))
+            entropies.append(-(log_p.exp() * log_p).sum(1))
+    return torch.cat(logprobs), torch.cat(entropies)

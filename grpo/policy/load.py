@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -18,6 +17,7 @@ from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError
 from grpo.policy import known, plain
 from grpo.policy.known import KnownModel
+from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.plain import PlainModel
 from grpo.policy.projections import Projection, ProjectionStore, join_rows
 
@@ -85,9 +85,12 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
 
     The checkpoint is read into the CPU's memory and each projection is moved and quantised on its own, so the GPU never
     holds more than the finished model. longest: the longest sequence that will be run, in tokens.
+
+    Raises:
+        UserError: the checkpoint is not to be had, or quantised in a way that cannot be read.
     """
     dtype = compute_dtype(config.base, device)
-    model = _from_hub(partial(AutoModelForCausalLM.from_pretrained, dtype=dtype), config.model)
+    model = _read_checkpoint(config.model, dtype)
     model.eval().requires_grad_(False)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
     build = partial(_projection, config=config, dtype=dtype, device=device)
@@ -111,26 +114,36 @@ def compute_dtype(base: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
+    """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4."""
+    read = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
+    if not is_quantized(_from_hub(AutoConfig.from_pretrained, name), name):
+        return _from_hub(read, name)
+    # Without a device_map transformers would put a quantised checkpoint on the GPU.
+    model = _from_hub(partial(read, device_map="cpu"), name)
+    adopt_quantized(model, dtype)
+    return model
+
+
 def _projection(
     name: str,
-    linears: list[nn.Linear | Conv1D],
+    linears: list[Linear],
     names: list[str],
     config: Config,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Projection:
     """One projection of these linears, whose own weights are freed."""
-    # Conv1D (GPT-2) is a linear whose weight is stored transposed.
-    weights = [linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data for linear in linears]
+    weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
-    base = join_rows([weight.to(device).contiguous() for weight in weights], config.base)
+    base = join_rows([weight.to(device) for weight in weights], config.base)
     bias = None
     if any(b is not None for b in biases):
         parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
         bias = torch.cat([part.to(device, dtype) for part in parts])
     for linear in linears:
-        linear.weight.data = linear.weight.data.new_empty(0)
+        del linear.weight
     return Projection(base, bias, names, sizes, config.lora_rank, dtype)
 
 

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import UserError
+from grpo.policy.linears import Linear
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.types import Batch
-
-Linear = nn.Linear | Conv1D
 
 # Attributes by which Hugging Face's attention hands a probability to a dropout function, not to a module.
 FUNCTIONAL_DROPOUT = {"attention_dropout", "attn_dropout_p", "dropout_p"}

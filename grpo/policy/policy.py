@@ -106,10 +106,11 @@ class Policy:
 
     def _optimizer_step(self) -> float:
         norm = clip_gradient(self.store.parameters(), self.config.max_grad_norm)
+        # Counted first: a step that fails half-way, for want of memory say, leaves weights that are no longer the old.
+        self.version += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.store.refresh()
-        self.version += 1
         return norm
 
     def _choose_preparations(self, takes_several_steps: bool) -> tuple[Preparation, ...]:

@@ -21,9 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, lora_linear
-from grpo_kernels.nf4 import NF4, nf4_concat, nf4_quantize
+from grpo_kernels.lora_linear import LoraFactors, dense_weight, lora_linear
+from grpo_kernels.nf4 import BLOCK, NF4, nf4_concat, nf4_quantize
 from torch import Tensor, nn
+
+from grpo.errors import UserError
 
 Base = Tensor | NF4
 
@@ -77,22 +79,41 @@ class Projection(nn.Module):
             for b in self.lora_b:
                 b.zero_()
 
+    def biases(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, bias [M_p]) of each part, if there are any."""
+        if self.bias is not None:
+            for name, bias in zip(self.names, self.bias.split(self.sizes), strict=True):
+                yield f"{name}.bias", bias
+
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, A [r, K], B [M_p, r]) of each part: views of the masters."""
         for name, a, b in zip(self.names, self.lora_a.detach().split(self.rank), self.lora_b, strict=True):
             yield name, a, b.detach()
 
 
-def join_rows(weights: list[Tensor], keep_as: str) -> Base:
+def join_rows(weights: list[Base], keep_as: str) -> Base:
     """The weights [M_p, K] of several linears as one base: "float32", "bf16" or "nf4".
 
-    Each part is quantised on its own, so that a part's rows are those bitsandbytes would have written; only where
-    blocks of 64 would span rows of two parts is the whole quantised at once.
+    Each part is quantised on its own, so that a part's rows are those bitsandbytes would have written, and a part
+    that is in NF4 already keeps its bytes; only where blocks of 64 would span rows of two parts is the whole quantised
+    at once.
+
+    Raises:
+        UserError: such blocks are there already, so that the parts cannot be joined.
     """
-    if keep_as == "nf4":
-        aligned = all(weight.shape[1] % 64 == 0 for weight in weights)
-        return nf4_concat([nf4_quantize(w) for w in weights]) if aligned else nf4_quantize(torch.cat(weights))
-    return torch.cat(weights).to({"float32": torch.float32, "bf16": torch.bfloat16}[keep_as])
+    if keep_as != "nf4":
+        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[keep_as]
+        return torch.cat([dense_weight(weight, dtype) for weight in weights])
+    if len(weights) > 1 and any(weight.shape[1] % BLOCK for weight in weights):
+        dense = [weight for weight in weights if isinstance(weight, Tensor)]
+        if len(dense) < len(weights):
+            raise UserError(
+                f"Linears that read the same {weights[0].shape[1]} values are quantised in blocks of {BLOCK}, which "
+                "span their rows, so they cannot be kept together in NF4. Use --base bf16."
+            )
+        return nf4_quantize(torch.cat(dense))
+    parts = [weight if isinstance(weight, NF4) else nf4_quantize(weight) for weight in weights]
+    return parts[0] if len(parts) == 1 else nf4_concat(parts)
 
 
 class ProjectionStore:
