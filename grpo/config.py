@@ -38,8 +38,15 @@ class Config:
     """A folder with train.jsonl and test.jsonl, a hub data set, or "embedded"; empty means the task's own."""
 
     # The rollout
-    engine: Literal["auto", "torch"] = "auto"
-    """Who samples the completions. torch: the policy's own model in PyTorch."""
+    engine: Literal["auto", "vllm", "torch"] = "auto"
+    """Who samples the completions. vllm: vLLM in this process over the policy's own weights. torch: the policy's own
+    model in PyTorch. auto: vllm if it is installed and there is a GPU."""
+    kv_cache_gib: float = 0.0
+    """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
+    release_kv_cache: bool = True
+    """vllm: give that memory to the update while it runs, and take it back for the rollout."""
+    compile_rollout: bool = True
+    """vllm on a GPU: compile and capture CUDA graphs. Without, the start takes seconds and sampling is slower."""
     prompts_per_step: int = 8
     """Prompts of one step."""
     group_size: int = 8
@@ -149,7 +156,8 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
     at_least_one = ("lora_rank", "prompts_per_step", "max_completion_tokens", "mini_batches", "epochs",
                     "tokens_per_batch", "eval_prompts", "eval_samples", "eval_k", "save_every", "keep")  # fmt: skip
     not_negative = ("steps", "max_context", "max_refills", "warmup_steps", "weight_decay", "eval_every",
-                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "reward_timeout")  # fmt: skip
+                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "reward_timeout",
+                    "kv_cache_gib")  # fmt: skip
     positive = ("temperature", "lora_alpha", "learning_rate", "max_grad_norm", "correction_cap", "dual_clip",
                 "cispo_cap")  # fmt: skip
     return [

@@ -67,6 +67,7 @@ def train(run: Run) -> None:
         groups, rolled_out = sample(run, step, clock)
         assign_advantages(groups, run.rule, weights)
         with clock("update"):
+            run.engine.release()
             update = run.policy.update(run.pack(groups), step)
         with clock("sync"):
             sync = run.engine.sync()

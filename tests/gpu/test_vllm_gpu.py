@@ -1,0 +1,101 @@
+"""vLLM over the trainer's weights on a CUDA GPU, compiled and with CUDA graphs: the program, and the engine alone."""
+
+import importlib.util
+
+import pytest
+import torch
+import transformers
+from test_run_gpu import train, write_checkpoint
+
+from grpo.config import Config
+from grpo.packing import lay_out
+from grpo.policy import Policy
+from grpo.policy.load import load_model
+from grpo.types import Prompt
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM"),
+]
+
+QWEN3_0_6B = transformers.Qwen3Config(
+    vocab_size=151936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=28,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+    max_position_embeddings=4096,
+)
+
+
+class NoText:
+    """Random tokens have no text."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return ""
+
+
+def gap(engine, policy, seed):
+    """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens."""
+    groups = engine.rollout(ask(seed), 4, seed)
+    for group in groups:
+        group.advantages = torch.zeros(4)
+    batch = lay_out([(group, [0, 1, 2, 3]) for group in groups], lambda length: 0.0, policy.device)
+    return float((policy.score(batch)[0] - batch.sampler_logprobs)[batch.mask].abs().mean())
+
+
+def ask(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        Prompt(i, "", torch.randint(100, 150000, (50 + 31 * i,), generator=generator).tolist(), {}) for i in range(4)
+    ]
+
+
+def change_adapter(policy, seed):
+    """A large random adapter, as an optimizer step would leave it."""
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.store.parameters():
+            parameter.normal_(0, 0.02, generator=generator)
+    policy.store.refresh()
+    policy.version += 1
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_the_embedded_model_trains(base, tmp_path):
+    train("embedded", base, tmp_path, engine="vllm")
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_sampler_and_policy_agree_through_updates_and_sleep(base, tmp_path):
+    """Captured graphs see the update; the weights outlive the release of the cache."""
+    from grpo.rollout.vllm_engine import VllmEngine
+
+    folder = write_checkpoint(QWEN3_0_6B, tmp_path / "model")
+    config = Config(
+        model=str(folder), base=base, engine="vllm", prompts_per_step=4, group_size=4, max_completion_tokens=64,
+        eval_prompts=4, kv_cache_gib=2.0,
+    )  # fmt: skip
+    policy = Policy(load_model(config, torch.device("cuda"), 256), config)
+    engine = VllmEngine(policy, NoText(), ask(0), config, 256)
+    try:
+        fresh = gap(engine, policy, 1)
+        change_adapter(policy, 1)
+        moved = engine.sync()["sync/moved"]
+        assert moved > 0.1
+        allowed = max(0.03, 2 * fresh)
+        assert fresh < 0.03 and gap(engine, policy, 2) < allowed
+        held = torch.cuda.mem_get_info()[0]
+        engine.release()
+        assert torch.cuda.mem_get_info()[0] - held > 1.9 * 2**30
+        assert gap(engine, policy, 3) < allowed
+        engine.release()
+        change_adapter(policy, 2)
+        assert engine.sync()["sync/moved"] > 0.1
+        assert gap(engine, policy, 4) < allowed
+    finally:
+        engine.close()

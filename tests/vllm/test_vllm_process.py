@@ -1,0 +1,71 @@
+"""What an engine does to the process it lives in: nothing that lasts."""
+
+import gc
+import random
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_engines import Letters, prompts
+from tiny_models import build_policy
+
+from grpo.rollout import vllm_compat
+from grpo.rollout.vllm_engine import VllmEngine
+
+# What memory may grow by from the second engine to the tenth: less than a tenth of what the eight of them held, and far
+# less than one of them, whose KV cache alone has 64 MiB.
+GROWTH = 32 * 2**20
+
+
+def state_of_the_process():
+    return {
+        "python": random.getstate(),
+        "numpy": tuple(np.random.get_state()[1]),
+        "torch": torch.get_rng_state().tolist(),
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "frozen": gc.get_freeze_count(),
+        "collects": gc.isenabled(),
+    }
+
+
+def test_building_and_sampling_leave_the_process_as_it_was(vllm_config):
+    config = vllm_config()
+    policy = build_policy(config)
+    torch.set_float32_matmul_precision("high")
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    before = state_of_the_process()
+    engine = VllmEngine(policy, Letters(), prompts(), config, 60)
+    assert state_of_the_process() == before
+    engine.rollout(prompts(), 3, seed=1)
+    engine.score([[5, 6]], [[7, 8]])
+    engine.sync()
+    assert state_of_the_process() == before
+    engine.close()
+    assert state_of_the_process() == before
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_ten_engines_opened_and_closed_leave_nothing(vllm_config):
+    config = vllm_config()
+    policy = build_policy(config)
+    memory, threads, gone = [], [], []
+    for seed in range(10):
+        engine = VllmEngine(policy, Letters(), prompts(), config, 60)
+        engine.rollout(prompts(), 3, seed)
+        gone += [weakref.ref(engine.llm), weakref.ref(vllm_compat.inner_model(engine.llm))]
+        engine.close()
+        del engine
+        gc.collect()
+        memory.append(resident_bytes())
+        threads.append(threading.active_count())
+    assert [reference() for reference in gone] == [None] * 20
+    assert threads[-1] <= threads[1]
+    assert memory[-1] - memory[1] < GROWTH
