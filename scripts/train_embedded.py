@@ -1,9 +1,8 @@
 """Trains the tiny model that ships in grpo/embedded/model: tokenizer, half-taught weights, held-out scores.
 
 Knows nothing of reinforcement learning: it imitates demonstrations, and leaves the model half-taught on purpose.
-The demonstrations come from a class of students. Some are careful; others forget the tags, chat inside the answer,
-guess, or slip in the last calculation. What the model learns is the mixture, so it can do the tasks and does so
-only part of the time: the rest is what GRPO has to teach.
+The demonstrations come from a class of students, careful and careless (half_teaching.py). What the model learns is the
+mixture, so it can do the tasks and does so only part of the time: the rest is what GRPO has to teach.
 
     python scripts/train_embedded.py                                                   the model that ships
     python scripts/train_embedded.py --steps 20 --problems 500 --batch 16 --out FOLDER    a quick look
@@ -15,10 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from random import Random
@@ -26,10 +22,29 @@ from statistics import mean
 from typing import Any
 
 import torch
+from half_teaching import (
+    IGNORED,
+    Encoded,
+    Example,
+    Notes,
+    Student,
+    build_model,
+    careful,
+    chatty,
+    encode,
+    guessing,
+    notes_of_word_problem,
+    save,
+    slipping,
+    squeezed,
+    train,
+    unfinished,
+    untagged,
+)
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from grpo.embedded import MODEL_DIR
 from grpo.evaluate import pass_at_k
@@ -37,7 +52,6 @@ from grpo.rewards import integer, soft_xml, strict_xml
 from grpo.task import Row, Task, load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
-IGNORED = -100  # a label that has no part in the loss
 MAX_COMPLETION = 160  # tokens
 ROWS_AT_ONCE = 16  # held-out prompts sampled together
 MAX_VOCABULARY = 1536
@@ -60,9 +74,11 @@ def main() -> None:
         torch.manual_seed(arguments.seed)
         examples = make_examples(tasks, arguments.problems, arguments.demonstrations, arguments.seed)
         tokenizer = train_tokenizer(examples[:50_000])
-        model = build_model(tokenizer).to(device)
+        model = build_model(tokenizer, SHAPE).to(device)
         print(f"{model.num_parameters():,} parameters, {len(examples):,} examples, on {device}", flush=True)
-        train(model, encode(examples, tokenizer), arguments.steps, arguments.batch, arguments.learning_rate)
+        shuffled = batches(encode(examples, tokenizer), arguments.batch, model.config.pad_token_id)
+        factor = warm_up_and_cosine(arguments.steps)
+        train(model, shuffled, factor, arguments.learning_rate, report_every=max(1, arguments.steps // 20))
         save(model, tokenizer, arguments.out)
     model, tokenizer = load(arguments.out, device)
     torch.manual_seed(arguments.seed)
@@ -89,53 +105,7 @@ def parse_arguments() -> argparse.Namespace:
 TASK_SHARES = {"gsm8k": 0.65, "countdown": 0.23, "reverse": 0.12}  # of the demonstrations
 
 
-@dataclass(frozen=True)
-class Example:
-    """One demonstration: what is asked, and what one student writes."""
-
-    messages: list[dict[str, str]]
-    completion: str
-
-
-@dataclass(frozen=True)
-class Notes:
-    """What the students copy from: the right working and answer, and two ways to be wrong."""
-
-    working: str
-    answer: str
-    slip: str  # the working with a slip in the last line
-    wrong: str  # a wrong answer; after a slip, the one that it leads to
-
-
-def careful(notes: Notes) -> str:
-    return f"<reasoning>\n{notes.working}\n</reasoning>\n<answer>\n{notes.answer}\n</answer>\n"
-
-
-def squeezed(notes: Notes) -> str:
-    return f"<reasoning>{notes.working}</reasoning><answer>{notes.answer}</answer>"
-
-
-def chatty(notes: Notes) -> str:
-    return f"<reasoning>\n{notes.working}\n</reasoning>\n<answer>\nThe answer is {notes.answer}.\n</answer>\n"
-
-
-def untagged(notes: Notes) -> str:
-    return f"{notes.working}\nThe answer is {notes.answer}."
-
-
-def unfinished(notes: Notes) -> str:
-    return f"<reasoning>\n{notes.working}\nThe answer is {notes.answer}.\n</reasoning>\n"
-
-
-def guessing(notes: Notes) -> str:
-    return f"<reasoning>\nThis looks easy.\n</reasoning>\n<answer>\n{notes.wrong}\n</answer>\n"
-
-
-def slipping(notes: Notes) -> str:
-    return f"<reasoning>\n{notes.slip}\n</reasoning>\n<answer>\n{notes.wrong}\n</answer>\n"
-
-
-STUDENTS: dict[Callable[[Notes], str], float] = {
+STUDENTS: dict[Student, float] = {
     careful: 0.29,
     squeezed: 0.06,
     chatty: 0.35,
@@ -167,14 +137,6 @@ def make_examples(tasks: dict[str, Task], problems: int, demonstrations: int, se
 def rows_of(task: Task, split: str, count: int) -> list[Row]:
     """More rows, or fewer, than the task files that ship give on their own."""
     return list(task.rows(split, "embedded", count=count))  # pyright: ignore[reportCallIssue]
-
-
-def notes_of_word_problem(row: Row, random: Random) -> Notes:
-    lines = row["solution"].split("\n")
-    wrong = str(max(2, int(row["answer"]) + random.choice((-10, -3, -2, -1, 1, 2, 3, 10))))
-    start, result, end = lines[-1].rpartition(f"= {row['answer']}")
-    slip = [*lines[:-1], start + result.replace(row["answer"], wrong) + end]
-    return Notes(row["solution"], row["answer"], "\n".join(slip), wrong)
 
 
 def notes_of_letters(row: Row, random: Random) -> Notes:
@@ -255,63 +217,14 @@ def train_tokenizer(examples: list[Example]) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An example in tokens; the first `num_prompt` are the prompt, which has no part in the loss."""
-
-    tokens: Tensor  # [T] int32
-    num_prompt: int
-
-
-def encode(examples: list[Example], tokenizer: Any) -> list[Encoded]:
-    """Each distinct prompt is encoded once; several students answer it."""
-    encoder = tokenizer.backend_tokenizer
-    prompts = [tokenizer.apply_chat_template(e.messages, tokenize=False, add_generation_prompt=True) for e in examples]
-    distinct = sorted(set(prompts))
-    encoded = encoder.encode_batch_fast(distinct)
-    tokens = {prompt: encoding.ids for prompt, encoding in zip(distinct, encoded, strict=True)}
-    completions = encoder.encode_batch_fast([example.completion + tokenizer.eos_token for example in examples])
-    return [
-        Encoded(torch.tensor(tokens[prompt] + completion.ids, dtype=torch.int32), len(tokens[prompt]))
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-
-
-def build_model(tokenizer: Any) -> Any:
-    config = Qwen3Config(
-        **SHAPE,
-        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-def train(model: Any, examples: list[Encoded], steps: int, batch: int, learning_rate: float) -> None:
-    """AdamW with a short warm-up and a cosine to zero; bfloat16 autocast on a GPU."""
-    device = model.device
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=device.type == "cuda"
-    )
+def warm_up_and_cosine(steps: int) -> Callable[[int], float | None]:
+    """A short warm-up, then a cosine to zero at `steps`; None from there on."""
     warmup = max(1, steps // 50)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    precision = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    started, num_tokens = time.perf_counter(), 0
-    for step, (tokens, labels) in zip(range(steps), batches(examples, batch, model.config.pad_token_id), strict=False):
-        with precision:
-            loss = model(input_ids=tokens.to(device), labels=labels.to(device)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        num_tokens += tokens.numel()
-        if (step + 1) % max(1, steps // 20) == 0:
-            speed = num_tokens / (time.perf_counter() - started)
-            print(f"step {step + 1:5}  loss {loss.item():.4f}  {speed:,.0f} tokens/s", flush=True)
+
+    def factor(step: int) -> float | None:
+        return min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps)) if step < steps else None
+
+    return factor
 
 
 def batches(examples: list[Encoded], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -330,13 +243,6 @@ def pad_batch(examples: list[Encoded], pad: int) -> tuple[Tensor, Tensor]:
     start = torch.tensor([[example.num_prompt] for example in examples])
     end = torch.tensor([[len(example.tokens)] for example in examples])
     return tokens, torch.where((place >= start) & (place < end), tokens, IGNORED)
-
-
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """bfloat16, so that the weights are half as large in the repository; the scores are those of the saved ones."""
-    model.generation_config.do_sample = True
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def load(folder: Path, device: str) -> tuple[Any, Any]:
