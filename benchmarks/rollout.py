@@ -99,6 +99,9 @@ def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     path = arguments.output / f"rollout-{name.lower().replace(' ', '-')}.json"
     before = json.loads(path.read_text())["cases"] if path.exists() else {}
+    # Figures are compared within a run; those that stay in the file are of earlier ones.
+    number = 1 + max((row.get("run", 0) for name, row in before.items() if name not in results), default=0)
+    results = {name: row | {"run": number} for name, row in results.items()}
     about = {
         "command": "python benchmarks/rollout.py", "device": name, "torch": torch.__version__,
         "vllm": version("vllm"), "prompts": PROMPTS, "group_size": GROUP, "prompt_tokens": PROMPT_TOKENS,

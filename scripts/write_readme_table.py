@@ -74,9 +74,10 @@ def rollouts() -> str:
             f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts']} prompts of "
             f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
             f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
-            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16."
+            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Start: with "
+            "nothing compiled yet. Ratios hold within a run."
         )
-        header = "| shape | engine | tokens/s | gap | start, s |\n|---|---|---:|---:|---:|"
+        header = "| shape | engine | run | tokens/s | gap | start, s |\n|---|---|---:|---:|---:|---:|"
         tables.append("\n".join([origin, "", header, *lines]))
     return "\n\n".join(tables)
 
@@ -86,7 +87,7 @@ def rollout_line(case: str, row: dict[str, Any]) -> str:
     gap = row.get("gap", {})
     shown = gap.get("random_adapter", gap.get("transformers"))
     return (
-        f"| {shape} | {ENGINES[engine]} | {row['tokens_per_s']:,} | {'' if shown is None else f'{shown:.3f}'} | "
+        f"| {shape} | {ENGINES[engine]} | {row['run']} | {row['tokens_per_s']:,} | {'' if shown is None else f'{shown:.3f}'} | "
         f"{row['startup_s']:.0f} |"
     )
 
