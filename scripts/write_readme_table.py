@@ -85,10 +85,10 @@ def rollouts() -> str:
 def rollout_line(case: str, row: dict[str, Any]) -> str:
     shape, engine = case.split("/")
     gap = row.get("gap", {})
-    shown = gap.get("random_adapter", gap.get("transformers"))
+    value = gap.get("random_adapter", gap.get("transformers"))
+    shown = "" if value is None else f"{value:.3f}"
     return (
-        f"| {shape} | {ENGINES[engine]} | {row['run']} | {row['tokens_per_s']:,} | {'' if shown is None else f'{shown:.3f}'} | "
-        f"{row['startup_s']:.0f} |"
+        f"| {shape} | {ENGINES[engine]} | {row['run']} | {row['tokens_per_s']:,} | {shown} | {row['startup_s']:.0f} |"
     )
 
 
