@@ -4,11 +4,12 @@ Knows nothing of policies or prompts.
 import_vllm()       vLLM, set up to run in this process; or one sentence that says what to install
 process_unchanged() what building an engine does to the process, undone
 OwnStream           the hand-over of the GPU between the trainer's stream and vLLM's
-run_requests()      token ids in, token ids and log-probabilities out, past the output code that serves text to clients
+choose_run()        token ids in, token ids and log-probabilities out, past the output code that serves text to clients
 find_kv_memory()    how this version lets go of its KV cache and takes it back
 shut_down()         the end of an engine
+open_adapter()      vLLM's own LoRA: one adapter, and with find_lora_slices() the memory it is read from
 
-Read in vLLM 0.24 to 0.33; run with 0.26 on a GPU and 0.32 on a CPU.
+The names were read in vLLM 0.26 and 0.32, and run with 0.26 on a GPU and 0.32 on a CPU.
 """
 
 from __future__ import annotations
@@ -300,8 +301,8 @@ class KvMemory:
 def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
     """The way that this version has.
 
-    0.31 and later release the cache alone. Before, sleep level 1 also moves the weights to the CPU, but those in
-    vLLM's hands are only norms and biases. Without sleep mode nothing is released.
+    0.31 and later release the cache alone. Before, sleep level 1 also moves vLLM's weights to the CPU: norms
+    and biases where the base is shared, all of its copy where it is not. Without sleep mode nothing is released.
     """
     if not can_sleep:
         return KvMemory(lambda: None, lambda: None)
