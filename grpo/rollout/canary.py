@@ -7,7 +7,7 @@
 
 The first finds wrong weights; the second an engine that stands still while updates are too small for the first.
 
-It is small (a few short completions), so it costs little and runs at every sync.
+It is small (one or two short completions, as the engine chooses), so it costs little and runs at every sync.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from grpo.policy import Policy
 from grpo.types import Batch, Completion, Group, Prompt
 
 Score = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
-
-NUM_PROMPTS = 2
 
 # The gap may grow to this many times what it was at the first sync ...
 GAP_GROWTH = 4.0

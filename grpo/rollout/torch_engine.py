@@ -19,15 +19,16 @@ from transformers import DynamicCache
 from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.policy.plain import PlainModel
-from grpo.rollout.canary import NUM_PROMPTS, Canary
+from grpo.rollout.canary import Canary
 from grpo.task import mix_seed
 from grpo.types import Completion, Group, Prompt
 
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
 
-# Tokens of each canary completion. Each is a step of its own, and a small model's step is mostly overhead.
-CANARY_TOKENS = 3
+# Each token of a canary completion is a step of its own, and a small model's step is mostly overhead. Two are enough
+# to go through prompt, cache and head once: this engine multiplies by the policy's own tensors.
+CANARY_PROMPTS, CANARY_TOKENS = 1, 2
 
 # Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
@@ -48,7 +49,7 @@ class TorchEngine:
         self.policy, self.tokenizer = policy, tokenizer
         self.max_completion_tokens, self.temperature = max_completion_tokens, temperature
         self.stop_tokens = set(policy.stop_tokens)
-        chosen = prompts[:NUM_PROMPTS]
+        chosen = prompts[:CANARY_PROMPTS]
         # Written by the base model, so that a resumed run has the canary of the uninterrupted one.
         with policy.store.reference():
             groups = self._write(chosen, 1, min(CANARY_TOKENS, max_completion_tokens), seed=0)

@@ -22,15 +22,15 @@ from grpo.errors import UserError
 from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.rollout import vllm_compat
-from grpo.rollout.canary import NUM_PROMPTS, Canary
+from grpo.rollout.canary import Canary
 from grpo.task import mix_seed
 from grpo.types import Completion, Group, Prompt
 
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
 MAX_SEQUENCES = 512
 
-# Tokens of each canary completion; they are scored in one step.
-CANARY_TOKENS = 8
+# The canary's completions; all their tokens are scored in one step.
+CANARY_PROMPTS, CANARY_TOKENS = 2, 8
 
 # Tokens of prompts read in one step: bounds the memory of activations.
 MAX_BATCHED_TOKENS = 8192
@@ -97,7 +97,7 @@ class VllmEngine:
             self.run = vllm_compat.choose_run(self.llm)
             self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
             self.awake = True
-            self.canary = self._build_canary(prompts[:NUM_PROMPTS])
+            self.canary = self._build_canary(prompts[:CANARY_PROMPTS])
         except BaseException:
             self.close()
             raise
