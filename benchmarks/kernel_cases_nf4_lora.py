@@ -3,13 +3,14 @@ Knows nothing of how contests are run or reported.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from contest import Case, Contest, Run, relative_error
 from grpo_kernels.dispatch import Impl
-from grpo_kernels.lora_linear import LoraFactors, lora_linear, lora_linear_inference
+from grpo_kernels.lora_linear import LoraFactors, lora_linear, lora_linear_inference, place_below
 from grpo_kernels.mlp import Activation, lora_mlp
 from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_linear, nf4_quantize
 from torch import Tensor
@@ -97,6 +98,12 @@ def random_factors(sizes: list[int], num_inputs: int) -> LoraFactors:
     )
 
 
+def with_a_below(weight: Tensor, factors: LoraFactors) -> tuple[Tensor, LoraFactors]:
+    """A dense base and its factors as a policy holds them."""
+    weight, a = place_below(weight, factors.a_mirror)
+    return weight, replace(factors, a_mirror=a)
+
+
 def forward_and_backward(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Run:
     leaf = x.detach().requires_grad_()
 
@@ -152,6 +159,7 @@ def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
     factors, parts = random_factors(sizes, K), [randn(size, K, scale=K**-0.5) for size in sizes]
     base, x = quantized(parts), randn(M, K)
     weight = nf4_dequantize(base, torch.bfloat16)
+    dense = with_a_below(weight, factors)
     truth = x.double() @ dense_products(base, factors).T
 
     def separately() -> Tensor:
@@ -161,7 +169,8 @@ def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
     return Contest(
         {
             "ours": in_graph(lambda: lora_linear_inference(x, base, factors)),
-            "ours, bfloat16 base": in_graph(lambda: lora_linear_inference(x, weight, factors)),
+            "ours, bfloat16 base": in_graph(lambda: lora_linear_inference(x, *dense)),
+            "ours, bfloat16 base, A elsewhere": in_graph(lambda: lora_linear_inference(x, weight, factors)),
             "separate products, bfloat16 base": in_graph(separately),
         },
         "one product with the bfloat16 weight",
@@ -173,14 +182,14 @@ def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
 def prepare_mlp(T: int, D: int, I: int, activation: Activation) -> Contest:
     gate, up, down = randn(I, D, scale=D**-0.5), randn(I, D, scale=D**-0.5), randn(D, I, scale=I**-0.5)
     bases = quantized([gate, up]), quantized([down])
-    dense_bases = [nf4_dequantize(base, torch.bfloat16) for base in bases]
     factors = random_factors([I, I], D), random_factors([D], I)
+    dense = [with_a_below(nf4_dequantize(base, torch.bfloat16), own) for base, own in zip(bases, factors, strict=True)]
     x, grad = randn(T, D), randn(T, D)
     truths = mlp_in_float64(x[:CHECKED_ROWS], grad[:CHECKED_ROWS], bases, factors, activation)
 
-    def ours(impl: Impl, gate_up_base: Tensor | NF4, down_base: Tensor | NF4) -> Run:
+    def ours(impl: Impl, *bases_and_factors: Any) -> Run:
         def forward(leaf: Tensor) -> Tensor:
-            return lora_mlp(leaf, gate_up_base, factors[0], down_base, factors[1], activation, impl=impl)
+            return lora_mlp(leaf, *bases_and_factors, activation, impl=impl)
 
         return forward_and_backward(forward, x, grad)
 
@@ -203,6 +212,7 @@ def prepare_mlp(T: int, D: int, I: int, activation: Activation) -> Contest:
 
         return forward_and_backward(forward, x, grad)
 
+    quantized_and_factors = bases[0], factors[0], bases[1], factors[1]
     inner = randn(T, I)
 
     def six_products() -> None:
@@ -212,9 +222,9 @@ def prepare_mlp(T: int, D: int, I: int, activation: Activation) -> Contest:
 
     return Contest(
         {
-            "ours": ours("auto", *bases),
-            "ours, bfloat16 base": ours("auto", *dense_bases),
-            "ours, torch twin": ours("torch", *bases),
+            "ours": ours("auto", *quantized_and_factors),
+            "ours, bfloat16 base": ours("auto", *dense[0], *dense[1]),
+            "ours, torch twin": ours("torch", *quantized_and_factors),
         },
         "the six products with bfloat16 weights",
         floor_run=six_products,
@@ -289,6 +299,16 @@ CASES = [
         )
         for sizes, K in (([4096, 1024, 1024], 4096), ([14336, 14336], 4096), ([4096], 14336))
         for M in (1, 16, 64, 256)
+    ),
+    *(
+        Case(
+            f"lora_linear_inference, {M} rows",
+            f"{K} -> {'+'.join(map(str, sizes))}",
+            "",
+            partial(prepare_inference, M, sizes, K),
+        )
+        for sizes, K in (([2048, 1024, 1024], 2048), ([6144, 6144], 2048), ([2048], 6144), ([2048], 2048))
+        for M in (64, 256)
     ),
     *(
         Case(

@@ -137,7 +137,9 @@ def _projection(
     weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
-    base = join_rows([weight.to(device) for weight in weights], config.base)
+    # GPUs without bfloat16 compute in float16: a base in that is not converted at every product.
+    keep_as = "float16" if config.base == "bf16" and dtype == torch.float16 else config.base
+    base = join_rows([weight.to(device) for weight in weights], keep_as)
     bias = None
     if any(b is not None for b in biases):
         parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]

@@ -5,7 +5,8 @@ A projection holds the rows of one or several linears that read the same input (
     base     [M, K]     frozen, float32, bf16 or NF4; M = sum of the parts' output sizes
     lora_a   [P r, K]   the parts' A stacked, float32 master
     lora_b   [M_p, r]   one a part, float32 masters
-    mirrors             the factors in the dtype of the computation, at fixed addresses; in float32 the masters
+    mirrors             the factors in the dtype of the computation, at fixed addresses, A right below a dense base; in
+                        float32 the masters
 
     y = x base^T + bias + scale * [ (x A_p^T) B_p^T for each part p ]
 
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, dense_weight, lora_linear
+from grpo_kernels.lora_linear import LoraFactors, dense_weight, lora_linear, place_below
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_concat, nf4_quantize
 from torch import Tensor, nn
 
@@ -47,7 +48,6 @@ class Projection(nn.Module):
         rows, columns = base.shape
         assert rows == sum(sizes)
         device = base.device
-        self.base = base
         self.bias = bias
         self.names = names
         self.sizes = sizes
@@ -55,6 +55,9 @@ class Projection(nn.Module):
         self.lora_a = nn.Parameter(torch.zeros(len(sizes) * rank, columns, device=device))
         self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(size, rank, device=device)) for size in sizes)
         self.mirrors = [m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()]
+        if isinstance(base, Tensor) and dtype != torch.float32:
+            base, self.mirrors[0] = place_below(base, self.mirrors[0])
+        self.base = base
         self.share_scale(torch.ones(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ class Projection(nn.Module):
 
 
 def join_rows(weights: list[Base], keep_as: str) -> Base:
-    """The weights [M_p, K] of several linears as one base: "float32", "bf16" or "nf4".
+    """The weights [M_p, K] of several linears as one base: "float32", "float16", "bf16" or "nf4".
 
     Each part is quantised on its own, so that a part's rows are those bitsandbytes would have written, and a part
     that is in NF4 already keeps its bytes; only where blocks of 64 would span rows of two parts is the whole quantised
@@ -102,7 +105,7 @@ def join_rows(weights: list[Base], keep_as: str) -> Base:
         UserError: such blocks are there already, so that the parts cannot be joined.
     """
     if keep_as != "nf4":
-        dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[keep_as]
+        dtype = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}[keep_as]
         return torch.cat([dense_weight(weight, dtype) for weight in weights])
     if len(weights) > 1 and any(weight.shape[1] % BLOCK for weight in weights):
         dense = [weight for weight in weights if isinstance(weight, Tensor)]

@@ -8,9 +8,10 @@ A projection of P parts (q, k and v, say) holds their base rows below each other
     dA_j = s (dy_j B_j)^T x
     dB_j = s dy_j^T (x A_j^T)
 
-(LoRA, arXiv 2106.09685.) An NF4 base is dequantised in the forward and once more in the backward, so autograd never
-holds it. That gives room for the factors: with A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j
-beside W, dy [W | B] = [dy W | dy B] is another. What is left is a product of rank r, added in one pass over the result.
+(LoRA, arXiv 2106.09685.) With A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j beside W,
+dy [W | B] = [dy W | dy B] is another. An NF4 base is dequantised in the forward and once more in the backward, so
+autograd never holds it, and each time the factors are put in their place. A dense base has its A there from the start
+if `place_below` put it there. What is left is a product of rank r, added in one pass over the result.
 
 Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r rounded up to a multiple of 16.
 """
@@ -48,6 +49,18 @@ class LoraFactors:
         return self.b[0].shape[1]
 
 
+def place_below(weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of a dense weight [N, K] and of A [P * r, K] in one piece of memory, A in the rows below the weight.
+
+    Whoever multiplies by both finds them there, in whatever tensors over this memory they are handed on.
+    """
+    num_outputs, num_factors = weight.shape[0], a.shape[0]
+    joined = weight.new_zeros(num_outputs + _padded(num_factors), weight.shape[1])
+    joined[:num_outputs] = weight
+    joined[num_outputs : num_outputs + num_factors] = a
+    return joined[:num_outputs], joined[num_outputs : num_outputs + num_factors]
+
+
 def lora_linear(
     x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
@@ -75,8 +88,9 @@ def lora_linear_inference(
     """`lora_linear` without gradient for a rollout engine: x [M, K] -> [M, N], M from 0 to thousands.
 
     Three launches for few rows: the product with the base, which stays in 4 bits while that is faster (`nf4_linear`),
-    x A^T, and one pass that adds every part. It reads the mirrors and the scale, not the masters. Safe in a CUDA graph;
-    what a replay computes follows the factors and the scale. With an NF4 base not on two streams at once.
+    x A^T, and one pass that adds every part; two launches where A lies below a dense base. It reads the mirrors and the
+    scale, not the masters. Safe in a CUDA graph; what a replay computes follows the factors and the scale. With an NF4
+    base not on two streams at once.
 
     Under torch.compile, or called as such, it is one of two operators:
         grpo_kernels::lora_linear_dense(x, weight, a, b, scale, bias=None, impl="auto")
@@ -200,6 +214,12 @@ def _infer(
 ) -> Tensor:
     if choose("lora_linear_inference", impl, x) == "torch":
         return twin_forward(x, base, LoraFactors(a, tuple(b), a, tuple(b), scale), bias)[0]
+    if (joined := _joined(base, a, x.dtype)) is not None:
+        extended = x @ joined.t()  # [M, N + R]
+        num_outputs = base.shape[0]
+        out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
+        add_low_rank(extended, extended[:, num_outputs:], _transposed(b), scale, bias, out)
+        return out
     out = nf4_linear(x, base, impl=impl) if isinstance(base, NF4) else x @ base.to(x.dtype).t()
     add_low_rank(out, x @ a.t(), _transposed(b), scale, bias, out)
     return out
@@ -231,6 +251,8 @@ def gradient_of_input(
 
 def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
     """[x W^T | x A^T], [T, N + R], for x [T, K] and a [P * r, K]. The columns beyond N + P * r are undefined."""
+    if (joined := _joined(base, a, x.dtype)) is not None:
+        return x @ joined.t()
     num_outputs, num_inputs = base.shape
     width = num_outputs + _padded(a.shape[0])
     if isinstance(base, NF4):
@@ -292,6 +314,22 @@ def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tup
     if len(b) == 1:
         return [(columns, low_rank, b[0])]
     return list(zip(column_parts(columns, b), low_rank.split(b[0].shape[1], dim=1), b, strict=True))
+
+
+def _joined(base: Tensor | NF4, a: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """[W; A; zeros], [N + R, K], where `place_below` has put them so and they are in this dtype."""
+    # A compiler traces with tensors that have no address.
+    if isinstance(base, NF4) or not base.dtype == a.dtype == dtype or torch.compiler.is_compiling():
+        return None
+    num_inputs, rows = base.shape[1], base.shape[0] + _padded(a.shape[0])
+    if not (base.is_contiguous() and a.is_contiguous() and a.data_ptr() == base.data_ptr() + base.nbytes):
+        return None
+    # Two tensors may be neighbours by chance, each in memory of its own.
+    memory = base.untyped_storage()
+    end = (base.storage_offset() + rows * num_inputs) * base.element_size()
+    if memory.data_ptr() != a.untyped_storage().data_ptr() or memory.nbytes() < end:
+        return None
+    return base.as_strided((rows, num_inputs), (num_inputs, 1))
 
 
 def _transposed(b: Sequence[Tensor]) -> list[Tensor]:

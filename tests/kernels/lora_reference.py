@@ -2,8 +2,10 @@
 Knows nothing of how grpo_kernels computes it.
 """
 
+from dataclasses import replace
+
 import torch
-from grpo_kernels.lora_linear import LoraFactors
+from grpo_kernels.lora_linear import LoraFactors, place_below
 from grpo_kernels.nf4 import NF4, nf4_dequantize, nf4_quantize
 from torch import Tensor
 
@@ -20,6 +22,24 @@ def random_factors(
     b = tuple(torch.randn(size, rank, device=device).mul_(0.3).requires_grad_() for size in sizes)
     mirrors = (a.detach().to(dtype), tuple(part.detach().to(dtype) for part in b))
     return LoraFactors(a, b, *mirrors, torch.tensor([scale], device=device))
+
+
+def random_projection(
+    sizes: list[int],
+    num_inputs: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: str,
+    scale: float = 0.75,
+) -> tuple[Tensor | NF4, LoraFactors]:
+    """Base and factors; of kind "dense, A below" they are one piece of memory."""
+    factors = random_factors(sizes, num_inputs, rank, dtype, device, scale)
+    base = random_base(sum(sizes), num_inputs, dtype, device, kind.removesuffix(", A below"))
+    if kind == "dense, A below":
+        base, a = place_below(base, factors.a_mirror)
+        factors = replace(factors, a_mirror=a)
+    return base, factors
 
 
 def plain(base: Tensor | NF4, dtype: torch.dtype, compute: torch.dtype) -> Tensor:

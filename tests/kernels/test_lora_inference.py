@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from grpo_kernels import lora_linear, lora_linear_inference
-from lora_reference import plain, random_base, random_factors, reference_linear
+from lora_reference import plain, random_base, random_factors, random_projection, reference_linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4", "nf4 double"])
 @pytest.mark.parametrize(
     ("num_rows", "sizes", "num_inputs", "rank"),
     [
@@ -21,8 +22,7 @@ from lora_reference import plain, random_base, random_factors, reference_linear
     ],
 )
 def test_agrees_with_float64(num_rows, sizes, num_inputs, rank, kind, dtype, device, impl, relative_error):
-    base = random_base(sum(sizes), num_inputs, dtype, device, kind)
-    factors = random_factors(sizes, num_inputs, rank, dtype, device)
+    base, factors = random_projection(sizes, num_inputs, rank, dtype, device, kind)
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
     for bias in (None, torch.randn(sum(sizes), device=device).to(dtype)):
         truth, plain_torch = (
@@ -91,6 +91,43 @@ def test_rows_that_lie_apart(device, impl):
     torch.testing.assert_close(lora_linear_inference(x, base, factors, impl=impl), expected, rtol=1e-6, atol=1e-6)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket is torch.ops.aten.mm
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("dense", 2), ("dense, A below", 1)])
+def test_one_product_where_a_lies_below_the_base(kind, expected, device, impl):
+    if impl == "torch":
+        pytest.skip("the twin is written for clarity")
+    base, factors = random_projection([64, 32], 128, 4, torch.float16, device, kind)
+    x = torch.randn(3, 128, device=device).half()
+    with Products() as products:
+        lora_linear_inference(x, base, factors, impl=impl)
+    assert products.count == expected
+    with Products() as products:
+        lora_linear(x, base, factors, impl=impl)
+    assert products.count == expected
+
+
+def test_neighbours_in_other_memory_are_not_taken_for_one(device, impl, relative_error):
+    """A weight that ends where A begins, but whose memory ends there too, or goes on with something else."""
+    base, factors = random_projection([64], 128, 4, torch.float16, device, "dense, A below")
+    x = torch.randn(3, 128, device=device).half()
+    together = base.as_strided((68, 128), (128, 1)).clone()
+    tight = replace(factors, a_mirror=together[64:])
+    expected = lora_linear_inference(x, base, factors, impl=impl)
+    assert relative_error(lora_linear_inference(x, together[:64], tight, impl=impl), expected) < 1e-3
+    elsewhere = replace(factors, a_mirror=factors.a_mirror.clone())
+    factors.a_mirror.fill_(torch.nan)
+    assert relative_error(lora_linear_inference(x, base, elsewhere, impl=impl), expected) < 1e-3
+
+
 def test_more_than_three_parts(device):
     factors = random_factors([16] * 4, 64, 4, torch.float32, device)
     base = random_base(64, 64, torch.float32, device, "dense")
@@ -98,10 +135,9 @@ def test_more_than_three_parts(device):
         lora_linear_inference(torch.randn(2, 64, device=device), base, factors, impl="triton")
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4", "nf4 double"])
 def test_traced_as_one_operation(kind, device, impl):
-    factors = random_factors([64, 32], 128, 4, torch.float32, device)
-    base = random_base(96, 128, torch.float32, device, kind)
+    base, factors = random_projection([64, 32], 128, 4, torch.float32, device, kind)
     x, bias = torch.randn(3, 128, device=device), torch.randn(96, device=device)
 
     def run(rows):
@@ -126,11 +162,10 @@ def test_operators_follow_their_schema(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4", "nf4 double"])
 @pytest.mark.parametrize("num_rows", [1, 8, 64, 200, 512])
 def test_replayed_in_a_cuda_graph(kind, num_rows):
-    factors = random_factors([1024, 256, 256], 2048, 32, torch.bfloat16, torch.device("cuda"))
-    base = random_base(1536, 2048, torch.bfloat16, torch.device("cuda"), kind)
+    base, factors = random_projection([1024, 256, 256], 2048, 32, torch.bfloat16, torch.device("cuda"), kind)
     x, bias = torch.randn(num_rows, 2048, device="cuda").bfloat16(), torch.randn(1536, device="cuda").bfloat16()
     lora_linear_inference(x, base, factors, bias)
     graph = torch.cuda.CUDAGraph()
@@ -139,6 +174,7 @@ def test_replayed_in_a_cuda_graph(kind, num_rows):
     for scale in (0.0, 0.5, 1.0):
         x.normal_()
         factors.scale.fill_(scale)
+        factors.a_mirror.normal_()
         factors.b_mirror[1].normal_()
         graph.replay()
         assert torch.equal(out, lora_linear_inference(x, base, factors, bias))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from grpo_kernels.lora_linear import lora_linear
 from grpo_kernels.nf4 import NF4, nf4_quantize
-from lora_reference import leaves, plain, random_base, random_factors, reference_linear
+from lora_reference import leaves, plain, random_base, random_factors, random_projection, reference_linear
 
 
 def expected(x, base, factors, bias, grad, compute):
@@ -18,14 +18,13 @@ def expected(x, base, factors, bias, grad, compute):
     return [out, *torch.autograd.grad(out, [x, a, *b], grad.to(compute))]
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4", "nf4 double"])
 @pytest.mark.parametrize(
     ("num_rows", "sizes", "num_inputs", "rank"),
     [(1, [64], 64, 4), (37, [123], 192, 8), (70, [128, 32, 32], 64, 3), (5, [252, 7], 128, 20)],
 )
 def test_agrees_with_float64(num_rows, sizes, num_inputs, rank, kind, dtype, device, impl, relative_error):
-    base = random_base(sum(sizes), num_inputs, dtype, device, kind)
-    factors = random_factors(sizes, num_inputs, rank, dtype, device)
+    base, factors = random_projection(sizes, num_inputs, rank, dtype, device, kind)
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype).requires_grad_()
     bias, grad = (
         torch.randn(sum(sizes), device=device).to(dtype),
@@ -102,11 +101,11 @@ def test_another_scale_over_the_same_factors(device, impl, relative_error):
     assert relative_error(low_rank, x.double() @ factors.a.double().t() @ factors.b[0].double().t() * 0.75) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4 double"])
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4 double"])
 def test_without_gradient(kind, dtype, device, impl, relative_error):
     """A few rows, as in decoding, take another way to the same values."""
-    factors = random_factors([64, 32], 128, 4, dtype, device)
-    base, bias = random_base(96, 128, dtype, device, kind), torch.randn(96, device=device).to(dtype)
+    base, factors = random_projection([64, 32], 128, 4, dtype, device, kind)
+    bias = torch.randn(96, device=device).to(dtype)
     x = torch.randn(2, 3, 128, device=device).to(dtype)
     with_gradient = lora_linear(x, base, factors, bias, impl=impl)
     with torch.no_grad():
