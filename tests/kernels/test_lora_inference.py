@@ -119,7 +119,7 @@ def test_neighbours_in_other_memory_are_not_taken_for_one(device, impl, relative
     """A weight that ends where A begins, but whose memory ends there too, or goes on with something else."""
     base, factors = random_projection([64], 128, 4, torch.float16, device, "dense, A below")
     x = torch.randn(3, 128, device=device).half()
-    together = base.as_strided((68, 128), (128, 1)).clone()
+    together = base.as_strided((68, 128), (128, 1)).clone()  # no room for the padding
     tight = replace(factors, a_mirror=together[64:])
     expected = lora_linear_inference(x, base, factors, impl=impl)
     assert relative_error(lora_linear_inference(x, together[:64], tight, impl=impl), expected) < 1e-3
