@@ -50,8 +50,10 @@ class Progress:
     position: dict[str, int] = field(default_factory=dict)  # of metrics.jsonl and completions.jsonl, bytes
 
 
-def save_checkpoint(folder: Path, policy: Policy, progress: Progress, keep: int) -> Path:
+def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators: dict[str, Tensor], keep: int) -> Path:
     """Write checkpoints/step-N under the run's folder, then remove all but the last `keep` and the best.
+
+    generators: the `random_states` that belong to `progress`.
 
     Raises:
         UserError: it cannot be written, for want of space say; the earlier checkpoints are still there.
@@ -60,7 +62,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, keep: int)
     final = checkpoints / f"step-{progress.step:06d}"
     files = adapter_files(policy) | {
         OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
-        RNG: save(random_states()),
+        RNG: save(generators),
     }
     draft = checkpoints / f".{final.name}.partial"
     try:
