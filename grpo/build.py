@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from grpo.advantages import RULES
 from grpo.checkpoint import Progress, load_checkpoint
 from grpo.config import Config
-from grpo.errors import UserError
+from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator
 from grpo.packing import build_packer
 from grpo.policy import Policy, load_model, load_tokenizer
@@ -123,16 +123,25 @@ def build_policy(config: Config, questions: Questions) -> Policy:
     return Policy(load_model(config, device, longest), config)
 
 
-def build_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
-    """The rollout engine that a configuration asks for.
+def build_engine(config: Config, policy: Policy, questions: Questions, note: Callable[[str], object] = print) -> Engine:
+    """The rollout engine that a configuration asks for. Where the choice is ours and vLLM refuses the model, PyTorch's
+    takes its place, and `note` is told.
 
     Raises:
         UserError: vLLM is asked for and cannot be had, or cannot sample from this policy.
     """
-    if config.engine == "torch" or (config.engine == "auto" and not suits_vllm(config, policy)):
-        return TorchEngine(
-            policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature
-        )
+    if config.engine == "vllm":
+        return build_vllm_engine(config, policy, questions)
+    if config.engine == "auto" and suits_vllm(config, policy):
+        try:
+            return build_vllm_engine(config, policy, questions)
+        except UnsuitedEngine as refusal:
+            note(f"note: {refusal} --engine auto takes that one, which is slower.")
+    return TorchEngine(policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature)
+
+
+def build_vllm_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
+    """vLLM. Raises UserError where it cannot be had, UnsuitedEngine where it cannot sample from this policy."""
     from grpo.rollout.vllm_engine import VllmEngine  # not before it is wanted: vLLM takes seconds to import
 
     longest = questions.longest + config.max_completion_tokens
@@ -158,12 +167,19 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
     )
 
 
-def build_run(task: Task, config: Config, folder: Path, questions: Questions, checkpoint: Path | None) -> Run:
+def build_run(
+    task: Task,
+    config: Config,
+    folder: Path,
+    questions: Questions,
+    checkpoint: Path | None,
+    note: Callable[[str], object] = print,
+) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
     policy = build_policy(config, questions)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
-    engine = build_engine(config, policy, questions)
+    engine = build_engine(config, policy, questions, note)
     recorder = Recorder(
         folder,
         config.steps,

@@ -253,7 +253,7 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
             checkpoint = best_checkpoint(Path(target))
             load_adapter(policy, checkpoint)
             say(f"adapter of {checkpoint}")
-        engine = build_engine(config, policy, questions)
+        engine = build_engine(config, policy, questions, say)
         scores = build_evaluator(resolved.task, config, questions)(engine)
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
@@ -275,7 +275,7 @@ def start(resolved: Resolved, resume: str) -> int:
     folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
     with memory_in_words(resolved.config, folder):
         with removed_if_empty(folder):
-            run = build_run(resolved.task, resolved.config, folder, questions, checkpoint)
+            run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         _write_config(resolved, folder)
         say(f"run folder: {folder}")
         with run.recorder, stops_gently(run):

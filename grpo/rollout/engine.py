@@ -1,10 +1,12 @@
-"""Engine: the protocol of whoever samples completions. Knows nothing of rewards or gradients."""
+"""Engine: the protocol of whoever samples completions, and what all of them do alike.
+Knows nothing of rewards or gradients.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from grpo.types import Group, Prompt
+from grpo.types import Completion, Group, Prompt
 
 
 class Engine(Protocol):
@@ -33,3 +35,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def completion_of(tokens: list[int], logprobs: list[float], stopped: bool, tokenizer: Any, version: int) -> Completion:
+    """What was sampled, as a Completion: a stop token is among its tokens and not in its text."""
+    return Completion(
+        tokens=tokens,
+        sampler_logprobs=logprobs,
+        text=tokenizer.decode(tokens[:-1] if stopped else tokens, skip_special_tokens=True),
+        finish="stop" if stopped else "length",
+        policy_version=version,
+    )
+
+
+def in_groups(prompts: list[Prompt], group_size: int, completions: list[Completion]) -> list[Group]:
+    """Completions that lie prompt after prompt, `group_size` for each."""
+    return [
+        Group(prompt, completions[index * group_size : (index + 1) * group_size])
+        for index, prompt in enumerate(prompts)
+    ]

@@ -20,8 +20,9 @@ from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.policy.plain import PlainModel
 from grpo.rollout.canary import Canary
+from grpo.rollout.engine import completion_of, in_groups
 from grpo.task import mix_seed
-from grpo.types import Completion, Group, Prompt
+from grpo.types import Group, Prompt
 
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
@@ -110,11 +111,9 @@ class TorchEngine:
                 decoder.keep(going)
                 rows, tokens = [rows[row] for row in going], tokens[going]
             hidden = decoder.step(tokens.squeeze(1))
-        completions = [self._finish(draft) for draft in drafts]
-        return [
-            Group(prompt, completions[index * group_size : (index + 1) * group_size])
-            for index, prompt in enumerate(prompts)
-        ]
+        version = self.policy.version
+        completions = [completion_of(d.tokens, d.logprobs, d.stopped, self.tokenizer, version) for d in drafts]
+        return in_groups(prompts, group_size, completions)
 
     def _logprobs(self, hidden: Tensor) -> Tensor:
         """log p at the sampling temperature of every token, float32: [S, D] -> [S, V]."""
@@ -123,16 +122,6 @@ class TorchEngine:
         if model.softcap is not None:
             logits = model.softcap * torch.tanh(logits / model.softcap)
         return torch.log_softmax(logits / self.temperature, dim=-1)
-
-    def _finish(self, draft: _Draft) -> Completion:
-        shown = draft.tokens[:-1] if draft.stopped else draft.tokens
-        return Completion(
-            tokens=draft.tokens,
-            sampler_logprobs=draft.logprobs,
-            text=self.tokenizer.decode(shown, skip_special_tokens=True),
-            finish="stop" if draft.stopped else "length",
-            policy_version=self.policy.version,
-        )
 
     def _decoder(self) -> Decoder:
         model = self.policy.model

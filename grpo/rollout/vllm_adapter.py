@@ -15,12 +15,9 @@ import torch
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from grpo.errors import UserError
+from grpo.errors import UnsuitedEngine, UserError
 from grpo.policy import Policy
 from grpo.rollout import vllm_compat
-
-# What vLLM raises while it builds a model that it does not know or cannot put an adapter on.
-UNBUILT = (ValueError, KeyError, AssertionError, NotImplementedError)
 
 
 class Copy(NamedTuple):
@@ -39,7 +36,7 @@ class AdapterLink:
     def __init__(self, policy: Policy):
         """Raises UserError where vLLM's copy of the base or its room for the adapter could not match the policy's."""
         _check_base(policy)
-        self.model, self.store, self.source = policy.model, policy.store, policy.source
+        self.model, self.store = policy.model, policy.store
         self.copies: list[Copy] = []
         # The path is never read: an adapter of this id is there already. Nothing may ask vLLM to load it again.
         self.lora_request = LoRARequest("policy", 1, "in memory")
@@ -53,19 +50,9 @@ class AdapterLink:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """See Link.building.
-
-        Raises:
-            UserError: vLLM does not know the architecture, or takes no adapter for it.
-        """
+        """See Link.building."""
         vllm_compat.exempt_from_compilation(self.model)
-        try:
-            yield
-        except UNBUILT as error:
-            raise UserError(
-                f"vLLM cannot sample from {self.source} with an adapter: {vllm_compat.reason_of(error)} "
-                "Use --engine torch."
-            ) from error
+        yield
 
     def attach(self, llm: Any) -> None:
         """See Link.attach.
@@ -109,7 +96,7 @@ def copies_of(name: str, a: Tensor, b: Tensor, slices: list[vllm_compat.LoraSlic
     rank, columns = a.shape
     sizes = [part.b.shape[0] for part in slices]
     if sum(sizes) != b.shape[0] or any(part.a.shape[1] != columns for part in slices):
-        raise UserError(
+        raise UnsuitedEngine(
             f"vLLM takes no adapter on {name} ({b.shape[0]} rows of {columns} inputs), which the policy trains. "
             "Use --engine torch, and please report this with the model's name."
         )

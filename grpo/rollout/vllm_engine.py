@@ -11,20 +11,23 @@ What belongs to vLLM's inside is in vllm_compat.py.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoConfig
 
 from grpo.config import Config
-from grpo.errors import UserError
+from grpo.errors import UnsuitedEngine, UserError
 from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.rollout import vllm_compat
 from grpo.rollout.canary import Canary
+from grpo.rollout.engine import completion_of, in_groups
 from grpo.task import mix_seed
-from grpo.types import Completion, Group, Prompt
+from grpo.types import Group, Prompt
 
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
 MAX_SEQUENCES = 512
@@ -46,6 +49,9 @@ LOWEST_TEMPERATURE = 0.01
 KV_SHARE = 0.5
 # On a CPU, where free memory is no plan.
 KV_BYTES_CPU = 2**30
+# Blocks of the cache beside those that the longest sequence fills: one is always kept free, and vLLM rounds.
+SPARE_BLOCKS = 4
+BLOCK_TOKENS = 128  # of vLLM's largest block
 # A prompt read in two steps would have its seeded generator set back, which vLLM cannot do on a CPU.
 CPU_ARGUMENTS = {"enable_chunked_prefill": False}
 
@@ -76,7 +82,8 @@ class VllmEngine:
         """prompts: where the canary's are taken from; longest: prompt and completion together, in tokens.
 
         Raises:
-            UserError: vLLM cannot be had, or cannot sample from this policy at this temperature.
+            UserError: vLLM cannot be had, cannot sample from this policy or at this temperature, or has too little
+                memory for one sequence.
         """
         if config.temperature < LOWEST_TEMPERATURE:
             raise UserError(
@@ -89,7 +96,7 @@ class VllmEngine:
         self.new_params = vllm.SamplingParams
         self.link = build_link(policy)
         with vllm_compat.process_unchanged(self.device):
-            with self.link.building():
+            with refusal_in_words(policy.source), self.link.building():
                 self.llm = vllm.LLM(**self.link.arguments, **self._arguments(longest))
             self.on_stream = vllm_compat.OwnStream(self.device, vllm_compat.current_stream(self.device))
         try:
@@ -97,7 +104,8 @@ class VllmEngine:
             self.run = vllm_compat.choose_run(self.llm)
             self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
             self.awake = True
-            self.canary = self._build_canary(prompts[:CANARY_PROMPTS])
+            with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
+                self.canary = self._build_canary(prompts[:CANARY_PROMPTS])
         except BaseException:
             self.close()
             raise
@@ -157,11 +165,9 @@ class VllmEngine:
         """A group for each prompt. Every completion has its own seed, so it does not depend on its neighbours'."""
         owners = [prompt for prompt in prompts for _ in range(group_size)]
         params = [self._params(max_tokens, mix_seed(seed, number)) for number in range(len(owners))]
-        completions = [self._finish(sampled) for sampled in self._run([p.tokens for p in owners], params)]
-        return [
-            Group(prompt, completions[index * group_size : (index + 1) * group_size])
-            for index, prompt in enumerate(prompts)
-        ]
+        written, version = self._run([prompt.tokens for prompt in owners], params), self.policy.version
+        completions = [completion_of(w.tokens, w.logprobs, w.stopped, self.tokenizer, version) for w in written]
+        return in_groups(prompts, group_size, completions)
 
     def _params(self, max_tokens: int, seed: int, **asked: Any) -> Any:
         return self.new_params(
@@ -171,16 +177,6 @@ class VllmEngine:
             stop_token_ids=self.policy.stop_tokens,
             detokenize=False,
             **(asked or {"logprobs": 0, "flat_logprobs": True}),
-        )
-
-    def _finish(self, sampled: vllm_compat.Sampled) -> Completion:
-        shown = sampled.tokens[:-1] if sampled.stopped else sampled.tokens
-        return Completion(
-            tokens=sampled.tokens,
-            sampler_logprobs=sampled.logprobs,
-            text=self.tokenizer.decode(shown, skip_special_tokens=True),
-            finish="stop" if sampled.stopped else "length",
-            policy_version=self.policy.version,
         )
 
     def _build_canary(self, prompts: list[Prompt]) -> Canary:
@@ -220,13 +216,27 @@ class VllmEngine:
         }
 
     def _kv_bytes(self, sequences: int, longest: int) -> int:
-        """What was asked for; else what all sequences at full length need, within bounds."""
+        """What was asked for; else what all sequences at full length need, within bounds.
+
+        Raises:
+            UserError: it holds less than one sequence.
+        """
+        per_token = kv_bytes_per_token(self.policy.source, self.policy.store.compute_dtype)
         if self.config.kv_cache_gib:
-            return int(self.config.kv_cache_gib * 2**30)
-        needed = sequences * longest * kv_bytes_per_token(self.policy.source, self.policy.store.compute_dtype)
-        bound = KV_SHARE * torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else KV_BYTES_CPU
-        # A little more than needed: blocks are whole, and one is always kept free.
-        return int(min(1.05 * needed + 2**26, bound))
+            given = int(self.config.kv_cache_gib * 2**30)
+            origin = f"--kv-cache-gib is {self.config.kv_cache_gib:g}"
+        else:
+            bound = KV_SHARE * torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else KV_BYTES_CPU
+            # A little more than needed: blocks are whole, and one is always kept free.
+            given = int(min(1.05 * sequences * longest * per_token + 2**26, bound))
+            origin = f"{given / 2**30:.2f} GiB of memory are left for vLLM's KV cache"
+        least = (math.ceil(longest / BLOCK_TOKENS) + SPARE_BLOCKS) * BLOCK_TOKENS * per_token
+        if given < least:
+            raise UserError(
+                f"{origin}, but one sequence of {longest} tokens needs {least / 2**30:.2g} GiB there. Allow more by "
+                "--kv-cache-gib, or lower --max-completion-tokens or --max-context."
+            )
+        return given
 
 
 class SharedLink:
@@ -266,6 +276,23 @@ def build_link(policy: Policy) -> Link:
     from grpo.rollout.vllm_adapter import AdapterLink
 
     return AdapterLink(policy)
+
+
+@contextmanager
+def refusal_in_words(source: str) -> Iterator[None]:
+    """Inside, what vLLM raises about a model that it does not know or cannot run here is told as a sentence.
+
+    Raises:
+        UnsuitedEngine: it did.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise UnsuitedEngine(
+            f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."
+        ) from error
 
 
 def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:

@@ -1,5 +1,6 @@
 """The vLLM engine on real vLLM: the trainer's memory is what it multiplies by, and so its numbers are the policy's."""
 
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -7,8 +8,11 @@ import pytest
 import torch
 from grpo_kernels import NF4
 from tiny_engines import Letters, batch_of, learn, prompts, tokens_of
+from tiny_models import KNOWN, build_policy, write_checkpoint
 from torch import Tensor
 
+from grpo import build
+from grpo.config import Config
 from grpo.errors import UserError
 from grpo.rollout import vllm_compat
 from grpo.rollout.torch_engine import TorchEngine
@@ -157,3 +161,41 @@ def test_vllms_front_door_gives_what_its_core_gives(built, monkeypatch):
 def test_a_temperature_that_vllm_would_raise_is_refused(open_engine, vllm_config):
     with pytest.raises(UserError, match=r"--temperature is 0\.005.*--engine torch"):
         open_engine(vllm_config(temperature=0.005))
+
+
+def test_a_cache_too_small_for_one_sequence_is_told_before_vllm_is_built(vllm_config, open_engine):
+    config = vllm_config("qwen3", base="nf4", kv_cache_gib=1e-4)
+    with pytest.raises(UserError, match=r"--kv-cache-gib is 0\.0001, but one sequence of 160 tokens needs .* GiB"):
+        open_engine(config)
+
+
+def test_the_smallest_cache_that_is_taken_is_enough(vllm_config, open_engine):
+    """What vLLM itself asks for is never more than what is asked for here."""
+    with pytest.raises(UserError) as refused:
+        open_engine(vllm_config("qwen3", base="nf4", kv_cache_gib=1e-4))
+    least = float(re.search(r"needs (\S+) GiB", str(refused.value))[1])
+    _, engine = open_engine(vllm_config("qwen3", base="nf4", kv_cache_gib=1.03 * least))
+    assert len(tokens_of(engine.rollout(prompts(), 2, seed=0))) == 10
+
+
+def test_heads_that_vllm_has_no_attention_for_are_refused_in_words(tmp_path, open_engine):
+    settings = KNOWN["qwen3"]()
+    settings.hidden_size, settings.head_dim = 128, 16
+    source = str(write_checkpoint(tmp_path, settings))
+    config = Config(model=source, base="float32", device="cpu", engine="vllm", lora_rank=3, max_completion_tokens=23)
+    with pytest.raises(UserError, match=r"vLLM cannot sample from \S+ with an adapter: .*head.*Use --engine torch"):
+        open_engine(config)
+
+
+def test_where_the_choice_is_free_pytorch_takes_over_what_vllm_refuses(tmp_path, monkeypatch):
+    """As on a GPU, where vLLM is the first choice."""
+    monkeypatch.setattr(build, "suits_vllm", lambda config, policy: True)
+    settings = KNOWN["qwen3"]()
+    settings.hidden_size, settings.head_dim = 128, 16
+    source = str(write_checkpoint(tmp_path, settings))
+    config = Config(model=source, base="float32", device="cpu", lora_rank=3, max_completion_tokens=23)
+    questions = build.Questions(Letters(), prompts(), prompts(), [])
+    notes = []
+    engine = build.build_engine(config, build_policy(config), questions, notes.append)
+    assert isinstance(engine, TorchEngine)
+    assert len(notes) == 1 and "head" in notes[0] and "auto" in notes[0]
