@@ -331,10 +331,12 @@ def inner_model(llm: Any) -> Any:
 
 
 def shut_down(llm: Any) -> None:
-    """End an engine: its worker, its process groups, its memory."""
+    """End an engine that nobody else holds on to: its worker, its process groups, its memory."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm.llm_engine.engine_core.shutdown()
+    # The clean-up collects garbage: with sleep mode a next engine refuses to start while anything of this one is there.
+    del llm
     cleanup_dist_env_and_memory()
 
 

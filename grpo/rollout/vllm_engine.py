@@ -138,9 +138,11 @@ class VllmEngine:
             self.awake = False
 
     def close(self) -> None:
-        """See Engine.close."""
+        """See Engine.close. Nothing may refer to vLLM's memory any more when it is freed."""
         with vllm_compat.process_unchanged(self.device), self.on_stream():
-            vllm_compat.shut_down(self.llm)
+            for name in ("run", "kv_memory", "link"):
+                self.__dict__.pop(name, None)
+            vllm_compat.shut_down(self.__dict__.pop("llm"))
 
     def _take_up(self) -> None:
         """The policy's weights as they are now, and nothing cached from older ones."""

@@ -62,7 +62,6 @@ def test_ten_engines_opened_and_closed_leave_nothing(vllm_config):
         engine.rollout(prompts(), 3, seed)
         gone += [weakref.ref(engine.llm), weakref.ref(vllm_compat.inner_model(engine.llm))]
         engine.close()
-        del engine
         gc.collect()
         memory.append(resident_bytes())
         threads.append(threading.active_count())
