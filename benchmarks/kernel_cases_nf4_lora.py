@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from contest import Case, Contest, Run, relative_error
 from grpo_kernels.dispatch import Impl
-from grpo_kernels.lora_linear import LoraFactors, lora_linear, lora_linear_inference, place_below
+from grpo_kernels.lora_linear import LoraFactors, empty_with_room, lora_linear, lora_linear_inference
 from grpo_kernels.mlp import Activation, lora_mlp
 from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_linear, nf4_quantize
 from torch import Tensor
@@ -100,8 +100,8 @@ def random_factors(sizes: list[int], num_inputs: int) -> LoraFactors:
 
 def with_a_below(weight: Tensor, factors: LoraFactors) -> tuple[Tensor, LoraFactors]:
     """A dense base and its factors as a policy holds them."""
-    weight, a = place_below(weight, factors.a_mirror)
-    return weight, replace(factors, a_mirror=a)
+    base, a = empty_with_room(weight.shape[0], *factors.a_mirror.shape, weight.dtype, weight.device)
+    return base.copy_(weight), replace(factors, a_mirror=a.copy_(factors.a_mirror))
 
 
 def forward_and_backward(forward: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Run:

@@ -19,7 +19,7 @@ from grpo.policy import known, plain
 from grpo.policy.known import KnownModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.plain import PlainModel
-from grpo.policy.projections import Projection, ProjectionStore, join_rows
+from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 
@@ -114,6 +114,13 @@ def compute_dtype(base: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def kept_dtype(base: str, computed: torch.dtype) -> torch.dtype:
+    """The dtype of a dense base. Where a GPU computes in float16 it is kept in that, not converted at every product."""
+    if base == "float32":
+        return torch.float32
+    return torch.float16 if computed == torch.float16 else torch.bfloat16
+
+
 def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
     """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4."""
     read = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
@@ -137,16 +144,20 @@ def _projection(
     weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
-    # GPUs without bfloat16 compute in float16: a base in that is not converted at every product.
-    keep_as = "float16" if config.base == "bf16" and dtype == torch.float16 else config.base
-    base = join_rows([weight.to(device) for weight in weights], keep_as)
+    there: list[Base] = [weight.to(device) for weight in weights]
+    if config.base == "nf4":
+        base, room = join_nf4(there), None
+    else:
+        kept = kept_dtype(config.base, dtype)
+        # Beside a float32 base A has no mirror; one of another dtype cannot be multiplied by together with the base.
+        base, room = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
     bias = None
     if any(b is not None for b in biases):
         parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
         bias = torch.cat([part.to(device, dtype) for part in parts])
     for linear in linears:
         del linear.weight
-    return Projection(base, bias, names, sizes, config.lora_rank, dtype)
+    return Projection(base, bias, names, sizes, config.lora_rank, dtype, room)
 
 
 def _stop_tokens(model: Any) -> list[int]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, dense_weight, lora_linear, place_below
+from grpo_kernels.lora_linear import LoraFactors, dense_weight, empty_with_room, lora_linear
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_concat, nf4_quantize
 from torch import Tensor, nn
 
@@ -42,12 +42,15 @@ class Projection(nn.Module):
         sizes: list[int],
         rank: int,
         dtype: torch.dtype,
+        room: Tensor | None = None,
     ):
-        """names: the Hugging Face module names of the parts; sizes: their output sizes; dtype: of the computation."""
+        """names: the Hugging Face module names of the parts; sizes: their output sizes; dtype: of the computation;
+        room: [P r, K] in that dtype, where the mirror of A is to be."""
         super().__init__()
         rows, columns = base.shape
         assert rows == sum(sizes)
         device = base.device
+        self.base = base
         self.bias = bias
         self.names = names
         self.sizes = sizes
@@ -55,9 +58,8 @@ class Projection(nn.Module):
         self.lora_a = nn.Parameter(torch.zeros(len(sizes) * rank, columns, device=device))
         self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(size, rank, device=device)) for size in sizes)
         self.mirrors = [m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()]
-        if isinstance(base, Tensor) and dtype != torch.float32:
-            base, self.mirrors[0] = place_below(base, self.mirrors[0])
-        self.base = base
+        if room is not None:
+            self.mirrors[0] = room.copy_(self.mirrors[0])
         self.share_scale(torch.ones(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,8 +96,18 @@ class Projection(nn.Module):
             yield name, a, b.detach()
 
 
-def join_rows(weights: list[Base], keep_as: str) -> Base:
-    """The weights [M_p, K] of several linears as one base: "float32", "float16", "bf16" or "nf4".
+def join_dense(weights: list[Base], dtype: torch.dtype, rank: int = 0) -> tuple[Tensor, Tensor | None]:
+    """The weights [M_p, K] of several linears as one dense base, and room [P r, K] right below it for A, if any."""
+    parts = [dense_weight(weight, dtype) for weight in weights]
+    if rank == 0:
+        return torch.cat(parts), None
+    rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    base, room = empty_with_room(rows, len(parts) * rank, columns, dtype, parts[0].device)
+    return torch.cat(parts, out=base), room
+
+
+def join_nf4(weights: list[Base]) -> NF4:
+    """The weights [M_p, K] of several linears as one base in NF4.
 
     Each part is quantised on its own, so that a part's rows are those bitsandbytes would have written, and a part
     that is in NF4 already keeps its bytes; only where blocks of 64 would span rows of two parts is the whole quantised
@@ -104,9 +116,6 @@ def join_rows(weights: list[Base], keep_as: str) -> Base:
     Raises:
         UserError: such blocks are there already, so that the parts cannot be joined.
     """
-    if keep_as != "nf4":
-        dtype = {"float32": torch.float32, "float16": torch.float16, "bf16": torch.bfloat16}[keep_as]
-        return torch.cat([dense_weight(weight, dtype) for weight in weights])
     if len(weights) > 1 and any(weight.shape[1] % BLOCK for weight in weights):
         dense = [weight for weight in weights if isinstance(weight, Tensor)]
         if len(dense) < len(weights):

@@ -11,7 +11,7 @@ A projection of P parts (q, k and v, say) holds their base rows below each other
 (LoRA, arXiv 2106.09685.) With A below W, x [W; A]^T = [x W^T | x A^T] is one product, and with the B_j beside W,
 dy [W | B] = [dy W | dy B] is another. An NF4 base is dequantised in the forward and once more in the backward, so
 autograd never holds it, and each time the factors are put in their place. A dense base has its A there from the start
-if `place_below` put it there. What is left is a product of rank r, added in one pass over the result.
+if its memory is that of `empty_with_room`. What is left is a product of rank r, added in one pass over the result.
 
 Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r rounded up for aligned memory.
 """
@@ -49,16 +49,17 @@ class LoraFactors:
         return self.b[0].shape[1]
 
 
-def place_below(weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of a dense weight [N, K] and of A [P * r, K] in one piece of memory, A in the rows below the weight.
+def empty_with_room(
+    num_outputs: int, num_factors: int, num_inputs: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Memory for a dense base [N, K] and, right below it, for the mirror of A [P * r, K]. What is in it is undefined.
 
     Whoever multiplies by both finds them there, in whatever tensors over this memory they are handed on.
     """
-    num_outputs, num_factors = weight.shape[0], a.shape[0]
-    joined = weight.new_zeros(_joined_rows(num_outputs, num_factors), weight.shape[1])
-    joined[:num_outputs] = weight
-    joined[num_outputs : num_outputs + num_factors] = a
-    return joined[:num_outputs], joined[num_outputs : num_outputs + num_factors]
+    joined = torch.empty(_joined_rows(num_outputs, num_factors), num_inputs, dtype=dtype, device=device)
+    weight, a, padding = joined.split([num_outputs, num_factors, len(joined) - num_outputs - num_factors])
+    padding.zero_()
+    return weight, a
 
 
 def lora_linear(
@@ -317,7 +318,7 @@ def parts_of(columns: Tensor, low_rank: Tensor, b: Sequence[Tensor]) -> list[tup
 
 
 def _joined(base: Tensor | NF4, a: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """[W; A; zeros], [N + R, K], where `place_below` has put them so and they are in this dtype."""
+    """[W; A; zeros], [N + R, K], where they lie so (`empty_with_room`) and are in this dtype."""
     # A compiler traces with tensors that have no address.
     if isinstance(base, NF4) or not base.dtype == a.dtype == dtype or torch.compiler.is_compiling():
         return None

@@ -5,7 +5,7 @@ Knows nothing of how grpo_kernels computes it.
 from dataclasses import replace
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, place_below
+from grpo_kernels.lora_linear import LoraFactors, empty_with_room
 from grpo_kernels.nf4 import NF4, nf4_dequantize, nf4_quantize
 from torch import Tensor
 
@@ -37,8 +37,8 @@ def random_projection(
     factors = random_factors(sizes, num_inputs, rank, dtype, device, scale)
     base = random_base(sum(sizes), num_inputs, dtype, device, kind.removesuffix(", A below"))
     if kind == "dense, A below":
-        base, a = place_below(base, factors.a_mirror)
-        factors = replace(factors, a_mirror=a)
+        weight, a = empty_with_room(sum(sizes), len(sizes) * rank, num_inputs, dtype, device)
+        base, factors = weight.copy_(base), replace(factors, a_mirror=a.copy_(factors.a_mirror))
     return base, factors
 
 
