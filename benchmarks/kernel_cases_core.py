@@ -65,7 +65,7 @@ def prepare_head(N: int, D: int, V: int, with_gradient: bool) -> Contest:
         import unsloth  # noqa: F401  # it patches what the next import reads
         from unsloth_zoo.fused_losses.fused_linear import fused_linear_logprobs
 
-        return differentiate(lambda leaf: fused_linear_logprobs(leaf, weight, targets)[0])
+        return differentiate(lambda leaf: fused_linear_logprobs(leaf, weight, targets))
 
     def liger() -> Run:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss

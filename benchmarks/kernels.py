@@ -42,12 +42,14 @@ def main() -> None:
         "date": date.today().isoformat(),
         "copy_tb_per_s": round(bandwidth / 1e12, 2),
         "matmul_tflop_per_s": round(rate / 1e12),
-        "command": "python benchmarks/kernels.py" + (" --peers" if arguments.peers else ""),
     }
     print(json.dumps(machine))
     print_row("operation", "shape", "entry", "ms", "floor", "ratio", "GiB", "errors, or why it was skipped")
-    rows = [row for case in cases for row in run_case(case, bandwidth, arguments.peers)]
-    write(machine, rows)
+    rows, path = [], None
+    for case in cases:
+        rows += run_case(case, bandwidth, arguments.peers)
+        path = write(machine, rows)
+    print(f"wrote {path}" if path else f"No case has {arguments.only!r} in its name.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,6 +74,11 @@ def run_case(case: Case, bandwidth: float, with_peers: bool) -> list[dict[str, A
             row["skipped"] = f"not installed: {missing.name}"
         except torch.OutOfMemoryError:
             row["skipped"] = "out of memory"
+        except Exception as error:
+            # What is not ours may fail in ways of its own, and the rest is worth measuring all the same.
+            if entry not in contest.peers:
+                raise
+            row["skipped"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         rows.append(row)
         errors = " ".join(f"{name} {error:.1e}" for name, error in row.get("errors", {}).items())
         numbers = [row.get(key) for key in ("ms", "floor_ms", "ratio", "peak_gib")]
@@ -114,16 +121,18 @@ def print_row(*cells: Any) -> None:
     print(fixed + str(cells[-1]), flush=True)
 
 
-def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
     """Cases that were not run keep what an earlier run of the same GPU wrote."""
     path = RESULTS / f"kernels-{machine['gpu'].replace(' ', '-').lower()}.json"
     kept = []
     if path.exists():
         ran = {(row["operation"], row["shape"]) for row in rows}
         kept = [row for row in json.loads(path.read_text())["rows"] if (row["operation"], row["shape"]) not in ran]
+    peers = " --peers" if any(not row["entry"].startswith("ours") for row in kept + rows) else ""
+    machine = machine | {"command": f"python benchmarks/kernels.py{peers}"}
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "rows": kept + rows}, indent=1) + "\n")
-    print(f"wrote {path}")
+    return path
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Knows nothing of how the product works inside: it is run as a user runs it, and 
     python benchmarks/learning.py --data ../gsm8k                 all of it: about 15 minutes on an H100
     python benchmarks/learning.py --stage teach --data ../gsm8k   one stage; --work keeps what it leaves for the next
     python benchmarks/learning.py --stage grpo --base nf4 --engine vllm
-    python benchmarks/learning.py --stage report                  results/learning-<gpu>.json and docs/learning.png
+    python benchmarks/learning.py --stage report                  results/learning-<gpu>.json, docs/images/learning.png
     python benchmarks/learning.py --stage figure                  the figure anew, from the results, on any machine
 
 What a stage finds finished in --work it leaves as it is (--again does it anew), and a run that was cut off goes on from
@@ -31,7 +31,7 @@ from learning_teach import SHAPES, teach
 ROOT = Path(__file__).parents[1]
 TASK = Path(__file__).with_name("learning_task.py")
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURE = ROOT / "docs" / "learning.png"
+FIGURE = ROOT / "docs" / "images" / "learning.png"
 
 GRACE = 90  # seconds that a run has to finish its step and save, when its time is over
 
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     learning.add_argument("flags", nargs="*", help="after --, for python -m grpo.run")
     reporting = parser.add_argument_group("report, figure")
     reporting.add_argument("--result", type=Path, help=f"default: {RESULTS.relative_to(ROOT)}/learning-<gpu>.json")
-    reporting.add_argument("--figure", type=Path, default=FIGURE, help="default: docs/learning.png")
+    reporting.add_argument("--figure", type=Path, default=FIGURE, help="default: docs/images/learning.png")
     return parser.parse_args()
 
 

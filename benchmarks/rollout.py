@@ -76,8 +76,9 @@ def main() -> None:
         lines = done.stdout.splitlines()
         print("\n".join(line for line in lines if not line.startswith("RESULT ")), flush=True)
         found = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
-        results[case] = json.loads(found[0]) if found else {"failed": done.returncode}
-        print(case, json.dumps(results[case]), flush=True)
+        name = case if arguments.kv_gib == KV_GIB else f"{case}/{arguments.kv_gib:g} GiB"
+        results[name] = json.loads(found[0]) if found else {"failed": done.returncode}
+        print(name, json.dumps(results[name]), flush=True)
         write(results, arguments)
 
 
@@ -105,7 +106,7 @@ def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     about = {
         "command": "python benchmarks/rollout.py", "device": name, "torch": torch.__version__,
         "vllm": version("vllm"), "prompts": PROMPTS, "group_size": GROUP, "prompt_tokens": PROMPT_TOKENS,
-        "completion_tokens": arguments.tokens, "lora_rank": RANK, "kv_cache_gib": arguments.kv_gib,
+        "completion_tokens": arguments.tokens, "lora_rank": RANK, "kv_cache_gib": KV_GIB,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"about": about, "cases": before | results}, indent=1) + "\n")

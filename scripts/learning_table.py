@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FIGURE = "docs/learning.png"
+FIGURE = "docs/images/learning.png"
 
 
 def learning(results: Path) -> str:
@@ -19,12 +19,11 @@ def learning(results: Path) -> str:
 
 def learning_of(result: dict[str, Any]) -> str:
     machine, start = result["machine"], result["start"]
-    score = start["scores"]["word problems"]
     origin = (
         f"A model of {start['parameters'] / 1e6:.0f}M parameters, half-taught from scratch for "
         f"{start['seconds'] / 60:.1f} minutes ({start['tokens'] / 1e6:.0f}M tokens), then `python -m grpo.run`; one "
         f"{machine['gpu']}, {machine['date']} (`{machine['command']}`). Word problems with numbers up to 3,200, held "
-        f"out: pass@1 {percent(score['pass@1'])}, pass@8 {percent(score['pass@8'])} before GRPO."
+        "out, scored before and after by the engine that the run samples with; one seed."
     )
     header = (
         "| base | engine | pass@1 before | after | points | steps | seconds a step | of these rollout, update, sync | "

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from learning_table import learning
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,7 +27,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    figures = "\n\n".join(part for part in (embedded(), rollouts(), kernels()) if part)
+    figures = "\n\n".join(part for part in (embedded(), learning(RESULTS), rollouts(), kernels()) if part)
     written = f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
     if "--check" in sys.argv[1:]:
         sys.exit(f"{README} is older than the results; run python {Path(__file__).name}" if written != text else 0)
@@ -74,21 +76,26 @@ def rollouts() -> str:
             f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts']} prompts of "
             f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
             f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
-            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Start: with "
-            "nothing compiled yet. Ratios hold within a run."
+            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Memory: of "
+            f"the whole process, policy and optimizer included, {about['kv_cache_gib']:g} GiB of it the KV cache where "
+            "nothing else is said. Start: with nothing compiled yet. Ratios hold within a run."
         )
-        header = "| shape | engine | run | tokens/s | gap | start, s |\n|---|---|---:|---:|---:|---:|"
+        header = (
+            "| shape | engine | run | tokens/s | gap | memory, GiB | start, s |\n|---|---|---:|---:|---:|---:|---:|"
+        )
         tables.append("\n".join([origin, "", header, *lines]))
     return "\n\n".join(tables)
 
 
 def rollout_line(case: str, row: dict[str, Any]) -> str:
-    shape, engine = case.split("/")
+    shape, engine, *cache = case.split("/")
+    name = ENGINES[engine] + "".join(f", {size} of KV cache" for size in cache)
     gap = row.get("gap", {})
     value = gap.get("random_adapter", gap.get("transformers"))
     shown = "" if value is None else f"{value:.3f}"
     return (
-        f"| {shape} | {ENGINES[engine]} | {row['run']} | {row['tokens_per_s']:,} | {shown} | {row['startup_s']:.0f} |"
+        f"| {shape} | {name} | {row['run']} | {row['tokens_per_s']:,} | {shown} | {row['after_rollouts_gib']:.1f} "
+        f"| {row['startup_s']:.0f} |"
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_engines import Letters, batch_of, prompts, tokens_of
+from tiny_engines import Letters, batch_of, prompts, surprise_z, tokens_of
 from tiny_models import VOCABULARY, build_policy, randomise
 
 from grpo.errors import UserError
@@ -25,6 +25,16 @@ def test_sampling_logprobs_are_the_policys(name, recompute, tiny_config):
     batch = batch_of(engine.rollout(prompts(), 7, seed=11), config)
     logprobs, _ = policy.score(batch)
     torch.testing.assert_close(logprobs, batch.sampler_logprobs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_tokens_are_drawn_from_the_policy(name, tiny_config):
+    config = tiny_config(name, temperature=0.8, max_completion_tokens=23, mask_truncated=False)
+    policy, engine = build_engine(config)
+    for seed in range(3):
+        assert abs(surprise_z(engine.rollout(prompts(), 64, seed), policy, config)) < 4
+    engine.temperature = 0.7
+    assert surprise_z(engine.rollout(prompts(), 64, seed=0), policy, config) < -8
 
 
 def test_completions_end_with_the_stop_token_or_at_the_limit(tiny_config):

@@ -35,6 +35,15 @@ def tokens_of(groups):
     return [completion.tokens for group in groups for completion in group.completions]
 
 
+def surprise_z(groups, policy, config):
+    """How far -log p of what was sampled is from the entropy on average, in standard errors: a standard normal number
+    where the tokens were drawn from the policy, whatever the log-probabilities that came with them."""
+    batch = batch_of(groups, config)
+    logprobs, entropy = policy.score(batch)
+    excess = (-logprobs - entropy)[batch.mask].double()
+    return float(excess.mean() / (excess.std() / len(excess) ** 0.5))
+
+
 def learn(policy, seed, size=0.1):
     """Another random adapter and version, as an optimizer step would leave them; engines are not told."""
     randomise(policy, seed, size)

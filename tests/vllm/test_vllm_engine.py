@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from grpo_kernels import NF4
-from tiny_engines import Letters, batch_of, learn, prompts, tokens_of
+from tiny_engines import Letters, batch_of, learn, prompts, surprise_z, tokens_of
 from tiny_models import KNOWN, build_policy, write_checkpoint
 from torch import Tensor
 
@@ -82,6 +82,11 @@ def assert_agree(built, seed):
     torch.testing.assert_close(sampled, by_policy, **FLOAT32)
     torch.testing.assert_close(by_engine, by_policy, **FLOAT32)
     return by_policy
+
+
+def test_tokens_are_drawn_from_the_policy(built):
+    for seed in range(2):
+        assert abs(surprise_z(built.engine.rollout(prompts(), 64, seed), built.policy, built.config)) < 4
 
 
 @pytest.mark.parametrize("size", [0.1, 0.5])
