@@ -40,12 +40,16 @@ class NoText:
 
 
 def gap(engine, policy, seed):
-    """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens."""
+    """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens. They must be drawn from
+    the policy: then the mean of -log p is the entropy."""
     groups = engine.rollout(ask(seed), 4, seed)
     for group in groups:
         group.advantages = torch.zeros(4)
     batch = lay_out([(group, [0, 1, 2, 3]) for group in groups], lambda length: 0.0, policy.device)
-    return float((policy.score(batch)[0] - batch.sampler_logprobs)[batch.mask].abs().mean())
+    logprobs, entropy = policy.score(batch)
+    excess = (-logprobs - entropy)[batch.mask]
+    assert abs(float(excess.mean() / (excess.std() / len(excess) ** 0.5))) < 4
+    return float((logprobs - batch.sampler_logprobs)[batch.mask].abs().mean())
 
 
 def ask(seed):
