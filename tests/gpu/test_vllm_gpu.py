@@ -40,8 +40,8 @@ class NoText:
 
 
 def gap(engine, policy, seed):
-    """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens. They must be drawn from
-    the policy: then the mean of -log p is the entropy."""
+    """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens. They must be drawn
+    from the policy: then the mean of -log p is the entropy."""
     groups = engine.rollout(ask(seed), 4, seed)
     for group in groups:
         group.advantages = torch.zeros(4)
