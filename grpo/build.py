@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from grpo.advantages import RULES
-from grpo.checkpoint import Progress, load_checkpoint
+from grpo.checkpoint import Generators, Progress, load_checkpoint
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator
@@ -188,6 +188,7 @@ def build_run(
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
     )
+    generators_now = Generators.on_gpu if policy.device.type == "cuda" else Generators.on_cpu
     return Run(
         config=config,
         folder=folder,
@@ -202,6 +203,8 @@ def build_run(
         memory_peak=gpu_peak if policy.device.type == "cuda" else process_peak,
         admits=has_different_rewards if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
+        generators_now=generators_now,
+        generators=generators_now(),
         progress=progress,
         saved_step=progress.step,
     )

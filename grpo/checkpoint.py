@@ -17,7 +17,7 @@ import json
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,42 @@ STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
 
 
+@dataclass(frozen=True)
+class Generators:
+    """States of the global generators, which reward functions may use; the run's own draws follow from seeds alone."""
+
+    python: tuple[Any, ...]
+    numpy: dict[str, Any]
+    torch: Tensor
+    cuda: dict[str, Tensor]  # of the run's device, or nothing
+
+    @staticmethod
+    def on_cpu() -> Generators:
+        """As they are now, without a GPU."""
+        return Generators(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), {})
+
+    @staticmethod
+    def on_gpu() -> Generators:
+        """As they are now, with the current GPU's."""
+        return replace(Generators.on_cpu(), cuda={"cuda": torch.cuda.get_rng_state()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In the form of rng.safetensors; `restore_generators` is the inverse."""
+        version, internal, gauss = self.python
+        assert version == 3
+        inner = self.numpy["state"]
+        return {
+            "python": torch.tensor(internal, dtype=torch.int64),
+            "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+            "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
+            "numpy.rest": torch.tensor(
+                [inner["pos"], self.numpy["has_gauss"], self.numpy["gauss"]], dtype=torch.float64
+            ),
+            "torch": self.torch,
+            **self.cuda,
+        }
+
+
 @dataclass
 class Progress:
     """How far a run is: everything of its state that is not a tensor."""
@@ -50,10 +86,10 @@ class Progress:
     position: dict[str, int] = field(default_factory=dict)  # of metrics.jsonl and completions.jsonl, bytes
 
 
-def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators: dict[str, Tensor], keep: int) -> Path:
+def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators: Generators, keep: int) -> Path:
     """Write checkpoints/step-N under the run's folder, then remove all but the last `keep` and the best.
 
-    generators: the `random_states` that belong to `progress`.
+    generators: as they were when `progress` was.
 
     Raises:
         UserError: it cannot be written, for want of space say; the earlier checkpoints are still there.
@@ -62,7 +98,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     final = checkpoints / f"step-{progress.step:06d}"
     files = adapter_files(policy) | {
         OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
-        RNG: save(generators),
+        RNG: save(generators.tensors()),
     }
     draft = checkpoints / f".{final.name}.partial"
     try:
@@ -117,7 +153,7 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
         tensors = load((folder / OPTIMIZER).read_bytes())
         tensors.pop("none", None)
         restore_optimizer(policy.optimizer, tensors)
-        restore_random_states(load((folder / RNG).read_bytes()))
+        restore_generators(load((folder / RNG).read_bytes()))
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
     progress = Progress(**state["progress"])
@@ -169,27 +205,8 @@ def best_checkpoint(run: Path) -> Path:
     return best if best.is_dir() else last
 
 
-def random_states() -> dict[str, Tensor]:
-    """The global generators, which reward functions may use; the run's own draws follow from seeds alone."""
-    version, internal, gauss = random.getstate()
-    assert version == 3
-    numpy_state = np.random.get_state(legacy=False)
-    states = {
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
-        "numpy.rest": torch.tensor(
-            [numpy_state["state"]["pos"], numpy_state["has_gauss"], numpy_state["gauss"]], dtype=torch.float64
-        ),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor]) -> None:
-    """The inverse of `random_states`."""
+def restore_generators(states: dict[str, Tensor]) -> None:
+    """Set the global generators to what `Generators.tensors` gave."""
     gauss = states["python.gauss"].tolist()
     random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
     pos, has_gauss, numpy_gauss = states["numpy.rest"].tolist()

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from grpo.advantages import Rule, assign_advantages
-from grpo.checkpoint import Progress, random_states, save_checkpoint
+from grpo.checkpoint import Generators, Progress, save_checkpoint
 from grpo.config import Config
 from grpo.evaluate import Evaluator, truncated_share
 from grpo.packing import Packer, has_gradient
@@ -50,10 +49,11 @@ class Run:
     memory_peak: Callable[[], float]  # GiB
     admits: Callable[[Group], bool]  # dynamic sampling: which groups are worth training on
     max_rollouts: int  # in one step
+    generators_now: Callable[[], Generators]
+    generators: Generators  # as they were when `progress` was
     progress: Progress = field(default_factory=Progress)
     stop_requested: bool = False
     saved_step: int = 0  # steps done at the last checkpoint
-    random_states: dict[str, Tensor] = field(default_factory=random_states)  # when `progress` was
 
 
 def train(run: Run) -> None:
@@ -80,7 +80,7 @@ def train(run: Run) -> None:
         done = step + 1
         run.progress.step, run.progress.cursor = done, run.stream.cursor
         run.progress.version = run.policy.version
-        run.random_states = random_states()
+        run.generators = run.generators_now()
         if done % eval_every == 0 or done == config.steps:
             evaluate(run)
         if done % config.save_every == 0 or done in (config.steps, run.progress.best_step):
@@ -137,14 +137,14 @@ def evaluate(run: Run) -> dict[str, float]:
     run.progress.last_scores = scores
     if scores["eval/pass@1"] > run.progress.best:
         run.progress.best, run.progress.best_step = scores["eval/pass@1"], done
-    run.random_states = random_states()
+    run.generators = run.generators_now()
     return scores
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it was after its last whole step, also when the next one has failed."""
     run.progress.position = run.recorder.position()
-    save_checkpoint(run.folder, run.policy, run.progress, run.random_states, run.config.keep)
+    save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
     run.saved_step = run.progress.step
 
 
