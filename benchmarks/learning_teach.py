@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from grpo.build import build_engine, build_evaluator, build_policy, build_questions
 from grpo.embedded import MODEL_DIR
+from grpo.rollout.vllm_compat import is_installed
 from grpo.task import Row, Task
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -124,6 +125,9 @@ def teach(arguments: argparse.Namespace) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     scores = {"word problems": held_out(learning_task.task, folder, arguments.prompts)}
+    if device == "cuda" and is_installed():
+        # The engine of the runs to come, so that their first score can be compared with one of as many samples.
+        scores["word problems, vLLM"] = held_out(learning_task.task, folder, arguments.prompts, engine="vllm")
     if arguments.data:
         long_answers = {"data": arguments.data, "max_completion_tokens": 320}
         scores["gsm8k"] = held_out(learning_task.gsm8k, folder, arguments.prompts // 2, **long_answers)
@@ -244,11 +248,14 @@ def on_time(seconds: float) -> Callable[[int], float | None]:
 
 def held_out(task: Task, folder: Path, prompts: int, **changes: Any) -> dict[str, float]:
     """pass@1 and pass@8 of the model in `folder`, as the product measures them."""
-    sampling = {"eval_prompts": prompts, "eval_samples": 8, "eval_k": 8}
-    config = dataclasses.replace(task.config, model=str(folder), base="bf16", engine="torch", **sampling, **changes)
+    settings = {"engine": "torch", "eval_prompts": prompts, "eval_samples": 8, "eval_k": 8} | changes
+    config = dataclasses.replace(task.config, model=str(folder), base="bf16", **settings)
     questions = build_questions(task, config)
     engine = build_engine(config, build_policy(config, questions), questions)
-    return build_evaluator(task, config, questions)(engine)
+    try:
+        return build_evaluator(task, config, questions)(engine)
+    finally:
+        engine.close()
 
 
 def say_scores(scores: dict[str, dict[str, float]]) -> None:
