@@ -63,16 +63,16 @@ def replay(graph: torch.cuda.CUDAGraph, out: Tensor, _captured: Callable[[], Ten
     return out
 
 
-def prepare_linear(M: int, N: int, K: int) -> Contest:
+def prepare_linear(M: int, N: int, K: int, double_quant: bool) -> Contest:
     x, dense = randn(M, K), randn(N, K)
-    nf4 = nf4_quantize(dense, double_quant=True)
+    nf4 = nf4_quantize(dense, double_quant)
     weight = nf4_dequantize(nf4, torch.bfloat16, impl="torch")
     truth = x.double() @ weight.double().T
 
     def bitsandbytes() -> Run:
         import bitsandbytes
 
-        packed, state = bitsandbytes.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+        packed, state = bitsandbytes.functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=double_quant)
         return in_graph(lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state))
 
     return Contest(
@@ -286,8 +286,14 @@ CASES = [
         for double_quant in (False, True)
     ),
     *(
-        Case(f"nf4_linear, {M} rows", f"{K} -> {N}", "0.75" if M <= 64 else "", partial(prepare_linear, M, N, K))
+        Case(
+            f"nf4_linear, {M} rows{', double quantisation' if double_quant else ''}",
+            f"{K} -> {N}",
+            "0.75" if M <= 64 else "",
+            partial(prepare_linear, M, N, K, double_quant),
+        )
         for N, K in ((14336, 4096), (4096, 4096), (4096, 14336))
+        for double_quant in (False, True)
         for M in (1, 8, 16, 32, 64, 128, 256, 512)
     ),
     *(
