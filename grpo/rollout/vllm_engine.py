@@ -290,7 +290,8 @@ def refusal_in_words(source: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
-        if "out of memory" in str(error).lower():
+        # Memory that ran out has a sentence of its own (grpo/run.py); after a fault of the GPU no engine would work.
+        if "out of memory" in str(error).lower() or "CUDA error" in str(error):
             raise
         raise UnsuitedEngine(
             f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."
