@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo import generators
 from grpo.advantages import RULES
-from grpo.checkpoint import Generators, Progress, load_checkpoint
+from grpo.checkpoint import Progress, load_checkpoint
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator
@@ -188,7 +189,7 @@ def build_run(
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
     )
-    generators_now = Generators.on_gpu if policy.device.type == "cuda" else Generators.on_cpu
+    generators_now = generators.reader(policy.device)
     return Run(
         config=config,
         folder=folder,

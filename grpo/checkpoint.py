@@ -15,61 +15,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.generators import Generators, from_tensors
 from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 
 STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
-
-
-@dataclass(frozen=True)
-class Generators:
-    """States of the global generators, which reward functions may use; the run's own draws follow from seeds alone."""
-
-    python: tuple[Any, ...]
-    numpy: dict[str, Any]
-    torch: Tensor
-    cuda: dict[str, Tensor]  # of the run's device, or nothing
-
-    @staticmethod
-    def on_cpu() -> Generators:
-        """As they are now, without a GPU."""
-        return Generators(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), {})
-
-    @staticmethod
-    def on_gpu() -> Generators:
-        """As they are now, with the current GPU's."""
-        return replace(Generators.on_cpu(), cuda={"cuda": torch.cuda.get_rng_state()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """In the form of rng.safetensors; `restore_generators` is the inverse."""
-        version, internal, gauss = self.python
-        assert version == 3
-        inner = self.numpy["state"]
-        return {
-            "python": torch.tensor(internal, dtype=torch.int64),
-            "python.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-            "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
-            "numpy.rest": torch.tensor(
-                [inner["pos"], self.numpy["has_gauss"], self.numpy["gauss"]], dtype=torch.float64
-            ),
-            "torch": self.torch,
-            **self.cuda,
-        }
 
 
 @dataclass
@@ -153,7 +116,7 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
         tensors = load((folder / OPTIMIZER).read_bytes())
         tensors.pop("none", None)
         restore_optimizer(policy.optimizer, tensors)
-        restore_generators(load((folder / RNG).read_bytes()))
+        from_tensors(load((folder / RNG).read_bytes())).restore()
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
     progress = Progress(**state["progress"])
@@ -203,24 +166,6 @@ def best_checkpoint(run: Path) -> Path:
         return run
     best = run / "checkpoints" / f"step-{read_state(last)['progress']['best_step']:06d}"
     return best if best.is_dir() else last
-
-
-def restore_generators(states: dict[str, Tensor]) -> None:
-    """Set the global generators to what `Generators.tensors` gave."""
-    gauss = states["python.gauss"].tolist()
-    random.setstate((3, tuple(states["python"].tolist()), gauss[0] if gauss else None))
-    pos, has_gauss, numpy_gauss = states["numpy.rest"].tolist()
-    np.random.set_state(
-        {
-            "bit_generator": "MT19937",
-            "state": {"key": states["numpy"].numpy().astype(np.uint32), "pos": int(pos)},
-            "has_gauss": int(has_gauss),
-            "gauss": numpy_gauss,
-        }
-    )
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class Config:
     # The rollout
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """Who samples the completions. vllm: vLLM in this process over the policy's own weights. torch: the policy's own
-    model in PyTorch. auto: vllm if it is installed and there is a GPU."""
+    model in PyTorch. auto: vllm if it is installed, there is a GPU, and it takes the model."""
     kv_cache_gib: float = 0.0
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
     release_kv_cache: bool = True

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from grpo.advantages import Rule, assign_advantages
-from grpo.checkpoint import Generators, Progress, save_checkpoint
+from grpo.checkpoint import Progress, save_checkpoint
 from grpo.config import Config
 from grpo.evaluate import Evaluator, truncated_share
+from grpo.generators import Generators
 from grpo.packing import Packer, has_gradient
 from grpo.policy import Policy
 from grpo.record import Recorder

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from learning_table import learning
+from learning_table import learning, percent
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -50,11 +50,6 @@ def embedded() -> str:
         "whole command.\n\n| seed | before | after | points | steps | seconds |\n|---:|---|---|---:|---:|---:|\n"
         + "\n".join(lines)
     )
-
-
-def percent(score: list[float]) -> str:
-    mean, low, high = (f"{100 * value:.1f}" for value in score)
-    return f"{mean}% [{low}, {high}]"
 
 
 ENGINES = {

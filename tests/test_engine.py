@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny_engines import Letters, batch_of, prompts, surprise_z, tokens_of
+from tiny_engines import Letters, batch_of, check_ends, prompts, surprise_z, tokens_of
 from tiny_models import VOCABULARY, build_policy, randomise
 
 from grpo.errors import UserError
@@ -40,16 +40,7 @@ def test_tokens_are_drawn_from_the_policy(name, tiny_config):
 def test_completions_end_with_the_stop_token_or_at_the_limit(tiny_config):
     config = tiny_config(max_completion_tokens=40)
     _, engine = build_engine(config)
-    completions = [c for group in engine.rollout(prompts(), 16, seed=0) for c in group.completions]
-    stopped = [c for c in completions if c.finish == "stop"]
-    assert 0 < len(stopped) < len(completions)
-    for completion in completions:
-        ends_with_stop = completion.tokens[-1] == 2
-        assert ends_with_stop == (completion.finish == "stop")
-        assert 2 not in completion.tokens[:-1]
-        assert len(completion.tokens) == len(completion.sampler_logprobs) <= 40
-        assert len(completion.text) == len(completion.tokens) - ends_with_stop
-        assert ends_with_stop or len(completion.tokens) == 40
+    check_ends(engine.rollout(prompts(), 16, seed=0), limit=40)
 
 
 def test_the_same_seed_gives_the_same_groups_and_another_seed_others(tiny_config):
@@ -132,8 +123,8 @@ def test_the_canary_trips_when_the_engine_stands_still_within_the_bound(tiny_con
     _, stale = build_engine(tiny_config())
     engine.canary.bound = 0.1
     with torch.no_grad():
-        policy.store.parameters()[0].add_(1e-3)
-    assert engine.sync()["sync/moved"] < engine.canary.bound
+        policy.store.parameters()[0].add_(3e-4)
+    assert engine.sync()["sync/moved"] < 0.01
     engine.canary.score = stale.score
     engine.canary.engine_before = torch.tensor(
         [p for row in stale.score(engine.canary.prompts, engine.canary.completions) for p in row]

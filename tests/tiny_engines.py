@@ -35,13 +35,31 @@ def tokens_of(groups):
     return [completion.tokens for group in groups for completion in group.completions]
 
 
+def check_ends(groups, limit):
+    """Some completions stopped by themselves and some at the limit; tokens, log-probabilities and text say which."""
+    completions = [completion for group in groups for completion in group.completions]
+    stopped = [completion for completion in completions if completion.finish == "stop"]
+    assert 0 < len(stopped) < len(completions)
+    for completion in completions:
+        ends_with_stop = completion.tokens[-1] == 2
+        assert ends_with_stop == (completion.finish == "stop")
+        assert 2 not in completion.tokens[:-1]
+        assert len(completion.tokens) == len(completion.sampler_logprobs) <= limit
+        assert ends_with_stop or len(completion.tokens) == limit
+        assert completion.text == Letters().decode(completion.tokens[: -1 if ends_with_stop else None], True)
+
+
 def surprise_z(groups, policy, config):
     """How far -log p of what was sampled is from the entropy on average, in standard errors: a standard normal number
     where the tokens were drawn from the policy, whatever the log-probabilities that came with them."""
     batch = batch_of(groups, config)
     logprobs, entropy = policy.score(batch)
-    excess = (-logprobs - entropy)[batch.mask].double()
-    return float(excess.mean() / (excess.std() / len(excess) ** 0.5))
+    return z_of((-logprobs - entropy)[batch.mask])
+
+
+def z_of(excess):
+    """The mean of independent numbers [n] of mean 0, in standard errors."""
+    return float(excess.double().mean() / (excess.double().std() / len(excess) ** 0.5))
 
 
 def learn(policy, seed, size=0.1):

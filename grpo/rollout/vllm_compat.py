@@ -21,7 +21,6 @@ import importlib.util
 import itertools
 import logging
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 
+from grpo import generators
 from grpo.errors import UserError
 
 SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
@@ -109,7 +109,7 @@ def process_unchanged(device: torch.device) -> Iterator[None]:
 
     Here all of it is set back, so that a run draws the same numbers with one engine as with another.
     """
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    drawn_from = generators.reader(device)()
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     gpu = _gpu_state() if device.type == "cuda" else None
     try:
@@ -118,24 +118,21 @@ def process_unchanged(device: torch.device) -> Iterator[None]:
             warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
             yield
     finally:
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        torch.set_rng_state(generators[2])
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         gc.unfreeze()
         if gpu is not None:
             _restore_gpu(*gpu)
+        drawn_from.restore()
 
 
 def _gpu_state() -> tuple[Any, ...]:
-    return torch.cuda.current_stream(), torch.cuda.get_rng_state(), torch.backends.cuda.cudnn_sdp_enabled()
+    return torch.cuda.current_stream(), torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def _restore_gpu(stream: torch.cuda.Stream, generator: torch.Tensor, cudnn: bool) -> None:
+def _restore_gpu(stream: torch.cuda.Stream, cudnn: bool) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_stream(stream)
-    torch.cuda.set_rng_state(generator)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     options = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
     if options:  # vLLM's memory pool sets some of them, which resets the others

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from test_run_gpu import train, write_checkpoint
+from tiny_engines import z_of
 
 from grpo.config import Config
 from grpo.packing import lay_out
@@ -47,8 +48,7 @@ def gap(engine, policy, seed):
         group.advantages = torch.zeros(4)
     batch = lay_out([(group, [0, 1, 2, 3]) for group in groups], lambda length: 0.0, policy.device)
     logprobs, entropy = policy.score(batch)
-    excess = (-logprobs - entropy)[batch.mask]
-    assert abs(float(excess.mean() / (excess.std() / len(excess) ** 0.5))) < 4
+    assert abs(z_of((-logprobs - entropy)[batch.mask])) < 4
     return float((logprobs - batch.sampler_logprobs)[batch.mask].abs().mean())
 
 

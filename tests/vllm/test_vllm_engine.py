@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from grpo_kernels import NF4
-from tiny_engines import Letters, batch_of, learn, prompts, surprise_z, tokens_of
+from tiny_engines import Letters, batch_of, check_ends, learn, prompts, surprise_z, tokens_of
 from tiny_models import KNOWN, build_policy, write_checkpoint
 from torch import Tensor
 
@@ -131,17 +131,9 @@ def test_greedy_tokens_are_those_of_the_torch_engine(built, monkeypatch):
 def test_completions_end_with_the_stop_token_or_at_the_limit(built):
     learn(built.policy, 4)
     built.engine.sync()
-    completions = [c for group in built.engine.rollout(prompts(), 8, seed=0) for c in group.completions]
-    stopped = [c for c in completions if c.finish == "stop"]
-    assert 0 < len(stopped) < len(completions)
-    for completion in completions:
-        ends_with_stop = completion.tokens[-1] == 2
-        assert ends_with_stop == (completion.finish == "stop")
-        assert 2 not in completion.tokens[:-1]
-        assert len(completion.tokens) == len(completion.sampler_logprobs) <= built.config.max_completion_tokens
-        assert ends_with_stop or len(completion.tokens) == built.config.max_completion_tokens
-        assert completion.text == Letters().decode(completion.tokens[: -1 if ends_with_stop else None], True)
-        assert completion.policy_version == built.policy.version
+    groups = built.engine.rollout(prompts(), 8, seed=0)
+    check_ends(groups, built.config.max_completion_tokens)
+    assert {c.policy_version for group in groups for c in group.completions} == {built.policy.version}
 
 
 def test_a_completion_depends_on_the_seed_and_not_on_who_shares_the_batch(built):
