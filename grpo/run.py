@@ -31,12 +31,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 from grpo.config import Config, field_names, from_dict
-from grpo.errors import UserError
+from grpo.errors import OUT_OF_CPU_MEMORY, UserError, is_out_of_memory
 from grpo.task import Task, load_task
 
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
-OUT_OF_CPU_MEMORY = "DefaultCPUAllocator"  # how a RuntimeError of torch says so; for a GPU there is a class
 
 # Without a terminal there is no width to keep to.
 console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
@@ -340,14 +339,9 @@ def memory_in_words(config: Config, folder: Path | None = None) -> Iterator[None
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and not the only one
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(_out_of_memory(error, config, folder)) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    signs = (OUT_OF_CPU_MEMORY, "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
 def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str:

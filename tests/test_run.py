@@ -266,7 +266,7 @@ def patient(completions):
 STEP, EVALUATION = "8", "24"  # completions scored at once: what comes next is an update, or a rollout
 ON_A_CPU = "torch.empty(10**15)"
 ON_A_GPU = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a capacity of')"
-
+WARMING_UP = "raise RuntimeError('CUDA out of memory occurred when warming up sampler with 512 dummy requests.')"
 
 PATIENT = [*SMALL, "--eval-samples", "6", "--eval-every", "2", "--steps", "6"]
 
@@ -290,8 +290,9 @@ def untroubled_metrics(tmp_path_factory):
         (EVALUATION, "2", "before_forward", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
         (STEP, "2", "before_forward", ON_A_GPU, ["the GPU", "20.00 GiB"]),
         (STEP, "5", "after_update", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
+        (EVALUATION, "2", "before_forward", WARMING_UP, ["the GPU ran out"]),
     ],
-    ids=["rollout", "forward", "update"],
+    ids=["rollout", "forward", "update", "warming up"],
 )
 def test_memory_that_runs_out_is_told_and_nothing_is_lost(
     size, times, hook, demand, words, untroubled_metrics, tmp_path, capsys

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from grpo.config import Config
-from grpo.errors import UnsuitedEngine, UserError
+from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
 from grpo.policy.known import KnownModel
 from grpo.rollout import vllm_compat
@@ -291,7 +291,7 @@ def refusal_in_words(source: str) -> Iterator[None]:
         yield
     except (ValueError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
         # Memory that ran out has a sentence of its own (grpo/run.py); after a fault of the GPU no engine would work.
-        if "out of memory" in str(error).lower() or "CUDA error" in str(error):
+        if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         raise UnsuitedEngine(
             f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."

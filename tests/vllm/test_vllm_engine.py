@@ -16,7 +16,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.rollout import vllm_compat
 from grpo.rollout.torch_engine import TorchEngine
-from grpo.rollout.vllm_engine import VllmEngine
+from grpo.rollout.vllm_engine import VllmEngine, refusal_in_words
 
 # Architecture, whether embedding and head are one table (None: as the architecture has it), base, temperature. The
 # vocabulary of all of them is odd, so that the tables are padded.
@@ -182,6 +182,12 @@ def test_heads_that_vllm_has_no_attention_for_are_refused_in_words(tmp_path, ope
     config = Config(model=source, base="float32", device="cpu", engine="vllm", lora_rank=3, max_completion_tokens=23)
     with pytest.raises(UserError, match=r"vLLM cannot sample from \S+ with an adapter: .*head.*Use --engine torch"):
         open_engine(config)
+
+
+def test_memory_that_runs_out_while_vllm_starts_is_not_taken_for_a_refusal():
+    words = "CUDA out of memory occurred when warming up sampler with 512 dummy requests."
+    with pytest.raises(RuntimeError, match="warming up sampler"), refusal_in_words("model"):
+        raise RuntimeError(words)
 
 
 def test_where_the_choice_is_free_pytorch_takes_over_what_vllm_refuses(tmp_path, monkeypatch):
