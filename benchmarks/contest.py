@@ -32,6 +32,7 @@ class Contest:
     floor_bytes: int = 0
     floor_run: Run | None = None
     peers: dict[str, Callable[[], Run]] = field(default_factory=dict)
+    times: int = 1  # that a run does it; what is reported is the time of one
     # What a run returned -> {name of an output: relative error against the truth}
     errors: Callable[[Any], dict[str, float]] | None = None
 

@@ -258,6 +258,9 @@ def rope_case(N: int, Hq: int, Hk: int, E: int, normed: bool, backward: bool) ->
 
 def prepare_attention(prompt: int, completion: int, size: int, Hq: int, Hk: int, E: int, backward: bool) -> Contest:
     shared = GroupLayout.of([prompt], [[completion] * size], device="cuda")
+    gathered, merged = (
+        GroupLayout.of([prompt], [[completion] * size], device="cuda", most_copies=most) for most in (math.inf, 0)
+    )
     whole = GroupLayout.of([prompt + completion] * size, device="cuda")
 
     def attend(layout: GroupLayout) -> tuple[Run, Run]:
@@ -284,7 +287,11 @@ def prepare_attention(prompt: int, completion: int, size: int, Hq: int, Hk: int,
         ]
 
     return Contest(
-        {"ours": attend(shared)[backward]},
+        {
+            "ours": attend(shared)[backward],
+            "ours, gathered": attend(gathered)[backward],
+            "ours, merged": attend(merged)[backward],
+        },
         "packed whole sequences, flash attention",
         floor_run=attend(whole)[backward],
         peers={"packed whole sequences": lambda: attend(whole)[backward], "FlexAttention, shared prompt": flex},
@@ -325,7 +332,7 @@ CASES = [
             "0.77" if (prompt, completion) == (1024, 512) else "",
             partial(prepare_attention, prompt, completion, size, Hq, Hk, E, backward),
         )
-        for prompt, completion, size in ((1024, 512, 8), (256, 512, 8))
+        for prompt, completion, size in ((1024, 512, 8), (256, 512, 8), (128, 256, 16), (3072, 512, 8))
         for Hq, Hk, E in ((32, 8, 128),)
         for backward in (False, True)
     ),

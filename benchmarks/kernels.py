@@ -97,7 +97,7 @@ def measure(contest: Contest, run: Run, bandwidth: float) -> dict[str, Any]:
     errors = {} if contest.errors is None else contest.errors(run())
     is_short = contest.floor_run is None or rough_milliseconds(contest.floor_run) < LONG_MS
     floor_before = floor_ms(contest, bandwidth, is_short)
-    ms = milliseconds(run, waits=is_short)
+    ms = milliseconds(run, waits=is_short) / contest.times
     floor = (floor_before + floor_ms(contest, bandwidth, is_short)) / 2
     return {
         "ms": round(ms, 4),
@@ -112,11 +112,13 @@ def measure(contest: Contest, run: Run, bandwidth: float) -> dict[str, Any]:
 def floor_ms(contest: Contest, bandwidth: float, is_short: bool) -> float:
     """The slower of the two floors: bytes over the copy bandwidth measured in this process, and the floor's own run."""
     floor = contest.floor_bytes / bandwidth * 1e3
-    return floor if contest.floor_run is None else max(floor, milliseconds(contest.floor_run, waits=is_short))
+    if contest.floor_run is None:
+        return floor
+    return max(floor, milliseconds(contest.floor_run, waits=is_short) / contest.times)
 
 
 def print_row(*cells: Any) -> None:
-    widths = (34, 28, 34, 9, 9, 7, 7)
+    widths = (42, 28, 34, 9, 9, 7, 7)
     fixed = "".join(f"{'' if cell is None else cell!s:<{width}}" for cell, width in zip(cells, widths, strict=False))
     print(fixed + str(cells[-1]), flush=True)
 

@@ -91,6 +91,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kv-gib", type=float, default=KV_GIB)
     parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of each completion")
     parser.add_argument("--profile", action="store_true", help="also say where a decode step's time goes")
+    parser.add_argument(
+        "--compiled-before", action="store_true", help="note that the start of these cases finds code of an earlier run"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -102,7 +105,8 @@ def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     before = json.loads(path.read_text())["cases"] if path.exists() else {}
     # Figures are compared within a run; those that stay in the file are of earlier ones.
     number = 1 + max((row.get("run", 0) for name, row in before.items() if name not in results), default=0)
-    results = {name: row | {"run": number} for name, row in results.items()}
+    noted = {"run": number} | ({"compiled_before": True} if arguments.compiled_before else {})
+    results = {name: row | noted for name, row in results.items()}
     about = {
         "command": "python benchmarks/rollout.py", "device": name, "torch": torch.__version__,
         "vllm": version("vllm"), "prompts": PROMPTS, "group_size": GROUP, "prompt_tokens": PROMPT_TOKENS,

@@ -73,8 +73,8 @@ def rollouts() -> str:
             f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
             f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
             "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Memory: of "
-            f"the whole process, policy and optimizer included, {about['kv_cache_gib']:g} GiB of it the KV cache where "
-            "nothing else is said. Start: with nothing compiled yet. Ratios hold within a run."
+            f"the whole process, policy and optimizer included, {about['kv_cache_gib']:g} GiB of it the KV cache. "
+            "Start: with nothing compiled yet. Both where nothing else is said. Ratios hold within a run."
         )
         header = (
             "| shape | engine | run | tokens/s | gap | memory, GiB | start, s |\n|---|---|---:|---:|---:|---:|---:|"
@@ -91,7 +91,7 @@ def rollout_line(case: str, row: dict[str, Any]) -> str:
     shown = "" if value is None else f"{value:.3f}"
     return (
         f"| {shape} | {name} | {row['run']} | {row['tokens_per_s']:,} | {shown} | {row['after_rollouts_gib']:.1f} "
-        f"| {row['startup_s']:.0f} |"
+        f"| {row['startup_s']:.0f}{', compiled before' if row.get('compiled_before') else ''} |"
     )
 
 

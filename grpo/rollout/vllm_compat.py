@@ -18,6 +18,7 @@ import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
 import logging
 import os
@@ -331,10 +332,23 @@ def shut_down(llm: Any) -> None:
     """End an engine that nobody else holds on to: its worker, its process groups, its memory."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    _forget_compiled(inner_model(llm))
     llm.llm_engine.engine_core.shutdown()
     # The clean-up collects garbage: with sleep mode a next engine refuses to start while anything of this one is there.
     del llm
     cleanup_dist_env_and_memory()
+
+
+def _forget_compiled(model: Any) -> None:
+    """Dynamo keeps a list of functions to call with what it compiles. A model class that derives from another one puts
+    a method of its module there twice and keeps the handle of one, so the module would never be freed.
+    """
+    from torch._dynamo import convert_frame
+
+    modules = {id(module) for module in model.modules()}
+    for key, hook in list(convert_frame._bytecode_hooks.items()):
+        if inspect.ismethod(hook) and id(hook.__self__) in modules:
+            del convert_frame._bytecode_hooks[key]
 
 
 # ---- vLLM's own LoRA

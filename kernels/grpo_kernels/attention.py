@@ -1,19 +1,25 @@
 """Causal attention over packed sequences in which the completions of a group attend to one copy of their prompt.
 Knows nothing of projections, positions' embedding or losses.
 
-Axes: N packed tokens, the first P those of prompts; Hq query heads, Hk key heads (Hk divides Hq), E head size.
+Axes: N packed tokens, the first P those of prompts; Hq query heads, Hk key heads (Hk divides Hq), E head size;
+S gathered keys.
 
-A completion's token attends to its group's prompt and, causally, to its own completion. Softmax over the union of two
-key sets is the two softmaxes merged by their log-sum-exps (as in Milakov and Gimelshein 2018, arXiv:1805.02867):
+A completion's token attends to its group's prompt and, causally, to its own completion. Two ways, of the same pairs of
+tokens: with G completions of T tokens after a prompt of P tokens P^2 / 2 + G T (P + T / 2) of them, where packing whole
+sequences takes G (P + T)^2 / 2.
+
+Gathered: one variable-length flash attention call in which each completion's few queries meet keys and values gathered
+for it, its prompt's and its own; masked causally from the lower right corner. The gradient of a key is the sum over its
+copies. Where prompts are short this is the faster one.
+
+Merged: nothing is copied. Softmax over the union of two key sets is the two softmaxes merged by their log-sum-exps (as
+in Milakov and Gimelshein 2018, arXiv:1805.02867):
 
     l = log(exp(l_self) + exp(l_prompt))        out = exp(l_self - l) out_self + exp(l_prompt - l) out_prompt
 
-so two variable-length flash attention calls suffice: every prompt and completion causally with itself, and all
-completions of a group, end to end, with their prompt. The backward of each call needs only probabilities exp(s - l) and
-rowsum(dout * out), hence the merged out and l: it is exact, and a prompt's keys sum over all completions by themselves.
-
-With G completions of T tokens after a prompt of P tokens the pairs of tokens are P^2 / 2 + G T (P + T / 2), where
-packing whole sequences takes G (P + T)^2 / 2.
+so two calls suffice: every prompt and completion causally with itself, and all completions of a group, end to end, with
+their prompt. The backward of each call needs only probabilities exp(s - l) and rowsum(dout * out), hence the merged out
+and l: it is exact, and a prompt's keys sum over all completions by themselves.
 """
 
 from collections.abc import Sequence
@@ -24,6 +30,47 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, next_power_of_2, tl, triton
+
+# Keys are gathered where that makes at most this many of each on average.
+MOST_COPIES = 3.0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The keys that each prompt and completion meets, one list after the other: a prompt its own, a completion its
+    prompt's and its own, an empty completion none."""
+
+    keys: Tensor  # [S] int32, packed tokens
+    starts: Tensor  # [prompts + completions + 1] int32, where each list starts, and S
+    copies: Tensor  # [S] int32, the places in `keys` of the first token, of the second, ...
+    copy_starts: Tensor  # [N + 1] int32, where each token's places start in `copies`, and S
+    longest: int  # list
+
+    @staticmethod
+    def of(
+        prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device | str
+    ) -> "Gathered":
+        """The keys of a layout of prompts, each with the lengths of its completions."""
+        prompt_starts = list(accumulate(prompt_lengths, initial=0))
+        pieces = list(zip(prompt_starts, prompt_lengths, strict=False))  # (first token, tokens)
+        lengths = list(prompt_lengths)
+        place = prompt_starts[-1]
+        for prompt, group in enumerate(completion_lengths):
+            for length in filter(None, group):
+                pieces += [(prompt_starts[prompt], prompt_lengths[prompt]), (place, length)]
+                place += length
+            lengths += [prompt_lengths[prompt] + length if length else 0 for length in group]
+        first, size = torch.tensor(pieces).t()
+        offset = first - (size.cumsum(0) - size)
+        keys = offset.repeat_interleave(size) + torch.arange(sum(lengths))
+        counts = torch.bincount(keys, minlength=place)
+        return Gathered(
+            keys.int().to(device),
+            _starts(lengths, device),
+            keys.argsort(stable=True).int().to(device),
+            torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int().to(device),
+            max(lengths),
+        )
 
 
 @dataclass(frozen=True)
@@ -40,15 +87,18 @@ class GroupLayout:
     prompts: Tensor  # [prompts + 1] int32, where each prompt starts, and P
     groups: Tensor  # [prompts + 1] int32, where each group's completions start, counted from P, and N - P
     longest: tuple[int, int, int]  # tokens of the longest prompt or completion, group of completions, and prompt
+    gathered: Gathered | None  # None where the two ways are one (no completions), or keys would be copied too often
 
     @staticmethod
     def of(
         prompt_lengths: Sequence[int],
         completion_lengths: Sequence[Sequence[int]] | None = None,
         device: torch.device | str = "cpu",
+        most_copies: float = MOST_COPIES,
     ) -> "GroupLayout":
         """The layout of prompts, each with the lengths of its completions, in tokens.
 
+        most_copies: of each key on average, where they are gathered; beyond that attention is merged.
         Raises ValueError if the two do not have the same length, or a prompt has no token.
         """
         completions = [()] * len(prompt_lengths) if completion_lengths is None else completion_lengths
@@ -62,6 +112,9 @@ class GroupLayout:
             )
         in_order = [*prompt_lengths, *(length for group in completions for length in group)]
         group_lengths = [sum(group) for group in completions]
+        met = zip(prompt_lengths, completions, strict=True)
+        num_gathered = sum(in_order) + sum(prompt * sum(map(bool, group)) for prompt, group in met)
+        gathers = sum(in_order) < num_gathered <= most_copies * sum(in_order)
         return GroupLayout(
             tuple(prompt_lengths),
             tuple(tuple(group) for group in completions),
@@ -69,6 +122,7 @@ class GroupLayout:
             _starts(prompt_lengths, device),
             _starts(group_lengths, device),
             (max([0, *in_order]), max([0, *group_lengths]), max([0, *prompt_lengths])),
+            Gathered.of(prompt_lengths, completions, device) if gathers else None,
         )
 
     @property
@@ -121,7 +175,11 @@ def group_attention(
                 "Use impl='auto' or 'torch'."
             )
         return _torch_attention(q, k, v, layout, scale)
-    out, _ = _attention_op(
+    if (gathered := layout.gathered) is not None:
+        places = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
+        longest = [layout.longest[0], gathered.longest]
+        return _gathered_op(q, k, v, layout.segments, *places, longest, scale)[0]
+    out, _ = _merged_op(
         q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale
     )
     return out
@@ -171,10 +229,102 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-# Two flash attention calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest.
+# Gathered keys, as autograd and torch.compile see them. `longest` is that of prompts and completions, and of the lists.
 
 
-def _launch_attention(
+def _launch_gathered(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Tensor,
+    keys: Tensor,
+    key_starts: Tensor,
+    copies: Tensor,
+    copy_starts: Tensor,
+    longest: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32."""
+    there = k.index_select(0, keys), v.index_select(0, keys)
+    return _flash(q, *there, segments, key_starts, *longest, True, scale)
+
+
+def _fake_gathered(q, k, v, segments, keys, key_starts, copies, copy_starts, longest, scale):
+    return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+
+
+def _launch_gathered_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    keys: Tensor,
+    key_starts: Tensor,
+    copies: Tensor,
+    copy_starts: Tensor,
+    longest: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    there = k.index_select(0, keys), v.index_select(0, keys)
+    grad_q, grad_k, grad_v = _flash_backward(
+        grad.contiguous(), q, *there, out, lse, segments, key_starts, *longest, True, scale
+    )
+    return grad_q, sum_of_copies(grad_k, copies, copy_starts), sum_of_copies(grad_v, copies, copy_starts)
+
+
+def _fake_gathered_backward(grad, q, k, v, out, lse, segments, keys, key_starts, copies, copy_starts, longest, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_gathered(ctx, inputs, output) -> None:
+    q, k, v, segments, keys, key_starts, copies, copy_starts, ctx.longest, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, segments, keys, key_starts, copies, copy_starts)
+
+
+def _backward_gathered(ctx, grad: Tensor | None, _lse):
+    if grad is None:
+        return (None,) * 10
+    return (*_gathered_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.scale), *(None,) * 7)
+
+
+_gathered_op = Operator("gathered_attention", _launch_gathered, _fake_gathered)
+_gathered_backward_op = Operator("gathered_attention_backward", _launch_gathered_backward, _fake_gathered_backward)
+_gathered_op.differentiate(_setup_gathered, _backward_gathered)
+
+
+def sum_of_copies(gathered: Tensor, copies: Tensor, copy_starts: Tensor) -> Tensor:
+    """[S, ...] -> [N, ...]: of each token the sum over its places, in float32, rounded once and always in one order."""
+    num_tokens, size = len(copy_starts) - 1, gathered[0].numel()
+    sums = gathered.new_empty(num_tokens, *gathered.shape[1:])
+    block = min(1024, next_power_of_2(size))
+    _sum_of_copies_kernel[(num_tokens, cdiv(size, block))](
+        gathered, copies, copy_starts, sums, size, BLOCK=block, num_warps=4
+    )
+    return sums
+
+
+@triton.jit
+def _sum_of_copies_kernel(gathered, copies, copy_starts, sums, size, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for index in range(tl.load(copy_starts + token), tl.load(copy_starts + token + 1)):
+        place = tl.load(copies + index).to(tl.int64)
+        total += tl.load(gathered + place * size + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(sums + token * size + column, total.to(sums.dtype.element_ty), mask=inside)
+
+
+# Two merged calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest.
+
+
+def _launch_merged(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -197,11 +347,11 @@ def _launch_attention(
     return out, lse
 
 
-def _fake_attention(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_merged(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
     return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
-def _launch_attention_backward(
+def _launch_merged_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -232,11 +382,11 @@ def _launch_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def _fake_attention_backward(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_merged_backward(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_merged(ctx, inputs, output) -> None:
     q, k, v, segments, groups, prompts, ctx.longest, ctx.num_prompt_tokens, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
@@ -244,16 +394,16 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, out, lse, segments, groups, prompts)
 
 
-def _backward(ctx, grad: Tensor | None, _lse):
+def _backward_merged(ctx, grad: Tensor | None, _lse):
     if grad is None:
         return (None,) * 9
-    grads = _attention_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.num_prompt_tokens, ctx.scale)
+    grads = _merged_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.num_prompt_tokens, ctx.scale)
     return (*grads, None, None, None, None, None, None)
 
 
-_attention_op = Operator("group_attention", _launch_attention, _fake_attention)
-_attention_backward_op = Operator("group_attention_backward", _launch_attention_backward, _fake_attention_backward)
-_attention_op.differentiate(_setup_context, _backward)
+_merged_op = Operator("merged_attention", _launch_merged, _fake_merged)
+_merged_backward_op = Operator("merged_attention_backward", _launch_merged_backward, _fake_merged_backward)
+_merged_op.differentiate(_setup_merged, _backward_merged)
 
 
 # PyTorch's own flash attention: the operators behind torch.nn.attention.varlen.varlen_attn, which before torch 2.13

@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, cdiv, choose, interpreting, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import Impl, cdiv, choose, interpreting, next_power_of_2, num_multiprocessors, tl, triton
 
 BLOCK = 64
 NESTED_BLOCK = 256
+WIDE = 3 * 2**23  # values of a weight from which on large tiles leave no multiprocessor idle
 
 # The 16 quantiles of a normal distribution of QLoRA's appendix E, in the float32 values that bitsandbytes uses.
 NF4_LEVELS = (
@@ -151,7 +152,7 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
-    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(weight.shape[0], x.device)):
+    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(*weight.shape, x.device)):
         out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
     elif torch.compiler.is_compiling():
         out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
@@ -284,7 +285,7 @@ def _launch_dequantize(
     nested = nested_absmax is not None
     blocks = 64
     # Without fusion of multiply and add: double quantisation rounds the product, then the sum, as bitsandbytes does.
-    _dequantize_kernel[(triton.cdiv(absmax.numel(), blocks),)](
+    _dequantize_kernel[(cdiv(absmax.numel(), blocks),)](
         packed, absmax, nested_absmax if nested else absmax, offset if nested else absmax,
         _dynamic_levels(out.device), _levels(out.device), out, num_rows * num_columns, num_columns, out.stride(0),
         NESTED=nested, WHOLE_BLOCKS=num_columns % BLOCK == 0, PITCHED=not out.is_contiguous(), BLOCKS=blocks,
@@ -292,81 +293,92 @@ def _launch_dequantize(
     )  # fmt: skip
 
 
-# One code picks its level from the lane that holds it: lane l of each half warp has level l, and a shuffle needs no
+# One code picks its level from the lane that holds it: lane l of each half warp holds level l, and a shuffle needs no
 # address. As loads, in a pipelined loop, the levels would each become an asynchronous copy of four bytes.
-_SHUFFLE_LEVELS = tl.constexpr("""{
-    .reg .b32 lane, level, code;
+_LEVEL_OF_LANE = tl.constexpr("""{
+    .reg .b32 lane;
     .reg .b64 address;
     mov.u32 lane, %laneid;
     and.b32 lane, lane, 15;
     mul.wide.u32 address, lane, 4;
-    add.s64 address, address, $9;
-    ld.global.nc.b32 level, [address];
-    shr.u32 code, $8, 4;
-    shfl.sync.idx.b32 $0, level, code, 0x101f, 0xffffffff;
-    shfl.sync.idx.b32 $1, level, $8, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 12;
-    shfl.sync.idx.b32 $2, level, code, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 8;
-    shfl.sync.idx.b32 $3, level, code, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 20;
-    shfl.sync.idx.b32 $4, level, code, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 16;
-    shfl.sync.idx.b32 $5, level, code, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 28;
-    shfl.sync.idx.b32 $6, level, code, 0x101f, 0xffffffff;
-    shr.u32 code, $8, 24;
-    shfl.sync.idx.b32 $7, level, code, 0x101f, 0xffffffff;
+    add.s64 address, address, $1;
+    ld.global.nc.b32 $0, [address];
+}""")
+_SHUFFLE_BYTE = tl.constexpr("""{
+    .reg .b32 code;
+    shr.u32 code, $2, 4;
+    shfl.sync.idx.b32 $0, $3, code, 0x101f, 0xffffffff;
+    shfl.sync.idx.b32 $1, $3, $2, 0x101f, 0xffffffff;
 }""")
 
 
 @triton.jit
-def _levels_of_words(word, levels, SHUFFLE: tl.constexpr):
-    """The levels of the 8 codes of each word, in their order. The even element of a byte is its high half."""
+def _hold_levels(levels, SHUFFLE: tl.constexpr):
+    """What `_levels_of_bytes` takes: the level that this lane holds, or where the levels are."""
     if SHUFFLE:
-        l0, l1, l2, l3, l4, l5, l6, l7 = tl.inline_asm_elementwise(
-            _SHUFFLE_LEVELS, "=f,=f,=f,=f,=f,=f,=f,=f,r,l", [word, levels.to(tl.int64)],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True, pack=1,
-        )  # fmt: skip
+        return tl.inline_asm_elementwise(
+            _LEVEL_OF_LANE, "=f,l", [levels.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        l0, l1 = tl.load(levels + (word >> 4 & 15)), tl.load(levels + (word & 15))
-        l2, l3 = tl.load(levels + (word >> 12 & 15)), tl.load(levels + (word >> 8 & 15))
-        l4, l5 = tl.load(levels + (word >> 20 & 15)), tl.load(levels + (word >> 16 & 15))
-        l6, l7 = tl.load(levels + (word >> 28 & 15)), tl.load(levels + (word >> 24 & 15))
-    return l0, l1, l2, l3, l4, l5, l6, l7
+        return levels
+
+
+@triton.jit
+def _levels_of_bytes(word, held, SHUFFLE: tl.constexpr):
+    """The levels of the two codes in the lowest byte of each word, in their order: the high half is the even one."""
+    if SHUFFLE:
+        return tl.inline_asm_elementwise(
+            _SHUFFLE_BYTE, "=f,=f,r,f", [word, held], dtype=(tl.float32, tl.float32), is_pure=True, pack=1
+        )
+    else:
+        return tl.load(held + (word >> 4 & 15)), tl.load(held + (word & 15))
+
+
+# With the sum passing through here, Triton issues a step's products together and waits for them once. Else it waits
+# after each sixteen columns, which costs programs of four warps up to 17%; with eight warps the others fill the time.
+_PASS = tl.constexpr("mov.b32 $0, $1;")
 
 
 @triton.jit
 def _linear_kernel(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
     num_x_rows, num_rows, num_columns, x_stride,
-    NESTED: tl.constexpr, SHUFFLE: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K. A tile's last program adds them up."""
+    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K. A tile's last program adds them up.
+
+    Weights become numbers in the very registers that the tensor cores read. There four neighbouring lanes hold, of
+    eight neighbouring values along K, two each: the four bytes of a word. So the four all read the word from shared
+    memory (one broadcast), and each keeps its own byte.
+    """
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the edge read the last row and are not stored, so that the loop has no masks in N.
     row = tl.minimum(n, num_rows - 1).to(tl.int64)
     blocks_of_row = num_columns // 64
+    BLOCKS: tl.constexpr = BLOCK_K // 64
     steps = tl.cdiv(num_columns, BLOCK_K)
     steps_of_split = tl.cdiv(steps, SPLITS)
+    held = _hold_levels(levels, SHUFFLE)
     accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for step in tl.range(split * steps_of_split, tl.minimum((split + 1) * steps_of_split, steps), num_stages=STAGES):
-        column_block = step * (BLOCK_K // 64) + tl.arange(0, BLOCK_K // 64)
-        within_row = column_block < blocks_of_row
-        block = row[:, None] * blocks_of_row + column_block[None, :]  # [BLOCK_N, BLOCK_K / 64]
+        column_word = step * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
         word = tl.load(
-            packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], mask=within_row[None, :, None], other=0
+            packed + row[:, None] * (blocks_of_row * 8) + column_word[None, :],
+            mask=(column_word < blocks_of_row * 8)[None, :],
+            other=0,
         )
-        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row[None, :], NESTED)
-        l0, l1, l2, l3, l4, l5, l6, l7 = _levels_of_words(word, levels, SHUFFLE)
-        even = tl.join(tl.join(l0, l4), tl.join(l2, l6))
-        odd = tl.join(tl.join(l1, l5), tl.join(l3, l7))
-        level = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K // 64, 64)
-        weight = (level * scale[:, :, None]).to(x.dtype.element_ty).reshape(BLOCK_N, BLOCK_K)
+        byte = word.reshape(BLOCK_N, BLOCKS, 8)[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]
+        even, odd = _levels_of_bytes(byte, held, SHUFFLE)
+        column_block = step * BLOCKS + tl.arange(0, BLOCKS)
+        block = row[:, None] * blocks_of_row + column_block[None, :]
+        within_row = (column_block < blocks_of_row)[None, :]
+        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
+        scale = scale[:, :, None, None]
+        dtype = x.dtype.element_ty
+        weight = tl.join((even * scale).to(dtype), (odd * scale).to(dtype)).reshape(BLOCK_N, BLOCK_K)
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x_tile = tl.load(
             x + m[None, :].to(tl.int64) * x_stride + k[:, None],
@@ -374,6 +386,10 @@ def _linear_kernel(
             other=0.0,
         )
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision=PRECISION)
+        if TOGETHER:
+            accumulator = tl.inline_asm_elementwise(
+                _PASS, "=f,f", [accumulator], dtype=tl.float32, is_pure=True, pack=1
+            )
     inside = (n < num_rows)[:, None] & (m < num_x_rows)[None, :]
     target = m[None, :].to(tl.int64) * num_rows + n[:, None]
     if SPLITS > 1:
@@ -394,65 +410,6 @@ def _linear_kernel(
     tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _word_product(l0, l1, l2, l3, l4, l5, l6, l7, scale, x):
-    """[BLOCK_N, BLOCKS, 8] in float32: each word's 8 weights, rounded to x's dtype, times 8 values of x [BLOCKS, 8]."""
-    dtype = x.dtype.element_ty
-    product = (l0 * scale).to(dtype).to(tl.float32) * tl.load(x).to(tl.float32)[None]
-    product += (l1 * scale).to(dtype).to(tl.float32) * tl.load(x + 1).to(tl.float32)[None]
-    product += (l2 * scale).to(dtype).to(tl.float32) * tl.load(x + 2).to(tl.float32)[None]
-    product += (l3 * scale).to(dtype).to(tl.float32) * tl.load(x + 3).to(tl.float32)[None]
-    product += (l4 * scale).to(dtype).to(tl.float32) * tl.load(x + 4).to(tl.float32)[None]
-    product += (l5 * scale).to(dtype).to(tl.float32) * tl.load(x + 5).to(tl.float32)[None]
-    product += (l6 * scale).to(dtype).to(tl.float32) * tl.load(x + 6).to(tl.float32)[None]
-    product += (l7 * scale).to(dtype).to(tl.float32) * tl.load(x + 7).to(tl.float32)[None]
-    return product
-
-
-@triton.jit
-def _row_kernel(
-    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, num_rows, num_columns,
-    NESTED: tl.constexpr, SHUFFLE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_N outputs of a single row of x [K], without tensor cores, which cost more here than they save."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.minimum(n, num_rows - 1).to(tl.int64)
-    blocks_of_row = num_columns // 64
-    sums = tl.zeros([BLOCK_N, BLOCKS, 8], tl.float32)
-    for step in range(0, tl.cdiv(blocks_of_row, BLOCKS)):
-        column_block = step * BLOCKS + tl.arange(0, BLOCKS)
-        # Beyond the edge the last block is read again, with scales of 0.
-        within_row = (column_block < blocks_of_row)[None, :]
-        column_block = tl.minimum(column_block, blocks_of_row - 1)
-        block = row[:, None] * blocks_of_row + column_block[None, :]
-        word = tl.load(packed + block[:, :, None] * 8 + tl.arange(0, 8)[None, None, :])
-        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
-        scale = tl.where(within_row, scale, 0.0)[:, :, None]
-        l0, l1, l2, l3, l4, l5, l6, l7 = _levels_of_words(word, levels, SHUFFLE)
-        x_words = x + column_block[:, None] * 64 + tl.arange(0, 8)[None, :] * 8
-        sums += _word_product(l0, l1, l2, l3, l4, l5, l6, l7, scale, x_words)
-    total = tl.sum(tl.sum(sums, 2), 1)
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)
-    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < num_rows)
-
-
-def _launch_row(
-    x: Tensor, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, offset: Tensor | None,
-    bias: Tensor | None, out: Tensor,
-) -> None:  # fmt: skip
-    """out [1, N] from x [1, K]. Programs as small as it takes to have several on each multiprocessor."""
-    nested, num_rows = nested_absmax is not None, out.shape[1]
-    block_n = 16 if num_rows >= 64 * num_multiprocessors(x.device) else 4
-    # Eight blocks are 64 words: fewer than threads, so the compiler reads x where it is multiplied, not through
-    # shared memory.
-    _row_kernel[(cdiv(num_rows, block_n),)](
-        x, packed.view(torch.int32), absmax, nested_absmax if nested else absmax, offset if nested else absmax,
-        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, out, num_rows, x.shape[1],
-        NESTED=nested, SHUFFLE=not interpreting(), HAS_BIAS=bias is not None, BLOCK_N=block_n, BLOCKS=8, num_warps=4,
-    )  # fmt: skip
-
-
 def _launch_linear(
     x: Tensor,
     packed: Tensor,
@@ -468,24 +425,21 @@ def _launch_linear(
     if out.numel() == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    if num_x_rows == 1:
-        _launch_row(x, packed, absmax, nested_absmax, offset, bias, out)
-        return out
-    nested = nested_absmax is not None
-    tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.device)
-    grid = (triton.cdiv(num_rows, tiling.block_n), triton.cdiv(num_x_rows, tiling.block_m), tiling.splits)
+    tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.dtype, x.device)
+    grid = (cdiv(num_rows, tiling.block_n), cdiv(num_x_rows, tiling.block_m), tiling.splits)
     partial = (
         torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
         if tiling.splits > 1
         else out
     )
+    nested, ptx = nested_absmax is not None, not interpreting()
     _linear_kernel[grid](
         x, packed.view(torch.int32), absmax, nested_absmax if nested else absmax, offset if nested else absmax,
         _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x,
         out, partial, _arrived(x.device, grid[0] * grid[1]) if tiling.splits > 1 else out,
         num_x_rows, num_rows, num_columns, x.stride(0),
-        NESTED=nested, SHUFFLE=not interpreting(), HAS_BIAS=bias is not None, SPLITS=tiling.splits,
-        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k, STAGES=tiling.stages,
+        NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
+        SPLITS=tiling.splits, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=128, STAGES=tiling.stages,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tiling.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -495,38 +449,40 @@ def _launch_linear(
 class _Tiling:
     block_m: int
     block_n: int
-    block_k: int
     splits: int
     warps: int
     stages: int
 
 
 @functools.cache
-def _linear_tiling(num_x_rows: int, num_rows: int, num_columns: int, device: torch.device) -> _Tiling:
+def _linear_tiling(
+    num_x_rows: int, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device
+) -> _Tiling:
     """Tiles and the split of K, from measurements on an H100 (LOG.md).
 
-    Few rows need many programs on a multiprocessor, which hide each other's way from 4 bits to the tensor cores. Many
-    rows need large tiles, so that each weight is dequantised once.
+    Few rows of x need many programs on a multiprocessor, which hide each other's waiting. Many rows need large tiles,
+    so that a weight is dequantised once and x is read by few programs.
     """
-    tiles_n = triton.cdiv(num_rows, 64)
-    is_large = _has_large_shared_memory(device)
-    largest_m = 64 if not is_large else 256 if tiles_n >= num_multiprocessors(device) else 128
-    block_m = min(largest_m, max(16, triton.next_power_of_2(num_x_rows)))
-    programs_wanted = {16: 8, 32: 4, 64: 4}.get(block_m, 2) * num_multiprocessors(device)
-    tiles = tiles_n * triton.cdiv(num_x_rows, block_m)
-    shortest = 512 if block_m == 16 else 1024
-    splits = min(8, max(1, programs_wanted // tiles), max(1, num_columns // shortest))
-    block_k = 64 if block_m in (64, 256) else 128
+    is_large = _has_large_shared_memory(device) and dtype.itemsize == 2
+    block_m = min(256 if is_large else 64, max(16, next_power_of_2(num_x_rows)))
+    if block_m == 256 or (block_m == 128 and num_rows * num_columns >= WIDE):
+        block_m = block_m if num_rows * num_columns >= WIDE else 128
+        block_n, warps, stages, programs = 128, 8, 4 if block_m == 128 else 3, 1
+    else:
+        block_n, warps, stages, programs = 64, 4, 3 if is_large else 2, {16: 8, 32: 8, 64: 3, 128: 1}[block_m]
+    tiles = cdiv(num_rows, block_n) * cdiv(num_x_rows, block_m)
+    shortest = 256 if block_m == 16 else 1024
+    splits = min(8, max(1, programs * num_multiprocessors(device) // tiles), max(1, num_columns // shortest))
     # A power of two, so that few variants are compiled.
-    return _Tiling(block_m, 64, block_k, 1 << (splits.bit_length() - 1), 4, 3 if is_large else 2)
+    return _Tiling(block_m, block_n, 1 << (splits.bit_length() - 1), warps, stages)
 
 
 @functools.cache
-def _fused_rows(num_rows: int, device: torch.device) -> int:
+def _fused_rows(num_rows: int, num_columns: int, device: torch.device) -> int:
     """The most rows of x for which the fused product is faster than dequantising and cuBLAS, measured on an H100."""
-    if not _has_large_shared_memory(device):
+    if not _has_large_shared_memory(device) or num_rows * num_columns < 2**23:
         return 64
-    return 256 if triton.cdiv(num_rows, 64) >= num_multiprocessors(device) else 128
+    return 256 if num_rows * num_columns >= 3 * 2**22 else 128
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

@@ -2,16 +2,19 @@
 Knows nothing of how the sequences are computed.
 """
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from grpo_kernels import GroupLayout, group_attention
+from grpo_kernels.attention import sum_of_copies
 
 ON_GPU = torch.cuda.is_available()
+# Implementation, dtype, and how often keys may be copied: never and always are the two ways of the kernels.
 # Flash attention is PyTorch's and has no interpreter: without a GPU only the twin runs.
-IMPLS_AND_DTYPES = [("torch", torch.float32), ("torch", torch.bfloat16)] + (
-    [("triton", torch.float16), ("triton", torch.bfloat16)] if ON_GPU else []
+WAYS = [("torch", torch.float32, 0), ("torch", torch.bfloat16, 0)] + (
+    [("triton", dtype, most) for dtype in (torch.float16, torch.bfloat16) for most in (0, math.inf)] if ON_GPU else []
 )
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 LAYOUTS = {
@@ -49,11 +52,11 @@ def float64_truth(q, k, v, layout, scale):
     return torch.cat(outs), q, k, v
 
 
-@pytest.mark.parametrize(("impl", "dtype"), IMPLS_AND_DTYPES)
+@pytest.mark.parametrize(("impl", "dtype", "most_copies"), WAYS)
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize(("Hq", "Hk", "E"), [(4, 4, 32), (4, 2, 64), (6, 1, 128)])
-def test_attention_and_gradients(device, relative_error, impl, dtype, lengths, Hq, Hk, E):
-    layout = GroupLayout.of(*lengths, device=device)
+def test_attention_and_gradients(device, relative_error, impl, dtype, most_copies, lengths, Hq, Hk, E):
+    layout = GroupLayout.of(*lengths, device=device, most_copies=most_copies)
     q = torch.randn(layout.num_tokens, Hq, E, device=device).to(dtype).requires_grad_()
     k, v = (torch.randn(layout.num_tokens, Hk, E, device=device).to(dtype).requires_grad_() for _ in range(2))
     grad = torch.randn(layout.num_tokens, Hq, E, device=device).to(dtype)
@@ -68,9 +71,42 @@ def test_attention_and_gradients(device, relative_error, impl, dtype, lengths, H
         assert relative_error(tensor.grad, expected.grad) < 2 * TOLERANCE[dtype]
 
 
-def test_scale_and_strided_heads(device, relative_error):
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+def test_gathered_keys_are_those_of_the_whole_sequences(lengths, device):
+    layout = GroupLayout.of(*lengths, device=device, most_copies=math.inf)
+    expected = [indices if own else indices[:0] for indices, own in sequences_of(layout)]
+    if layout.gathered is None:
+        assert all(own == len(indices) for indices, own in sequences_of(layout))
+        return
+    lists = [layout.gathered.keys[start:end].tolist() for start, end in pairwise(layout.gathered.starts)]
+    assert lists == [indices.tolist() for indices in expected]
+    assert layout.gathered.longest == max(map(len, lists))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 8), (2, 700)])
+@pytest.mark.parametrize("lengths", list(LAYOUTS.values())[:3])
+def test_the_gradient_of_a_key_is_the_sum_over_its_copies(lengths, shape, dtype, device, relative_error):
+    layout = GroupLayout.of(*lengths, device=device, most_copies=math.inf)
+    keys = layout.gathered.keys
+    copies = torch.randn(len(keys), *shape, device=device).to(dtype)
+    expected = torch.zeros(layout.num_tokens, *shape, device=device, dtype=torch.float64)
+    expected.index_add_(0, keys, copies.double())
+    got = sum_of_copies(copies, layout.gathered.copies, layout.gathered.copy_starts)
+    assert got.dtype == dtype
+    assert relative_error(got, expected) < 2 * torch.finfo(dtype).eps
+
+
+def test_keys_are_gathered_unless_that_copies_each_too_often():
+    assert GroupLayout.of([9], [[9] * 4]).gathered is not None  # 81 keys of 45 tokens
+    assert GroupLayout.of([90], [[1] * 8]).gathered is None  # 818 keys of 98 tokens
+    assert GroupLayout.of([9, 4]).gathered is None
+    assert GroupLayout.of([9], [[0, 0]]).gathered is None
+
+
+@pytest.mark.parametrize("most_copies", [0, math.inf])
+def test_scale_and_strided_heads(most_copies, device, relative_error):
     """q, k and v as columns of one fused projection's output."""
-    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device)
+    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device, most_copies=most_copies)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     projected = torch.randn(layout.num_tokens, (4 + 2 + 2) * 32, device=device).to(dtype)
     q, k, v = (part.unflatten(1, (-1, 32)) for part in projected.split([128, 64, 64], 1))
@@ -110,8 +146,9 @@ def test_bad_arguments_are_named(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_compiles_into_one_graph(device, relative_error):
-    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device)
+@pytest.mark.parametrize("most_copies", [0, math.inf])
+def test_compiles_into_one_graph(most_copies, device, relative_error):
+    layout = GroupLayout.of([9, 4], [[3, 5], [2]], device=device, most_copies=most_copies)
     q = torch.randn(layout.num_tokens, 4, 32, device=device, dtype=torch.bfloat16)
     eager, compiled = q.clone().requires_grad_(), q.clone().requires_grad_()
 

@@ -64,10 +64,12 @@ def test_traced_as_one_operation(device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("num_rows", [1, 8, 33, 64, 200])
-def test_every_row_count_in_bfloat16(num_rows, relative_error):
-    x = torch.randn(num_rows, 4096, device="cuda").bfloat16()
-    nf4 = nf4_quantize(torch.randn(1024, 4096, device="cuda").bfloat16(), True)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 8, 33, 64, 100, 200, 300])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1024, 4096), (6200, 4160)])
+def test_every_tiling_in_bfloat16(num_outputs, num_inputs, num_rows, double_quant, relative_error):
+    x = torch.randn(num_rows, num_inputs, device="cuda").bfloat16()
+    nf4 = nf4_quantize(torch.randn(num_outputs, num_inputs, device="cuda").bfloat16(), double_quant)
     for impl in ("triton", "auto"):
         check(x, nf4, None, impl, relative_error)
 

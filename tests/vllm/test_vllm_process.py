@@ -2,11 +2,13 @@
 
 import gc
 import random
+import shutil
 import threading
 import weakref
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny_engines import Letters, prompts
 from tiny_models import build_policy
@@ -68,3 +70,21 @@ def test_ten_engines_opened_and_closed_leave_nothing(vllm_config):
     assert [reference() for reference in gone] == [None] * 20
     assert threads[-1] <= threads[1]
     assert memory[-1] - memory[1] < GROWTH
+
+
+class Compiled(VllmEngine):
+    """As on a GPU."""
+
+    def _arguments(self, longest):
+        return super()._arguments(longest) | {"enforce_eager": False}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_is_forgotten_too(vllm_config):
+    config = vllm_config()
+    engine = Compiled(build_policy(config), Letters(), prompts(), config, 60)
+    model = weakref.ref(vllm_compat.inner_model(engine.llm).model)
+    assert not model().do_not_compile
+    engine.close()
+    gc.collect()
+    assert model() is None
