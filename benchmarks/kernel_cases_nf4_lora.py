@@ -143,6 +143,32 @@ def errors_against(truths: tuple[Tensor, Tensor]) -> Callable[[Any], dict[str, f
     return errors
 
 
+class KExtended(torch.autograd.Function):
+    """The form of LoRA that extends K, [x | x A^T] [W | B]^T: one product, for a copy of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, extended: Tensor, a_mirror: Tensor, _a: Tensor, *b: Tensor) -> Tensor:
+        """x [T, K], extended [N, K + R], A [R, K], the parts' B [N_j, RANK] -> [T, N]"""
+        low = x @ a_mirror.T
+        ctx.save_for_backward(x, low, extended, a_mirror)
+        ctx.sizes = [part.shape[0] for part in b]
+        return torch.cat([x, low], dim=1) @ extended.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """grad [T, N] -> gradients of x in its dtype, of A and B in float32"""
+        x, low, extended, a_mirror = ctx.saved_tensors
+        grad_x, grad_low = (grad @ extended).tensor_split([x.shape[1]], dim=1)
+        parts = zip(grad.split(ctx.sizes, dim=1), low.split(RANK, dim=1), strict=True)
+        grads_b = [(part.T @ own).float() for part, own in parts]
+        return torch.addmm(grad_x, grad_low, a_mirror), None, None, (grad_low.T @ x).float(), *grads_b
+
+
+def with_b_beside(weight: Tensor, factors: LoraFactors) -> Tensor:
+    """[W | B], each part's B in columns of its own: [N, K + R]."""
+    return torch.cat([weight, torch.block_diag(*factors.b_mirror)], dim=1)
+
+
 def prepare_lora_linear(T: int, sizes: list[int], K: int) -> Contest:
     factors, parts = random_factors(sizes, K), [randn(size, K, scale=K**-0.5) for size in sizes]
     base, weight = quantized(parts), torch.cat(parts)
@@ -150,15 +176,28 @@ def prepare_lora_linear(T: int, sizes: list[int], K: int) -> Contest:
     merged = dense_products(base, factors)
     truths = (x[:CHECKED_ROWS].double() @ merged.T, grad[:CHECKED_ROWS].double() @ merged)
 
-    def ours(impl: Impl) -> Run:
+    plain = nf4_dequantize(base, torch.bfloat16)
+    dense, extended = with_a_below(plain, factors), with_b_beside(plain, factors)
+
+    def ours(impl: Impl, base: Tensor | NF4, factors: LoraFactors) -> Run:
         return forward_and_backward(lambda leaf: lora_linear(leaf, base, factors, impl=impl), x, grad)
+
+    def k_extended(leaf: Tensor) -> Tensor:
+        out = KExtended.apply(leaf, extended, factors.a_mirror, factors.a, *factors.b)
+        assert isinstance(out, Tensor)
+        return out
 
     def peft() -> Run:
         layers = peft_layers(parts, factors)
         return forward_and_backward(lambda leaf: torch.cat([layer(leaf) for layer in layers], dim=-1), x, grad)
 
     return Contest(
-        {"ours": ours("auto"), "ours, torch twin": ours("torch")},
+        {
+            "ours": ours("auto", base, factors),
+            "ours, bfloat16 base": ours("auto", *dense),
+            "ours, torch twin": ours("torch", base, factors),
+            "K extended, bfloat16 base": forward_and_backward(k_extended, x, grad),
+        },
         "the two products with the bfloat16 weight",
         floor_run=lambda: (x @ weight.T, grad @ weight),
         peers={"PEFT + bitsandbytes": peft},
@@ -170,7 +209,7 @@ def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
     factors, parts = random_factors(sizes, K), [randn(size, K, scale=K**-0.5) for size in sizes]
     base, x = quantized(parts), randn(M, K)
     weight = nf4_dequantize(base, torch.bfloat16)
-    dense = with_a_below(weight, factors)
+    dense, extended = with_a_below(weight, factors), with_b_beside(weight, factors)
     truth = x.double() @ dense_products(base, factors).T
 
     def separately() -> Tensor:
@@ -183,6 +222,7 @@ def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
             "ours, bfloat16 base": in_graph(lambda: lora_linear_inference(x, *dense)),
             "ours, bfloat16 base, A elsewhere": in_graph(lambda: lora_linear_inference(x, weight, factors)),
             "separate products, bfloat16 base": in_graph(separately),
+            "K extended, bfloat16 base": in_graph(lambda: torch.cat([x, x @ factors.a_mirror.T], dim=1) @ extended.T),
         },
         "one product with the bfloat16 weight",
         floor_run=in_graph(lambda: x @ weight.T),
