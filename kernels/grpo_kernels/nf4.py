@@ -464,9 +464,10 @@ def _linear_tiling(
     so that a weight is dequantised once and x is read by few programs.
     """
     is_large = _has_large_shared_memory(device) and dtype.itemsize == 2
+    is_wide = num_rows * num_columns >= WIDE
     block_m = min(256 if is_large else 64, max(16, next_power_of_2(num_x_rows)))
-    if block_m == 256 or (block_m == 128 and num_rows * num_columns >= WIDE):
-        block_m = block_m if num_rows * num_columns >= WIDE else 128
+    if block_m == 256 or (block_m == 128 and is_wide):
+        block_m = block_m if is_wide else 128
         block_n, warps, stages, programs = 128, 8, 4 if block_m == 128 else 3, 1
     else:
         block_n, warps, stages, programs = 64, 4, 3 if is_large else 2, {16: 8, 32: 8, 64: 3, 128: 1}[block_m]
