@@ -29,7 +29,7 @@ from grpo_kernels import (
     rms_norm,
     rope,
     swiglu,
-)  # fmt: skip
+)
 from grpo_kernels.attention import _merge, sum_of_copies
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
