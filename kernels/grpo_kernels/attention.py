@@ -31,7 +31,7 @@ from torch import Tensor
 
 from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, next_power_of_2, tl, triton
 
-# Keys are gathered where that makes at most this many of each on average.
+# Keys are gathered where that makes at most this many of each on average, from measurements on an H100 (LOG.md).
 MOST_COPIES = 3.0
 
 
@@ -244,7 +244,8 @@ def _launch_gathered(
     longest: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32."""
+    """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32. Keys and values [S, Hk, E] are
+    gathered here and again in the backward, so that autograd never holds the copies."""
     there = k.index_select(0, keys), v.index_select(0, keys)
     return _flash(q, *there, segments, key_starts, *longest, True, scale)
 
