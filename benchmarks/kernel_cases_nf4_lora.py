@@ -63,16 +63,21 @@ def replay(graph: torch.cuda.CUDAGraph, out: Any, _captured: Callable[[], Any]) 
     return out
 
 
+def one_after_the_other(product: Callable[..., Tensor], weights: list[Any]) -> Run:
+    """Products with one weight after the other, as in decoding."""
+    return in_graph(lambda: [product(weight) for weight in weights])
+
+
+def more_than_the_cache(N: int, K: int) -> int:
+    """How many weights [N, K] in 4 bits the L2 cache does not hold. Products with one after the other read each from
+    memory, and leave the cache no bytes that have to be written back, as a flush before each does."""
+    return max(8, cdiv(3 * torch.cuda.get_device_properties().L2_cache_size, N * K // 2))
+
+
 def prepare_linear(M: int, N: int, K: int, double_quant: bool) -> Contest:
-    """Products with one weight after the other, as in decoding: more of them than the L2 cache holds, and none of its
-    bytes that have to be written back."""
-    times = max(8, cdiv(3 * torch.cuda.get_device_properties().L2_cache_size, N * K // 2))
-    x, dense = randn(M, K), [randn(N, K) for _ in range(times)]
+    x, dense = randn(M, K), [randn(N, K) for _ in range(more_than_the_cache(N, K))]
     nf4 = [nf4_quantize(weight, double_quant) for weight in dense]
     truth = x.double() @ nf4_dequantize(nf4[0], torch.bfloat16, impl="torch").double().T
-
-    def one_after_the_other(product: Callable[..., Tensor], weights: list[Any]) -> Run:
-        return in_graph(lambda: [product(weight) for weight in weights])
 
     def bitsandbytes() -> Run:
         import bitsandbytes
@@ -92,7 +97,7 @@ def prepare_linear(M: int, N: int, K: int, double_quant: bool) -> Contest:
         },
         "one product with the bfloat16 weight",
         floor_run=one_after_the_other(lambda weight: x @ weight.T, dense),
-        times=times,
+        times=len(dense),
         peers={"bitsandbytes": bitsandbytes},
         errors=lambda got: {"output": relative_error(got[0], truth)},
     )
@@ -206,27 +211,37 @@ def prepare_lora_linear(T: int, sizes: list[int], K: int) -> Contest:
 
 
 def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
-    factors, parts = random_factors(sizes, K), [randn(size, K, scale=K**-0.5) for size in sizes]
-    base, x = quantized(parts), randn(M, K)
-    weight = nf4_dequantize(base, torch.bfloat16)
-    dense, extended = with_a_below(weight, factors), with_b_beside(weight, factors)
-    truth = x.double() @ dense_products(base, factors).T
+    factors, x = random_factors(sizes, K), randn(M, K)
+    count = more_than_the_cache(sum(sizes), K)
+    bases = [quantized([randn(size, K, scale=K**-0.5) for size in sizes]) for _ in range(count)]
+    weights = [nf4_dequantize(base, torch.bfloat16) for base in bases]
+    truth = x.double() @ dense_products(bases[0], factors).T
 
-    def separately() -> Tensor:
+    def separately(weight: Tensor) -> Tensor:
         with torch.no_grad():
             return lora_linear(x, weight, factors, impl="torch")
 
+    def k_extended(extended: Tensor) -> Tensor:
+        return torch.cat([x, x @ factors.a_mirror.T], dim=1) @ extended.T
+
     return Contest(
         {
-            "ours": in_graph(lambda: lora_linear_inference(x, base, factors)),
-            "ours, bfloat16 base": in_graph(lambda: lora_linear_inference(x, *dense)),
-            "ours, bfloat16 base, A elsewhere": in_graph(lambda: lora_linear_inference(x, weight, factors)),
-            "separate products, bfloat16 base": in_graph(separately),
-            "K extended, bfloat16 base": in_graph(lambda: torch.cat([x, x @ factors.a_mirror.T], dim=1) @ extended.T),
+            "ours": one_after_the_other(lambda base: lora_linear_inference(x, base, factors), bases),
+            "ours, bfloat16 base": one_after_the_other(
+                lambda joined: lora_linear_inference(x, *joined), [with_a_below(weight, factors) for weight in weights]
+            ),
+            "ours, bfloat16 base, A elsewhere": one_after_the_other(
+                lambda weight: lora_linear_inference(x, weight, factors), weights
+            ),
+            "separate products, bfloat16 base": one_after_the_other(separately, weights),
+            "K extended, bfloat16 base": one_after_the_other(
+                k_extended, [with_b_beside(weight, factors) for weight in weights]
+            ),
         },
         "one product with the bfloat16 weight",
-        floor_run=in_graph(lambda: x @ weight.T),
-        errors=lambda got: {"output": relative_error(got, truth)},
+        floor_run=one_after_the_other(lambda weight: x @ weight.T, weights),
+        times=count,
+        errors=lambda got: {"output": relative_error(got[0], truth)},
     )
 
 

@@ -67,12 +67,12 @@ def lora_linear(
 ) -> Tensor:
     """x [..., K] through the projection: [..., N]. Differentiable in x and the masters; base and bias are frozen.
 
-    Few rows without gradient, as in decoding, are left to `lora_linear_inference`.
+    Few rows without gradient, as in decoding, are computed as `lora_linear_inference` does.
     """
     rows = x.reshape(-1, x.shape[-1])
     fused = choose("lora_linear", impl, x) == "triton"
     if fused and is_decoding(rows):
-        out = lora_linear_inference(rows, base, factors, bias, impl)
+        out = decoded(rows, base, factors, bias, impl)
     else:
         out = _LoraLinear.apply(rows, base, factors, bias, fused, factors.a, *factors.b)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -81,6 +81,13 @@ def lora_linear(
 def is_decoding(rows: Tensor) -> bool:
     """Whether x [T, K] has few rows and no gradient. With more rows, scores are rounded as the trained forward's."""
     return not torch.is_grad_enabled() and rows.shape[0] <= MOST_DECODED_ROWS
+
+
+def decoded(rows: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, impl: Impl) -> Tensor:
+    """`lora_linear_inference` for a decoder that launches one by one (`eager` in `nf4_linear`)."""
+    if torch.compiler.is_compiling():
+        return lora_linear_inference(rows, base, factors, bias, impl)
+    return _infer(rows, base, factors.a_mirror, factors.b_mirror, factors.scale, bias, impl, eager=True)
 
 
 def lora_linear_inference(
@@ -211,7 +218,14 @@ def _infer_nf4(
 
 @torch.no_grad()
 def _infer(
-    x: Tensor, base: Tensor | NF4, a: Tensor, b: list[Tensor], scale: Tensor, bias: Tensor | None, impl: Any
+    x: Tensor,
+    base: Tensor | NF4,
+    a: Tensor,
+    b: Sequence[Tensor],
+    scale: Tensor,
+    bias: Tensor | None,
+    impl: Any,
+    eager: bool = False,
 ) -> Tensor:
     if choose("lora_linear_inference", impl, x) == "torch":
         return twin_forward(x, base, LoraFactors(a, tuple(b), a, tuple(b), scale), bias)[0]
@@ -221,7 +235,7 @@ def _infer(
         out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
         add_low_rank(extended, extended[:, num_outputs:], _transposed(b), scale, bias, out)
         return out
-    out = nf4_linear(x, base, impl=impl) if isinstance(base, NF4) else x @ base.to(x.dtype).t()
+    out = nf4_linear(x, base, impl=impl, eager=eager) if isinstance(base, NF4) else x @ base.to(x.dtype).t()
     add_low_rank(out, x @ a.t(), _transposed(b), scale, bias, out)
     return out
 

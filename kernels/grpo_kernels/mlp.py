@@ -21,10 +21,10 @@ from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
 from grpo_kernels.lora_linear import (
     LoraFactors,
     add_low_rank,
+    decoded,
     gradient_of_input,
     is_decoding,
     lora_linear,
-    lora_linear_inference,
     product_float32,
     product_with_a,
     product_with_b,
@@ -51,9 +51,9 @@ def lora_mlp(
         return lora_linear(_activate(gate, activation) * up, down_base, down_factors, impl="torch")
     rows = x.reshape(-1, x.shape[-1])
     if is_decoding(rows):
-        gate, up = lora_linear_inference(rows, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
+        gate, up = decoded(rows, gate_up_base, gate_up_factors, None, impl).chunk(2, dim=-1)
         h = gated(gate, up, activation, impl=impl)
-        return lora_linear_inference(h, down_base, down_factors, impl=impl).view(x.shape)
+        return decoded(h, down_base, down_factors, None, impl).view(x.shape)
     out = _LoraMlpFused.apply(
         rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
         gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,

@@ -16,7 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, cdiv, choose, interpreting, next_power_of_2, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import (
+    Impl,
+    TensorDescriptor,
+    capability,
+    cdiv,
+    choose,
+    interpreting,
+    next_power_of_2,
+    num_multiprocessors,
+    tl,
+    triton,
+)
 
 BLOCK = 64
 NESTED_BLOCK = 256
@@ -142,23 +153,26 @@ def dequantize_into(nf4: NF4, out: Tensor) -> None:
     _launch_dequantize(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
 
 
-def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto", eager: bool = False) -> Tensor:
     """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient).
 
     The weight stays in 4 bits while that is faster than dequantising it for a dense product: up to `_fused_rows` rows.
     Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes. Not safe on two streams at
     once, because the programs that share a tile count themselves in one place of a device.
+
+    `eager` says that no graph will replay the launch. Then tensor descriptors are left out: to fill them costs the host
+    some 50 microseconds, and with launches one by one it is the host that a decoder waits for.
     """
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
-    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(*weight.shape, x.device)):
+    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(*weight.shape, eager, x.device)):
         out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
     elif torch.compiler.is_compiling():
         out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
     else:
         out = _launch_linear(
-            rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0]
+            rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0], eager
         )
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -343,20 +357,25 @@ _PASS = tl.constexpr("mov.b32 $0, $1;")
 def _linear_kernel(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
     num_x_rows, num_rows, num_columns, x_stride,
-    NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIBED: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K. A tile's last program adds them up.
+    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K, or all of it. A tile's last program adds
+    the stretches up.
 
     Weights become numbers in the very registers that the tensor cores read. There four neighbouring lanes hold, of
     eight neighbouring values along K, two each: the four bytes of a word. So the four all read the word from shared
     memory (one broadcast), and each keeps its own byte.
+
+    DESCRIBED: x and packed are tensor descriptors, and absmax is one where steps are 256 columns and not NESTED.
     """
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows beyond the edge read the last row and are not stored, so that the loop has no masks in N.
     row = tl.minimum(n, num_rows - 1).to(tl.int64)
+    dtype = out.dtype.element_ty
     blocks_of_row = num_columns // 64
     BLOCKS: tl.constexpr = BLOCK_K // 64
     steps = tl.cdiv(num_columns, BLOCK_K)
@@ -364,27 +383,39 @@ def _linear_kernel(
     held = _hold_levels(levels, SHUFFLE)
     accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for step in tl.range(split * steps_of_split, tl.minimum((split + 1) * steps_of_split, steps), num_stages=STAGES):
-        column_word = step * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
-        word = tl.load(
-            packed + row[:, None] * (blocks_of_row * 8) + column_word[None, :],
-            mask=(column_word < blocks_of_row * 8)[None, :],
-            other=0,
-        )
+        if DESCRIBED:
+            word = packed.load([tile_n * BLOCK_N, step * (BLOCKS * 8)])
+            x_tile = x.load([tile_m * BLOCK_M, step * BLOCK_K]).T
+        else:
+            column_word = step * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
+            word = tl.load(
+                packed + row[:, None] * (blocks_of_row * 8) + column_word[None, :],
+                mask=(column_word < blocks_of_row * 8)[None, :],
+                other=0,
+            )
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            x_tile = tl.load(
+                x + m[None, :].to(tl.int64) * x_stride + k[:, None],
+                mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None],
+                other=0.0,
+            )
+        if DESCRIBED and BLOCKS == 4 and NESTED:
+            # The codes of a step are the four bytes of a word.
+            step_of_row = row * (blocks_of_row // 4) + step
+            codes = tl.load(absmax + step_of_row)[:, None] >> (8 * tl.arange(0, 4))[None, :]
+            scale = tl.load(dynamic_levels + (codes & 255)) * tl.load(nested_absmax + step_of_row // 64)[:, None]
+            scale += tl.load(offset + step_of_row // 64)[:, None]
+        elif DESCRIBED and BLOCKS == 4:
+            scale = absmax.load([tile_n * BLOCK_N, step * BLOCKS])
+        else:
+            column_block = step * BLOCKS + tl.arange(0, BLOCKS)
+            block = row[:, None] * blocks_of_row + column_block[None, :]
+            within_row = (column_block < blocks_of_row)[None, :]
+            scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
         byte = word.reshape(BLOCK_N, BLOCKS, 8)[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]
         even, odd = _levels_of_bytes(byte, held, SHUFFLE)
-        column_block = step * BLOCKS + tl.arange(0, BLOCKS)
-        block = row[:, None] * blocks_of_row + column_block[None, :]
-        within_row = (column_block < blocks_of_row)[None, :]
-        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
         scale = scale[:, :, None, None]
-        dtype = x.dtype.element_ty
         weight = tl.join((even * scale).to(dtype), (odd * scale).to(dtype)).reshape(BLOCK_N, BLOCK_K)
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(
-            x + m[None, :].to(tl.int64) * x_stride + k[:, None],
-            mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None],
-            other=0.0,
-        )
         accumulator = tl.dot(weight, x_tile, accumulator, input_precision=PRECISION)
         if TOGETHER:
             accumulator = tl.inline_asm_elementwise(
@@ -392,7 +423,9 @@ def _linear_kernel(
             )
     inside = (n < num_rows)[:, None] & (m < num_x_rows)[None, :]
     target = m[None, :].to(tl.int64) * num_rows + n[:, None]
-    if SPLITS > 1:
+    # With many rows the sum is compiled even where K is in one piece. It never runs then, but ptxas, which sees that it
+    # could, gives the loop more registers: 6 to 12% less time (LOG.md).
+    if SPLITS > 1 or (BLOCK_M >= 64 and tl.num_programs(2) > 1):
         tl.store(partial + split.to(tl.int64) * num_x_rows * num_rows + target, accumulator, mask=inside)
         tl.debug_barrier()
         tile = tile_m * tl.num_programs(0) + tile_n
@@ -401,13 +434,13 @@ def _linear_kernel(
             return
         tl.store(arrived + tile, 0)
         accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        of_split = partial + target
         for _ in tl.static_range(SPLITS):
-            accumulator += tl.load(partial + target, mask=inside, other=0.0, cache_modifier=".cg")
-            target += tl.cast(num_rows, tl.int64) * num_x_rows
+            accumulator += tl.load(of_split, mask=inside, other=0.0, cache_modifier=".cg")
+            of_split += tl.cast(num_rows, tl.int64) * num_x_rows
     if HAS_BIAS:
         accumulator += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)[:, None]
-    target = m[None, :].to(tl.int64) * num_rows + n[:, None]
-    tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + target, accumulator.to(dtype), mask=inside)
 
 
 def _launch_linear(
@@ -418,6 +451,7 @@ def _launch_linear(
     offset: Tensor | None,
     bias: Tensor | None,
     num_rows: int,
+    eager: bool = False,
 ) -> Tensor:
     """x [M, K] -> [M, N]"""
     num_x_rows, num_columns = x.shape
@@ -425,40 +459,98 @@ def _launch_linear(
     if out.numel() == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tiling = _linear_tiling(num_x_rows, num_rows, num_columns, x.dtype, x.device)
-    grid = (cdiv(num_rows, tiling.block_n), cdiv(num_x_rows, tiling.block_m), tiling.splits)
-    partial = (
-        torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
-        if tiling.splits > 1
-        else out
-    )
     nested, ptx = nested_absmax is not None, not interpreting()
+    described = not eager and _can_be_described(x, packed, absmax)
+    choose_tiling = _described_tiling if described else _addressed_tiling
+    tiling = choose_tiling(num_x_rows, num_rows, num_columns, x.dtype, nested, x.device)
+    rows, words, scales = x, packed.view(torch.int32), absmax
+    if described:
+        rows = TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k])
+        words = _described(words, num_rows, tiling.block_n, tiling.block_k // 8)
+        if tiling.block_k == 4 * BLOCK:
+            scales = absmax.view(torch.int32) if nested else _described(absmax, num_rows, tiling.block_n, 4)
+    grid = (cdiv(num_rows, tiling.block_n), cdiv(num_x_rows, tiling.block_m), tiling.splits)
+    # Where one program has a tile to itself they stay unused, and have their types all the same.
+    partial, arrived = _levels(x.device), packed.view(torch.int32)
+    if tiling.splits > 1:
+        partial = torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
+        arrived = _arrived(x.device, grid[0] * grid[1])
+    options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     _linear_kernel[grid](
-        x, packed.view(torch.int32), absmax, nested_absmax if nested else absmax, offset if nested else absmax,
+        rows, words, scales, nested_absmax if nested else absmax, offset if nested else absmax,
         _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x,
-        out, partial, _arrived(x.device, grid[0] * grid[1]) if tiling.splits > 1 else out,
-        num_x_rows, num_rows, num_columns, x.stride(0),
-        NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
-        SPLITS=tiling.splits, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=128, STAGES=tiling.stages,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=tiling.warps, enable_fp_fusion=False,
+        out, partial, arrived, num_x_rows, num_rows, num_columns, x.stride(0),
+        DESCRIBED=described, NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
+        SPLITS=tiling.splits, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tiling.stages,
+        num_warps=tiling.warps, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return out
+
+
+def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
+    """Whether tensor descriptors can fetch these: rows that start at multiples of 16 bytes."""
+    pitch = x.stride(0)
+    return (
+        (interpreting() or (_has_descriptors(x.device) and x.dtype.itemsize == 2))
+        and x.shape[1] % (4 * BLOCK) == 0
+        and pitch >= x.shape[1]
+        and pitch * x.itemsize % 16 == 0
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, packed, absmax))
+    )
+
+
+def _described(values: Tensor, num_rows: int, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """Values of a weight, row by row, as a matrix that is fetched in blocks."""
+    num_columns = values.numel() // num_rows
+    return TensorDescriptor(values, [num_rows, num_columns], [num_columns, 1], [block_rows, block_columns])
 
 
 @dataclass(frozen=True)
 class _Tiling:
     block_m: int
     block_n: int
-    splits: int
+    block_k: int
     warps: int
     stages: int
+    splits: int
+    registers: int | None = None  # the most of a thread; None leaves it to the compiler
 
 
 @functools.cache
-def _linear_tiling(
-    num_x_rows: int, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device
+def _described_tiling(
+    num_x_rows: int, num_rows: int, num_columns: int, _dtype: torch.dtype, nested: bool, device: torch.device
 ) -> _Tiling:
-    """Tiles and the split of K, from measurements on an H100 (LOG.md).
+    """Tiles that descriptors fetch, and the split of K, from measurements on an H100 (LOG.md).
+
+    With few rows of x, reading weights and turning them into numbers takes the time, and three or four programs share a
+    multiprocessor. With more, reading x does, which wide tiles read less often.
+    """
+    is_wide = num_rows * num_columns >= WIDE
+    block_m = max(16, next_power_of_2(num_x_rows))
+    block_m = min(block_m, 256 if is_wide else 128)
+    if block_m <= 32:
+        # Nested scales are looked up in three steps, of which each takes a stage.
+        block_n, block_k, warps, stages, programs = 64, 256, 4, 5 if nested else 3, 4 if block_m == 16 else 3
+    elif block_m == 64 and nested:
+        block_n, block_k, warps, stages, programs = 64, 256, 4, 3, 3
+    elif block_m == 64 and is_wide:
+        block_n, block_k, warps, stages, programs = 128, 256, 8, 3, 1
+    elif block_m <= 128:
+        block_n, block_k, warps, stages, programs = 64, 128, 4, 3, 3 if block_m == 64 else 2
+    else:
+        block_n, block_k, warps, stages, programs = 128, 128, 8, 3, 1
+    tiles = cdiv(num_rows, block_n) * cdiv(num_x_rows, block_m)
+    shortest = 512 if block_m <= 32 else 1024
+    splits = _power_of_2(programs * num_multiprocessors(device) // tiles, num_columns // shortest)
+    return _Tiling(block_m, block_n, block_k, warps, stages, splits, registers=128 if block_m == 16 else None)
+
+
+@functools.cache
+def _addressed_tiling(
+    num_x_rows: int, num_rows: int, num_columns: int, dtype: torch.dtype, _nested: bool, device: torch.device
+) -> _Tiling:
+    """Tiles that are fetched by their addresses, and the split of K, from measurements on an H100 (LOG.md).
 
     Few rows of x need many programs on a multiprocessor, which hide each other's waiting. Many rows need large tiles,
     so that a weight is dequantised once and x is read by few programs.
@@ -473,17 +565,28 @@ def _linear_tiling(
         block_n, warps, stages, programs = 64, 4, 3 if is_large else 2, {16: 8, 32: 8, 64: 3, 128: 1}[block_m]
     tiles = cdiv(num_rows, block_n) * cdiv(num_x_rows, block_m)
     shortest = 256 if block_m == 16 else 1024
-    splits = min(8, max(1, programs * num_multiprocessors(device) // tiles), max(1, num_columns // shortest))
-    # A power of two, so that few variants are compiled.
-    return _Tiling(block_m, block_n, 1 << (splits.bit_length() - 1), warps, stages)
+    splits = _power_of_2(programs * num_multiprocessors(device) // tiles, num_columns // shortest)
+    return _Tiling(block_m, block_n, 128, warps, stages, splits)
+
+
+def _power_of_2(*limits: int) -> int:
+    """The largest from 1 to 8 within all limits; 1 where there is none."""
+    return 1 << (max(1, min(8, *limits)).bit_length() - 1)
 
 
 @functools.cache
-def _fused_rows(num_rows: int, num_columns: int, device: torch.device) -> int:
+def _fused_rows(num_rows: int, num_columns: int, eager: bool, device: torch.device) -> int:
     """The most rows of x for which the fused product is faster than dequantising and cuBLAS, measured on an H100."""
     if not _has_large_shared_memory(device) or num_rows * num_columns < 2**23:
         return 64
+    if num_rows * num_columns >= WIDE and num_columns % (4 * BLOCK) == 0 and not eager and _has_descriptors(device):
+        return 512
     return 256 if num_rows * num_columns >= 3 * 2**22 else 128
+
+
+def _has_descriptors(device: torch.device) -> bool:
+    """Whether it is a large GPU of Hopper's kind or later."""
+    return capability(device) in ((9, 0), (10, 0), (10, 3))
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

@@ -58,11 +58,10 @@ shared: dict[str, int] = {}
 run = JITFunction.run
 
 
-def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options):
+def compile_only(kernel: JITFunction, *arguments, grid, warmup, **options) -> None:
     compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
     name = name_of(kernel)
-    shared[name] = max(shared.get(name, 0), compiled.metadata.shared)
-    return compiled
+    shared[name] = max(shared.get(name, 0), compiled.metadata.shared)  # and nothing that could be launched is returned
 
 
 def name_of(kernel: JITFunction) -> str:

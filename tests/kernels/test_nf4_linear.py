@@ -21,8 +21,12 @@ def check(x, nf4, bias, impl, relative_error):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(
-    ("num_rows", "num_outputs", "num_inputs"), [(1, 64, 64), (3, 123, 320), (17, 252, 192), (70, 64, 128)]
-)
+    ("num_rows", "num_outputs", "num_inputs"),
+    [
+        (1, 64, 64), (3, 123, 320), (17, 252, 192), (70, 64, 128),
+        (1, 123, 512), (20, 100, 768), (40, 64, 256), (70, 123, 256),  # what tensor descriptors fetch
+    ],
+)  # fmt: skip
 def test_agrees_with_float64(num_rows, num_outputs, num_inputs, double_quant, dtype, device, impl, relative_error):
     x = torch.randn(num_rows, num_inputs, device=device).to(dtype)
     nf4 = nf4_quantize(torch.randn(num_outputs, num_inputs, device=device), double_quant)
@@ -51,6 +55,28 @@ def test_leading_dimensions_and_strides(device, impl, relative_error):
     assert relative_error(got, truth) < 1e-6
 
 
+@pytest.mark.parametrize("start", [1, 8])
+def test_rows_of_x_apart(start, dtype, device, impl, relative_error):
+    wide = torch.randn(5, 256 + 16, device=device).to(dtype)
+    # From the second column on, addresses are not those that a descriptor can have.
+    x = wide[:, start : start + 256]
+    check(x, nf4_quantize(torch.randn(96, 256, device=device)), None, impl, relative_error)
+    check(x[:1].expand(5, 256), nf4_quantize(torch.randn(96, 256, device=device)), None, impl, relative_error)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_some_rows_of_a_weight(double_quant, dtype, device, impl, relative_error):
+    nf4 = nf4_quantize(torch.randn(300, 512, device=device), double_quant)
+    check(torch.randn(5, 512, device=device).to(dtype), nf4.row_slice(33, 200), None, impl, relative_error)
+
+
+def test_launched_eagerly(dtype, device, impl, relative_error):
+    x, nf4 = torch.randn(20, 512, device=device).to(dtype), nf4_quantize(torch.randn(100, 512, device=device))
+    truth, plain = product_float64(x, nf4, None)
+    got = nf4_linear(x, nf4, impl=impl, eager=True)
+    assert relative_error(got, truth) <= 1.1 * relative_error(plain, truth) + 3e-7
+
+
 def test_no_rows(device, impl):
     nf4 = nf4_quantize(torch.randn(96, 128, device=device))
     assert nf4_linear(torch.randn(0, 128, device=device), nf4, impl=impl).shape == (0, 96)
@@ -66,7 +92,7 @@ def test_traced_as_one_operation(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("num_rows", [1, 8, 33, 64, 100, 200, 300])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1024, 4096), (6200, 4160)])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1024, 4096), (6200, 4096), (6200, 4160)])
 def test_every_tiling_in_bfloat16(num_outputs, num_inputs, num_rows, double_quant, relative_error):
     x = torch.randn(num_rows, num_inputs, device="cuda").bfloat16()
     nf4 = nf4_quantize(torch.randn(num_outputs, num_inputs, device="cuda").bfloat16(), double_quant)
