@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not there, older and smaller ones than kernels are tuned on."""
+"""Kernels compile for GPUs that are not there: the kind they are tuned on, and older and smaller ones."""
 
 import os
 import subprocess
@@ -12,8 +12,11 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 OF_HOPPER = {"linear_logprob._multiply_kernel", "linear_logprob._finish_kernel", "linear_logprob._target_logits_kernel"}
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [("7.5", "float16"), ("8.9", "bfloat16")])
-def test_every_kernel_compiles_and_fits(capability, dtype):
+@pytest.mark.parametrize(
+    ("capability", "dtype", "elsewhere"),
+    [("7.5", "float16", OF_HOPPER), ("8.9", "bfloat16", OF_HOPPER), ("9.0", "bfloat16", set())],
+)
+def test_every_kernel_compiles_and_fits(capability, dtype, elsewhere):
     # Without a GPU this process has kernels interpreted, and Triton hands that on.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -25,4 +28,4 @@ def test_every_kernel_compiles_and_fits(capability, dtype):
     )
     assert done.returncode == 0, done.stderr
     compiled = dict(line.split() for line in done.stdout.splitlines())
-    assert {name for name, shared in compiled.items() if shared == "-"} == OF_HOPPER
+    assert {name for name, shared in compiled.items() if shared == "-"} == elsewhere
