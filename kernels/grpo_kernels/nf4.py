@@ -156,7 +156,7 @@ def dequantize_into(nf4: NF4, out: Tensor) -> None:
 def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto", eager: bool = False) -> Tensor:
     """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient).
 
-    The weight stays in 4 bits while that is faster than dequantising it for a dense product: up to `_fused_rows` rows.
+    The weight stays in 4 bits while that is faster than dequantising it for a dense product: up to 64 to 512 rows.
     Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes. Not safe on two streams at
     once, because the programs that share a tile count themselves in one place of a device.
 
@@ -166,7 +166,7 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
-    elif weight.shape[1] % BLOCK or (impl == "auto" and rows.shape[0] > _fused_rows(*weight.shape, eager, x.device)):
+    elif weight.shape[1] % BLOCK or (impl == "auto" and not _is_fused(rows.shape[0], weight, eager)):
         out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
     elif torch.compiler.is_compiling():
         out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
@@ -353,7 +353,7 @@ def _levels_of_bytes(word, held, SHUFFLE: tl.constexpr):
 _PASS = tl.constexpr("mov.b32 $0, $1;")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_x_rows"])
 def _linear_kernel(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
     num_x_rows, num_rows, num_columns, x_stride,
@@ -574,14 +574,20 @@ def _power_of_2(*limits: int) -> int:
     return 1 << (max(1, min(8, *limits)).bit_length() - 1)
 
 
+def _is_fused(num_x_rows: int, weight: NF4, eager: bool) -> bool:
+    """Whether the fused product is faster than dequantising and cuBLAS, measured on an H100."""
+    most, beyond = _fused_rows(*weight.shape, eager, weight.device)
+    return num_x_rows <= most or beyond < num_x_rows <= 512
+
+
 @functools.cache
-def _fused_rows(num_rows: int, num_columns: int, eager: bool, device: torch.device) -> int:
-    """The most rows of x for which the fused product is faster than dequantising and cuBLAS, measured on an H100."""
-    if not _has_large_shared_memory(device) or num_rows * num_columns < 2**23:
-        return 64
-    if num_rows * num_columns >= WIDE and num_columns % (4 * BLOCK) == 0 and not eager and _has_descriptors(device):
-        return 512
-    return 256 if num_rows * num_columns >= 3 * 2**22 else 128
+def _fused_rows(num_rows: int, num_columns: int, eager: bool, device: torch.device) -> tuple[int, int]:
+    """Up to how many rows of x it is faster, and beyond how many it is again, up to 512, in two tiles well filled."""
+    num_values = num_rows * num_columns
+    if not _has_large_shared_memory(device) or num_values < 2**23:
+        return 64, 512
+    is_described = not eager and num_columns % (4 * BLOCK) == 0 and _has_descriptors(device)
+    return 256 if num_values >= 3 * 2**22 else 128, 384 if num_values >= 2 * WIDE and is_described else 512
 
 
 def _has_descriptors(device: torch.device) -> bool:
