@@ -130,6 +130,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def has_descriptors(device: torch.device) -> bool:
+    """Whether kernels for it may fetch by tensor descriptors: a data centre GPU, Hopper or later."""
+    return capability(device) in ((9, 0), (10, 0), (10, 3))
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; elsewhere 2, so that an interpreted persistent kernel still loops."""

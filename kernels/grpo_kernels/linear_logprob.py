@@ -43,9 +43,9 @@ from grpo_kernels.dispatch import (
     Impl,
     Operator,
     TensorDescriptor,
-    capability,
     cdiv,
     choose,
+    has_descriptors,
     interpreting,
     next_power_of_2,
     num_multiprocessors,
@@ -488,7 +488,7 @@ LN_2 = tl.constexpr(math.log(2))
 def _fits_tiles(hidden: Tensor, weight: Tensor, form: str) -> bool:
     """Whether this route can run. Tensor descriptors need Hopper or later, and rows of whole, aligned 16 bytes."""
     D = hidden.shape[1]
-    is_able = capability(hidden.device) in ((9, 0), (10, 0), (10, 3)) and hidden.dtype == torch.bfloat16
+    is_able = has_descriptors(hidden.device) and hidden.dtype == torch.bfloat16
     if interpreting():
         is_able = hidden.dtype == torch.float32
     is_laid_out = all(tensor.stride() == (D, 1) and tensor.data_ptr() % 16 == 0 for tensor in (hidden, weight))

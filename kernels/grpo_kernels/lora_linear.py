@@ -84,7 +84,7 @@ def is_decoding(rows: Tensor) -> bool:
 
 
 def decoded(rows: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, impl: Impl) -> Tensor:
-    """`lora_linear_inference` for a decoder that launches one by one (`eager` in `nf4_linear`)."""
+    """`lora_linear_inference`, rows [T, K] -> [T, N], for decoders that launch one by one (`eager` in `nf4_linear`)."""
     if torch.compiler.is_compiling():
         return lora_linear_inference(rows, base, factors, bias, impl)
     return _infer(rows, base, factors.a_mirror, factors.b_mirror, factors.scale, bias, impl, eager=True)

@@ -19,9 +19,9 @@ from torch import Tensor
 from grpo_kernels.dispatch import (
     Impl,
     TensorDescriptor,
-    capability,
     cdiv,
     choose,
+    has_descriptors,
     interpreting,
     next_power_of_2,
     num_multiprocessors,
@@ -348,6 +348,28 @@ def _levels_of_bytes(word, held, SHUFFLE: tl.constexpr):
         return tl.load(held + (word >> 4 & 15)), tl.load(held + (word & 15))
 
 
+@triton.jit
+def _step_scale(
+    absmax, nested_absmax, offset, dynamic_levels, first_row, row, step, blocks_of_row,
+    DESCRIBED: tl.constexpr, NESTED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """absmax in float32 [BLOCK_N, BLOCKS] of one step along K, for the rows `row` [BLOCK_N] from `first_row` on."""
+    if DESCRIBED and BLOCKS == 4 and NESTED:
+        # The codes of a step are the four bytes of a word.
+        step_of_row = row * (blocks_of_row // 4) + step
+        codes = tl.load(absmax + step_of_row)[:, None] >> (8 * tl.arange(0, 4))[None, :]
+        scale = tl.load(dynamic_levels + (codes & 255)) * tl.load(nested_absmax + step_of_row // 64)[:, None]
+        scale += tl.load(offset + step_of_row // 64)[:, None]
+    elif DESCRIBED and BLOCKS == 4:
+        scale = absmax.load([first_row, step * BLOCKS])
+    else:
+        column_block = step * BLOCKS + tl.arange(0, BLOCKS)
+        block = row[:, None] * blocks_of_row + column_block[None, :]
+        within_row = (column_block < blocks_of_row)[None, :]
+        scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
+    return scale
+
+
 # With the sum passing through here, Triton issues a step's products together and waits for them once. Else it waits
 # after each sixteen columns, which costs programs of four warps up to 17%; with eight warps the others fill the time.
 _PASS = tl.constexpr("mov.b32 $0, $1;")
@@ -368,7 +390,8 @@ def _linear_kernel(
     eight neighbouring values along K, two each: the four bytes of a word. So the four all read the word from shared
     memory (one broadcast), and each keeps its own byte.
 
-    DESCRIBED: x and packed are tensor descriptors, and absmax is one where steps are 256 columns and not NESTED.
+    DESCRIBED: x and packed are tensor descriptors. So is absmax where a step is 256 columns, or, NESTED, words of four
+    codes.
     """
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -399,19 +422,10 @@ def _linear_kernel(
                 mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None],
                 other=0.0,
             )
-        if DESCRIBED and BLOCKS == 4 and NESTED:
-            # The codes of a step are the four bytes of a word.
-            step_of_row = row * (blocks_of_row // 4) + step
-            codes = tl.load(absmax + step_of_row)[:, None] >> (8 * tl.arange(0, 4))[None, :]
-            scale = tl.load(dynamic_levels + (codes & 255)) * tl.load(nested_absmax + step_of_row // 64)[:, None]
-            scale += tl.load(offset + step_of_row // 64)[:, None]
-        elif DESCRIBED and BLOCKS == 4:
-            scale = absmax.load([tile_n * BLOCK_N, step * BLOCKS])
-        else:
-            column_block = step * BLOCKS + tl.arange(0, BLOCKS)
-            block = row[:, None] * blocks_of_row + column_block[None, :]
-            within_row = (column_block < blocks_of_row)[None, :]
-            scale = _block_scale(absmax, nested_absmax, offset, dynamic_levels, block, within_row, NESTED)
+        scale = _step_scale(
+            absmax, nested_absmax, offset, dynamic_levels, tile_n * BLOCK_N, row, step, blocks_of_row,
+            DESCRIBED, NESTED, BLOCKS,
+        )  # fmt: skip
         byte = word.reshape(BLOCK_N, BLOCKS, 8)[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]
         even, odd = _levels_of_bytes(byte, held, SHUFFLE)
         scale = scale[:, :, None, None]
@@ -460,18 +474,19 @@ def _launch_linear(
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     nested, ptx = nested_absmax is not None, not interpreting()
-    described = not eager and _can_be_described(x, packed, absmax)
-    choose_tiling = _described_tiling if described else _addressed_tiling
-    tiling = choose_tiling(num_x_rows, num_rows, num_columns, x.dtype, nested, x.device)
+    # Where one program has a tile to itself they stay unused, and have their types all the same.
+    partial, arrived = _levels(x.device), packed.view(torch.int32)
     rows, words, scales = x, packed.view(torch.int32), absmax
+    described = not eager and _can_be_described(x, packed, absmax)
     if described:
+        tiling = _described_tiling(num_x_rows, num_rows, num_columns, nested, x.device)
         rows = TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k])
         words = _described(words, num_rows, tiling.block_n, tiling.block_k // 8)
         if tiling.block_k == 4 * BLOCK:
             scales = absmax.view(torch.int32) if nested else _described(absmax, num_rows, tiling.block_n, 4)
+    else:
+        tiling = _addressed_tiling(num_x_rows, num_rows, num_columns, x.dtype, x.device)
     grid = (cdiv(num_rows, tiling.block_n), cdiv(num_x_rows, tiling.block_m), tiling.splits)
-    # Where one program has a tile to itself they stay unused, and have their types all the same.
-    partial, arrived = _levels(x.device), packed.view(torch.int32)
     if tiling.splits > 1:
         partial = torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device, grid[0] * grid[1])
@@ -492,7 +507,7 @@ def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
     """Whether tensor descriptors can fetch these: rows that start at multiples of 16 bytes."""
     pitch = x.stride(0)
     return (
-        (interpreting() or (_has_descriptors(x.device) and x.dtype.itemsize == 2))
+        (interpreting() or (has_descriptors(x.device) and x.dtype.itemsize == 2))
         and x.shape[1] % (4 * BLOCK) == 0
         and pitch >= x.shape[1]
         and pitch * x.itemsize % 16 == 0
@@ -501,13 +516,15 @@ def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
 
 
 def _described(values: Tensor, num_rows: int, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """Values of a weight, row by row, as a matrix that is fetched in blocks."""
+    """Values of a weight, [num_rows * columns], as a matrix [num_rows, columns] that is fetched in blocks."""
     num_columns = values.numel() // num_rows
     return TensorDescriptor(values, [num_rows, num_columns], [num_columns, 1], [block_rows, block_columns])
 
 
 @dataclass(frozen=True)
 class _Tiling:
+    """How a product is cut up: output tiles [block_n, block_m], K in `splits` stretches, block_k columns a step."""
+
     block_m: int
     block_n: int
     block_k: int
@@ -518,9 +535,7 @@ class _Tiling:
 
 
 @functools.cache
-def _described_tiling(
-    num_x_rows: int, num_rows: int, num_columns: int, _dtype: torch.dtype, nested: bool, device: torch.device
-) -> _Tiling:
+def _described_tiling(num_x_rows: int, num_rows: int, num_columns: int, nested: bool, device: torch.device) -> _Tiling:
     """Tiles that descriptors fetch, and the split of K, from measurements on an H100 (LOG.md).
 
     With few rows of x, reading weights and turning them into numbers takes the time, and three or four programs share a
@@ -548,7 +563,7 @@ def _described_tiling(
 
 @functools.cache
 def _addressed_tiling(
-    num_x_rows: int, num_rows: int, num_columns: int, dtype: torch.dtype, _nested: bool, device: torch.device
+    num_x_rows: int, num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device
 ) -> _Tiling:
     """Tiles that are fetched by their addresses, and the split of K, from measurements on an H100 (LOG.md).
 
@@ -586,13 +601,8 @@ def _fused_rows(num_rows: int, num_columns: int, eager: bool, device: torch.devi
     num_values = num_rows * num_columns
     if not _has_large_shared_memory(device) or num_values < 2**23:
         return 64, 512
-    is_described = not eager and num_columns % (4 * BLOCK) == 0 and _has_descriptors(device)
+    is_described = not eager and num_columns % (4 * BLOCK) == 0 and has_descriptors(device)
     return 256 if num_values >= 3 * 2**22 else 128, 384 if num_values >= 2 * WIDE and is_described else 512
-
-
-def _has_descriptors(device: torch.device) -> bool:
-    """Whether it is a large GPU of Hopper's kind or later."""
-    return capability(device) in ((9, 0), (10, 0), (10, 3))
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

@@ -11,9 +11,9 @@ def product_float64(x, nf4, bias):
     return (out if bias is None else out + bias.double()), torch.nn.functional.linear(x, weight, bias)
 
 
-def check(x, nf4, bias, impl, relative_error):
+def check(x, nf4, bias, impl, relative_error, eager=False):
     truth, plain = product_float64(x, nf4, bias)
-    got = nf4_linear(x, nf4, bias, impl=impl)
+    got = nf4_linear(x, nf4, bias, impl=impl, eager=eager)
     assert got.dtype == x.dtype
     # The sum runs in another order, so a float32 product may round differently; nothing else may.
     assert relative_error(got, truth) <= 1.1 * relative_error(plain, truth) + 3e-7
@@ -72,9 +72,7 @@ def test_some_rows_of_a_weight(double_quant, dtype, device, impl, relative_error
 
 def test_launched_eagerly(dtype, device, impl, relative_error):
     x, nf4 = torch.randn(20, 512, device=device).to(dtype), nf4_quantize(torch.randn(100, 512, device=device))
-    truth, plain = product_float64(x, nf4, None)
-    got = nf4_linear(x, nf4, impl=impl, eager=True)
-    assert relative_error(got, truth) <= 1.1 * relative_error(plain, truth) + 3e-7
+    check(x, nf4, None, impl, relative_error, eager=True)
 
 
 def test_no_rows(device, impl):
