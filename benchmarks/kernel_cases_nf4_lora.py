@@ -211,31 +211,32 @@ def prepare_lora_linear(T: int, sizes: list[int], K: int) -> Contest:
 
 
 def prepare_inference(M: int, sizes: list[int], K: int) -> Contest:
-    factors, x = random_factors(sizes, K), randn(M, K)
-    count = more_than_the_cache(sum(sizes), K)
+    x, count = randn(M, K), more_than_the_cache(sum(sizes), K)
+    factors = [random_factors(sizes, K) for _ in range(count)]
     bases = [quantized([randn(size, K, scale=K**-0.5) for size in sizes]) for _ in range(count)]
     weights = [nf4_dequantize(base, torch.bfloat16) for base in bases]
-    truth = x.double() @ dense_products(bases[0], factors).T
+    dense = list(zip(weights, factors, strict=True))
+    truth = x.double() @ dense_products(bases[0], factors[0]).T
 
-    def separately(weight: Tensor) -> Tensor:
+    def ours(projection: tuple[Tensor | NF4, LoraFactors]) -> Tensor:
+        return lora_linear_inference(x, *projection)
+
+    def separately(projection: tuple[Tensor, LoraFactors]) -> Tensor:
         with torch.no_grad():
-            return lora_linear(x, weight, factors, impl="torch")
+            return lora_linear(x, *projection, impl="torch")
 
-    def k_extended(extended: Tensor) -> Tensor:
-        return torch.cat([x, x @ factors.a_mirror.T], dim=1) @ extended.T
+    def k_extended(projection: tuple[Tensor, Tensor]) -> Tensor:
+        extended, a = projection
+        return torch.cat([x, x @ a.T], dim=1) @ extended.T
 
     return Contest(
         {
-            "ours": one_after_the_other(lambda base: lora_linear_inference(x, base, factors), bases),
-            "ours, bfloat16 base": one_after_the_other(
-                lambda joined: lora_linear_inference(x, *joined), [with_a_below(weight, factors) for weight in weights]
-            ),
-            "ours, bfloat16 base, A elsewhere": one_after_the_other(
-                lambda weight: lora_linear_inference(x, weight, factors), weights
-            ),
-            "separate products, bfloat16 base": one_after_the_other(separately, weights),
+            "ours": one_after_the_other(ours, list(zip(bases, factors, strict=True))),
+            "ours, bfloat16 base": one_after_the_other(ours, [with_a_below(*projection) for projection in dense]),
+            "ours, bfloat16 base, A elsewhere": one_after_the_other(ours, dense),
+            "separate products, bfloat16 base": one_after_the_other(separately, dense),
             "K extended, bfloat16 base": one_after_the_other(
-                k_extended, [with_b_beside(weight, factors) for weight in weights]
+                k_extended, [(with_b_beside(weight, own), own.a_mirror) for weight, own in dense]
             ),
         },
         "one product with the bfloat16 weight",

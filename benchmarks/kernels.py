@@ -124,17 +124,23 @@ def print_row(*cells: Any) -> None:
 
 
 def write(machine: dict[str, Any], rows: list[dict[str, Any]]) -> Path:
-    """Cases that were not run keep what an earlier run of the same GPU wrote."""
+    """Cases that were not run keep what an earlier run of the same GPU wrote, and all keep their places."""
     path = RESULTS / f"kernels-{machine['gpu'].replace(' ', '-').lower()}.json"
-    kept = []
-    if path.exists():
-        ran = {(row["operation"], row["shape"]) for row in rows}
-        kept = [row for row in json.loads(path.read_text())["rows"] if (row["operation"], row["shape"]) not in ran]
-    peers = " --peers" if any(not row["entry"].startswith("ours") for row in kept + rows) else ""
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = [row for case in (by_case(before) | by_case(rows)).values() for row in case]
+    peers = " --peers" if any(not row["entry"].startswith("ours") for row in merged) else ""
     machine = machine | {"command": f"python benchmarks/kernels.py{peers}"}
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "rows": kept + rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine, "rows": merged}, indent=1) + "\n")
     return path
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows of each operation and shape, in the order in which these come."""
+    cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["operation"], row["shape"]), []).append(row)
+    return cases
 
 
 if __name__ == "__main__":

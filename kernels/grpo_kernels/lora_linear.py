@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, tl, triton
-from grpo_kernels.nf4 import NF4, dequantize_into, nf4_dequantize, nf4_linear
+from grpo_kernels.nf4 import NF4, dequantize_into, is_fused, nf4_dequantize, nf4_linear_with_a
 
 MOST_DECODED_ROWS = 256
 
@@ -95,10 +95,10 @@ def lora_linear_inference(
 ) -> Tensor:
     """`lora_linear` without gradient for a rollout engine: x [M, K] -> [M, N], M from 0 to thousands.
 
-    Three launches for few rows: the product with the base, which stays in 4 bits while that is faster (`nf4_linear`),
-    x A^T, and one pass that adds every part; two launches where A lies below a dense base. It reads the mirrors and the
-    scale, not the masters. Safe in a CUDA graph; what a replay computes follows the factors and the scale. With an NF4
-    base not on two streams at once.
+    Two launches for few rows: [x W^T | x A^T], in which an NF4 base stays in 4 bits while that is faster, and one pass
+    that adds every part; three where A does not lie below a dense base. It reads the mirrors and the scale, not the
+    masters. Safe in a CUDA graph; what a replay computes follows the factors and the scale. With an NF4 base not on two
+    streams at once.
 
     Under torch.compile, or called as such, it is one of two operators:
         grpo_kernels::lora_linear_dense(x, weight, a, b, scale, bias=None, impl="auto")
@@ -229,14 +229,14 @@ def _infer(
 ) -> Tensor:
     if choose("lora_linear_inference", impl, x) == "torch":
         return twin_forward(x, base, LoraFactors(a, tuple(b), a, tuple(b), scale), bias)[0]
-    if (joined := _joined(base, a, x.dtype)) is not None:
-        extended = x @ joined.t()  # [M, N + R]
-        num_outputs = base.shape[0]
-        out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
-        add_low_rank(extended, extended[:, num_outputs:], _transposed(b), scale, bias, out)
-        return out
-    out = nf4_linear(x, base, impl=impl, eager=eager) if isinstance(base, NF4) else x @ base.to(x.dtype).t()
-    add_low_rank(out, x @ a.t(), _transposed(b), scale, bias, out)
+    num_outputs, num_factors = base.shape[0], a.shape[0]
+    if isinstance(base, NF4) and is_fused(x.shape[0], base, impl, eager, with_a=True):
+        extended = nf4_linear_with_a(x, base, a, num_outputs + _padded(num_factors), eager)
+    else:
+        extended = product_with_a(x, base, a)
+    out = torch.empty(x.shape[0], num_outputs, dtype=x.dtype, device=x.device)
+    xa = extended[:, num_outputs : num_outputs + num_factors]
+    add_low_rank(extended, xa, _transposed(b), scale, bias, out)
     return out
 
 

@@ -166,7 +166,7 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
-    elif weight.shape[1] % BLOCK or (impl == "auto" and not _is_fused(rows.shape[0], weight, eager)):
+    elif not is_fused(rows.shape[0], weight, impl, eager):
         out = torch.nn.functional.linear(rows, nf4_dequantize(weight, x.dtype), bias)
     elif torch.compiler.is_compiling():
         out = _linear_op(rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0])
@@ -175,6 +175,15 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
             rows, weight.packed, weight.absmax, weight.nested_absmax, weight.offset, bias, weight.shape[0], eager
         )
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def nf4_linear_with_a(x: Tensor, weight: NF4, a: Tensor, width: int, eager: bool) -> Tensor:
+    """[x W^T | x A^T], [M, width], in one launch of `nf4_linear`'s kernel, for callers that have chosen it already.
+
+    x [M, K]; a [R, K], dense, contiguous, in x's dtype; width >= N + R: what is in the columns beyond is undefined.
+    """
+    nested = weight.nested_absmax, weight.offset
+    return _launch_linear(x, weight.packed, weight.absmax, *nested, None, weight.shape[0], eager, a, width)
 
 
 def absmax_float32(nf4: NF4) -> Tensor:
@@ -375,40 +384,30 @@ def _step_scale(
 _PASS = tl.constexpr("mov.b32 $0, $1;")
 
 
-@triton.jit(do_not_specialize=["num_x_rows"])
-def _linear_kernel(
-    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, out, partial, arrived,
-    num_x_rows, num_rows, num_columns, x_stride,
+@triton.jit
+def _tile_of_nf4(
+    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, first_n, first_m, first_step, end_step,
+    num_x_rows, num_rows, num_columns, x_stride, dtype: tl.constexpr,
     DESCRIBED: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K, or all of it. A tile's last program adds
-    the stretches up.
+    """float32 [BLOCK_N, BLOCK_M] of W x^T over some steps along K, from row `first_n` of W and row `first_m` of x on.
 
     Weights become numbers in the very registers that the tensor cores read. There four neighbouring lanes hold, of
     eight neighbouring values along K, two each: the four bytes of a word. So the four all read the word from shared
     memory (one broadcast), and each keeps its own byte.
-
-    DESCRIBED: x and packed are tensor descriptors. So is absmax where a step is 256 columns, or, NESTED, words of four
-    codes.
     """
-    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Rows beyond the edge read the last row and are not stored, so that the loop has no masks in N.
-    row = tl.minimum(n, num_rows - 1).to(tl.int64)
-    dtype = out.dtype.element_ty
-    blocks_of_row = num_columns // 64
     BLOCKS: tl.constexpr = BLOCK_K // 64
-    steps = tl.cdiv(num_columns, BLOCK_K)
-    steps_of_split = tl.cdiv(steps, SPLITS)
+    blocks_of_row = num_columns // 64
+    m = first_m + tl.arange(0, BLOCK_M)
+    # Rows beyond the edge read the last row and are not stored, so that the loop has no masks in N.
+    row = tl.minimum(first_n + tl.arange(0, BLOCK_N), num_rows - 1).to(tl.int64)
     held = _hold_levels(levels, SHUFFLE)
     accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for step in tl.range(split * steps_of_split, tl.minimum((split + 1) * steps_of_split, steps), num_stages=STAGES):
+    for step in tl.range(first_step, end_step, num_stages=STAGES):
         if DESCRIBED:
-            word = packed.load([tile_n * BLOCK_N, step * (BLOCKS * 8)])
-            x_tile = x.load([tile_m * BLOCK_M, step * BLOCK_K]).T
+            word = packed.load([first_n, step * (BLOCKS * 8)])
+            x_tile = x.load([first_m, step * BLOCK_K]).T
         else:
             column_word = step * (BLOCKS * 8) + tl.arange(0, BLOCKS * 8)
             word = tl.load(
@@ -423,9 +422,8 @@ def _linear_kernel(
                 other=0.0,
             )
         scale = _step_scale(
-            absmax, nested_absmax, offset, dynamic_levels, tile_n * BLOCK_N, row, step, blocks_of_row,
-            DESCRIBED, NESTED, BLOCKS,
-        )  # fmt: skip
+            absmax, nested_absmax, offset, dynamic_levels, first_n, row, step, blocks_of_row, DESCRIBED, NESTED, BLOCKS
+        )
         byte = word.reshape(BLOCK_N, BLOCKS, 8)[:, :, :, None] >> (8 * tl.arange(0, 4))[None, None, None, :]
         even, odd = _levels_of_bytes(byte, held, SHUFFLE)
         scale = scale[:, :, None, None]
@@ -435,12 +433,79 @@ def _linear_kernel(
             accumulator = tl.inline_asm_elementwise(
                 _PASS, "=f,f", [accumulator], dtype=tl.float32, is_pure=True, pack=1
             )
-    inside = (n < num_rows)[:, None] & (m < num_x_rows)[None, :]
-    target = m[None, :].to(tl.int64) * num_rows + n[:, None]
+    return accumulator
+
+
+@triton.jit
+def _tile_of_dense(
+    x, a, first_n, first_m, first_column, end_column, num_x_rows, num_a_rows, num_columns, x_stride,
+    DESCRIBED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """float32 [BLOCK_N, BLOCK_M] of A x^T over some columns, in steps of 64: those of NF4 would fill shared memory."""
+    n, m = first_n + tl.arange(0, BLOCK_N), first_m + tl.arange(0, BLOCK_M)
+    accumulator = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for column in tl.range(first_column, end_column, 64, num_stages=4 if DESCRIBED else STAGES):
+        if DESCRIBED:
+            a_tile = a.load([first_n, column])
+            x_tile = x.load([first_m, column]).T
+        else:
+            k = column + tl.arange(0, 64)
+            a_tile = tl.load(
+                a + n[:, None].to(tl.int64) * num_columns + k[None, :],
+                mask=(n < num_a_rows)[:, None] & (k < num_columns)[None, :],
+                other=0.0,
+            )
+            x_tile = tl.load(
+                x + m[None, :].to(tl.int64) * x_stride + k[:, None],
+                mask=(m < num_x_rows)[None, :] & (k < num_columns)[:, None],
+                other=0.0,
+            )
+        accumulator = tl.dot(a_tile, x_tile, accumulator, input_precision=PRECISION)
+    return accumulator
+
+
+@triton.jit(do_not_specialize=["num_x_rows"])
+def _linear_kernel(
+    x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, bias, x_narrow, a, out, partial, arrived,
+    num_x_rows, num_rows, num_a_rows, num_columns, x_stride, out_stride,
+    DESCRIBED: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_A: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A tile [BLOCK_N, BLOCK_M] of W x^T over one of SPLITS stretches of K, or all of it. A tile's last program adds
+    the stretches up. The tiles of A x^T, if it is asked for too, come first, because dense ones take longest.
+
+    DESCRIBED: x, x_narrow, a and packed are tensor descriptors. So is absmax where a step is 256 columns, or, NESTED,
+    words of four codes.
+    """
+    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    steps_of_split = tl.cdiv(tl.cdiv(num_columns, BLOCK_K), SPLITS)
+    first_step = split * steps_of_split
+    end_step = tl.minimum(first_step + steps_of_split, tl.cdiv(num_columns, BLOCK_K))
+    first_n, end_n = tile_n * BLOCK_N, num_rows
+    if HAS_A:
+        first_n -= tl.cdiv(num_a_rows, BLOCK_N) * BLOCK_N
+    if HAS_A and first_n < 0:
+        accumulator = _tile_of_dense(
+            x_narrow, a, tile_n * BLOCK_N, tile_m * BLOCK_M, first_step * BLOCK_K, end_step * BLOCK_K,
+            num_x_rows, num_a_rows, num_columns, x_stride, DESCRIBED, BLOCK_M, BLOCK_N, PRECISION, STAGES,
+        )  # fmt: skip
+        first_n, end_n = num_rows + tile_n * BLOCK_N, num_rows + num_a_rows
+    else:
+        accumulator = _tile_of_nf4(
+            x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, first_n, tile_m * BLOCK_M,
+            first_step, end_step, num_x_rows, num_rows, num_columns, x_stride, out.dtype.element_ty,
+            DESCRIBED, NESTED, SHUFFLE, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES,
+        )  # fmt: skip
+    n = first_n + tl.arange(0, BLOCK_N)
+    inside = (n < end_n)[:, None] & (m < num_x_rows)[None, :]
+    target = m[None, :].to(tl.int64) * out_stride + n[:, None]
     # With many rows the sum is compiled even where K is in one piece. It never runs then, but ptxas, which sees that it
     # could, gives the loop more registers: 6 to 12% less time (LOG.md).
     if SPLITS > 1 or (BLOCK_M >= 64 and tl.num_programs(2) > 1):
-        tl.store(partial + split.to(tl.int64) * num_x_rows * num_rows + target, accumulator, mask=inside)
+        tl.store(partial + split.to(tl.int64) * num_x_rows * out_stride + target, accumulator, mask=inside)
         tl.debug_barrier()
         tile = tile_m * tl.num_programs(0) + tile_n
         before = tl.atomic_add(arrived + tile, 1, sem="acq_rel")
@@ -451,10 +516,10 @@ def _linear_kernel(
         of_split = partial + target
         for _ in tl.static_range(SPLITS):
             accumulator += tl.load(of_split, mask=inside, other=0.0, cache_modifier=".cg")
-            of_split += tl.cast(num_rows, tl.int64) * num_x_rows
+            of_split += tl.cast(out_stride, tl.int64) * num_x_rows
     if HAS_BIAS:
         accumulator += tl.load(bias + n, mask=n < num_rows, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + target, accumulator.to(dtype), mask=inside)
+    tl.store(out + target, accumulator.to(out.dtype.element_ty), mask=inside)
 
 
 def _launch_linear(
@@ -466,44 +531,52 @@ def _launch_linear(
     bias: Tensor | None,
     num_rows: int,
     eager: bool = False,
+    a: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
-    """x [M, K] -> [M, N]"""
+    """x [M, K] -> [M, N], or [M, width] with x A^T from the column N on."""
     num_x_rows, num_columns = x.shape
-    out = torch.empty(num_x_rows, num_rows, dtype=x.dtype, device=x.device)
+    out = torch.empty(num_x_rows, num_rows if width is None else width, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
     nested, ptx = nested_absmax is not None, not interpreting()
-    # Where one program has a tile to itself they stay unused, and have their types all the same.
-    partial, arrived = _levels(x.device), packed.view(torch.int32)
-    rows, words, scales = x, packed.view(torch.int32), absmax
-    described = not eager and _can_be_described(x, packed, absmax)
+    num_a_rows = 0 if a is None else a.shape[0]
+    # What is not asked for, or unused where one program has a tile to itself, has its type all the same.
+    rows, narrow_rows, a_rows, words, scales = x, x, x if a is None else a, packed.view(torch.int32), absmax
+    partial, arrived = _levels(x.device), words
+    described = not eager and _can_be_described(x, packed, absmax, a_rows)
     if described:
         tiling = _described_tiling(num_x_rows, num_rows, num_columns, nested, x.device)
         rows = TensorDescriptor.from_tensor(x, [tiling.block_m, tiling.block_k])
         words = _described(words, num_rows, tiling.block_n, tiling.block_k // 8)
         if tiling.block_k == 4 * BLOCK:
             scales = absmax.view(torch.int32) if nested else _described(absmax, num_rows, tiling.block_n, 4)
+        if a is not None:
+            narrow_rows = TensorDescriptor.from_tensor(x, [tiling.block_m, BLOCK])
+            a_rows = TensorDescriptor.from_tensor(a, [tiling.block_n, BLOCK])
     else:
         tiling = _addressed_tiling(num_x_rows, num_rows, num_columns, x.dtype, x.device)
-    grid = (cdiv(num_rows, tiling.block_n), cdiv(num_x_rows, tiling.block_m), tiling.splits)
+    tiles = cdiv(num_rows, tiling.block_n) + cdiv(num_a_rows, tiling.block_n)
+    grid = (tiles, cdiv(num_x_rows, tiling.block_m), tiling.splits)
     if tiling.splits > 1:
-        partial = torch.empty((tiling.splits, num_x_rows, num_rows), dtype=torch.float32, device=x.device)
+        partial = torch.empty((tiling.splits, *out.shape), dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device, grid[0] * grid[1])
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     _linear_kernel[grid](
         rows, words, scales, nested_absmax if nested else absmax, offset if nested else absmax,
-        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x,
-        out, partial, arrived, num_x_rows, num_rows, num_columns, x.stride(0),
+        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, narrow_rows, a_rows,
+        out, partial, arrived, num_x_rows, num_rows, num_a_rows, num_columns, x.stride(0), out.stride(0),
         DESCRIBED=described, NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
-        SPLITS=tiling.splits, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
+        HAS_A=a is not None, SPLITS=tiling.splits,
+        BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tiling.stages,
         num_warps=tiling.warps, enable_fp_fusion=False, **options,
     )  # fmt: skip
     return out
 
 
-def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
+def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor, a: Tensor) -> bool:
     """Whether tensor descriptors can fetch these: rows that start at multiples of 16 bytes."""
     pitch = x.stride(0)
     return (
@@ -511,7 +584,7 @@ def _can_be_described(x: Tensor, packed: Tensor, absmax: Tensor) -> bool:
         and x.shape[1] % (4 * BLOCK) == 0
         and pitch >= x.shape[1]
         and pitch * x.itemsize % 16 == 0
-        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, packed, absmax))
+        and all(tensor.data_ptr() % 16 == 0 for tensor in (x, packed, absmax, a))
     )
 
 
@@ -589,20 +662,26 @@ def _power_of_2(*limits: int) -> int:
     return 1 << (max(1, min(8, *limits)).bit_length() - 1)
 
 
-def _is_fused(num_x_rows: int, weight: NF4, eager: bool) -> bool:
-    """Whether the fused product is faster than dequantising and cuBLAS, measured on an H100."""
-    most, beyond = _fused_rows(*weight.shape, eager, weight.device)
+def is_fused(num_x_rows: int, weight: NF4, impl: Impl, eager: bool, with_a: bool = False) -> bool:
+    """Whether the weight stays in 4 bits: where that is faster than dequantising and cuBLAS, measured on an H100.
+
+    `with_a`: where `nf4_linear_with_a` is faster than dequantising beside A and cuBLAS, which takes one launch more.
+    """
+    if weight.shape[1] % BLOCK or impl != "auto":
+        return weight.shape[1] % BLOCK == 0
+    most, beyond = _fused_rows(*weight.shape, eager, with_a, weight.device)
     return num_x_rows <= most or beyond < num_x_rows <= 512
 
 
 @functools.cache
-def _fused_rows(num_rows: int, num_columns: int, eager: bool, device: torch.device) -> tuple[int, int]:
+def _fused_rows(num_rows: int, num_columns: int, eager: bool, with_a: bool, device: torch.device) -> tuple[int, int]:
     """Up to how many rows of x it is faster, and beyond how many it is again, up to 512, in two tiles well filled."""
     num_values = num_rows * num_columns
-    if not _has_large_shared_memory(device) or num_values < 2**23:
+    if not _has_large_shared_memory(device) or num_values < (2**22 if with_a else 2**23):
         return 64, 512
     is_described = not eager and num_columns % (4 * BLOCK) == 0 and has_descriptors(device)
-    return 256 if num_values >= 3 * 2**22 else 128, 384 if num_values >= 2 * WIDE and is_described else 512
+    most = 256 if with_a or num_values >= 3 * 2**22 else 128
+    return most, 384 if num_values >= 2 * WIDE and is_described else 512
 
 
 def _has_large_shared_memory(device: torch.device) -> bool:

@@ -146,13 +146,21 @@ def nf4() -> None:
         nf4_dequantize(quantized(64, 128, nested), DTYPE, impl="triton")
         # Each way to cut a product up.
         for num_rows, num_columns, x_rows in ((128, 256, 1), (128, 256, 20), (128, 4096, 64), (128, 256, 128)):
-            nf4_linear(zeros(x_rows, num_columns), quantized(num_rows, num_columns, nested), impl="triton")
+            with_a(zeros(x_rows, num_columns, requires_grad=False), quantized(num_rows, num_columns, nested))
         for x_rows in (64, 128, 256):
-            nf4_linear(zeros(x_rows, 4096), quantized(6144, 4096, nested), zeros(6144), impl="triton")
+            with_a(zeros(x_rows, 4096, requires_grad=False), quantized(6144, 4096, nested))
+        for bias in (None, zeros(128)):
+            nf4_linear(zeros(1, 256), quantized(128, 256, nested), bias, impl="triton")
 
 
-def factors(*sizes: int) -> LoraFactors:
-    a = torch.zeros(len(sizes) * 16, 128, requires_grad=True)
+def with_a(x: torch.Tensor, weight: NF4) -> None:
+    """nf4_linear's kernel with all that it can do but a bias."""
+    num_rows, num_columns = weight.shape
+    lora_linear_inference(x, weight, factors(num_rows, num_inputs=num_columns), impl="triton")
+
+
+def factors(*sizes: int, num_inputs: int = 128) -> LoraFactors:
+    a = torch.zeros(len(sizes) * 16, num_inputs, requires_grad=True)
     b = tuple(torch.zeros(size, 16, requires_grad=True) for size in sizes)
     return LoraFactors(a, b, a.detach().to(DTYPE), tuple(part.detach().to(DTYPE) for part in b), torch.ones(1))
 

@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
         (70, [128, 32, 32], 64, 3),
         (33, [123, 64, 1], 128, 16),
         (5, [31, 33], 507, 5),
+        (1, [252, 7], 512, 20),
+        (40, [100], 256, 3),
+        (70, [123, 64, 1], 768, 24),  # what tensor descriptors fetch
     ],
 )
 def test_agrees_with_float64(num_rows, sizes, num_inputs, rank, kind, dtype, device, impl, relative_error):
@@ -50,7 +53,31 @@ def test_k_split_among_programs(device, impl, relative_error):
     base = random_base(96, 2048, torch.float16, device, "nf4 double")
     x = torch.randn(3, 2048, device=device).half()
     trained = lora_linear(x, base, factors, impl=impl)
-    assert relative_error(lora_linear_inference(x, base, factors, impl=impl), trained) < 1e-3
+    # Twice: the programs that count arrivals must leave the counters as they found them.
+    for _ in range(2):
+        assert relative_error(lora_linear_inference(x, base, factors, impl=impl), trained) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense, A below", "nf4", "nf4 double"])
+@pytest.mark.parametrize(("sizes", "num_inputs"), [([123, 64], 192), ([100], 512)])
+def test_launched_eagerly(sizes, num_inputs, kind, dtype, device, impl, relative_error):
+    """A decoder without a graph, through the function that trains."""
+    base, factors = random_projection(sizes, num_inputs, 5, dtype, device, kind)
+    x, bias = torch.randn(7, num_inputs, device=device).to(dtype), torch.randn(sum(sizes), device=device).to(dtype)
+    with torch.no_grad():
+        got = lora_linear(x, base, factors, bias, impl=impl)
+    captured = lora_linear_inference(x, base, factors, bias, impl=impl)
+    assert relative_error(got, captured) <= max(1e-6, torch.finfo(dtype).eps)
+
+
+def test_a_that_descriptors_cannot_fetch(device, impl, relative_error):
+    """Its address is no multiple of 16 bytes."""
+    base, factors = random_projection([100], 512, 4, torch.float16, device, "nf4")
+    x = torch.randn(7, 512, device=device).half()
+    memory = torch.empty(factors.a_mirror.numel() + 1, dtype=torch.float16, device=device)
+    elsewhere = replace(factors, a_mirror=memory[1:].view(4, 512).copy_(factors.a_mirror))
+    expected = lora_linear_inference(x, base, factors, impl=impl)
+    assert relative_error(lora_linear_inference(x, base, elsewhere, impl=impl), expected) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
@@ -101,18 +128,20 @@ class Products(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("dense", 2), ("dense, A below", 1)])
-def test_one_product_where_a_lies_below_the_base(kind, expected, device, impl):
+@pytest.mark.parametrize(
+    ("kind", "in_decoding", "in_training"), [("dense", 2, 2), ("dense, A below", 1, 1), ("nf4", 0, 1)]
+)
+def test_one_product_where_a_lies_below_the_base(kind, in_decoding, in_training, device, impl):
     if impl == "torch":
         pytest.skip("the twin is written for clarity")
     base, factors = random_projection([64, 32], 128, 4, torch.float16, device, kind)
     x = torch.randn(3, 128, device=device).half()
     with Products() as products:
         lora_linear_inference(x, base, factors, impl=impl)
-    assert products.count == expected
+    assert products.count == in_decoding
     with Products() as products:
         lora_linear(x, base, factors, impl=impl)
-    assert products.count == expected
+    assert products.count == in_training
 
 
 def test_neighbours_in_other_memory_are_not_taken_for_one(device, impl, relative_error):
@@ -158,6 +187,27 @@ def test_operators_follow_their_schema(device):
     nf4 = random_base(96, 128, torch.float32, device, "nf4 double")
     packed = nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, 96
     torch.library.opcheck(torch.ops.grpo_kernels.lora_linear_nf4.default, (x, *packed, *low_rank))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["nf4", "nf4 double"])
+@pytest.mark.parametrize("num_rows", [1, 8, 33, 64, 100, 200, 300])
+@pytest.mark.parametrize(("sizes", "num_inputs"), [([1000, 24], 4096), ([6200], 4096), ([6200], 4160)])
+def test_every_tiling_in_bfloat16(sizes, num_inputs, num_rows, kind, relative_error):
+    base, factors = random_projection(sizes, num_inputs, 40, torch.bfloat16, torch.device("cuda"), kind)
+    x = torch.randn(num_rows, num_inputs, device="cuda").bfloat16()
+    truth = reference_linear(
+        x.double(),
+        plain(base, torch.bfloat16, torch.float64),
+        factors.a_mirror.double(),
+        [b.double() for b in factors.b_mirror],
+        factors.scale,
+        None,
+    )
+    for impl in ("triton", "auto"):
+        # x A^T and its product with B are rounded, as is x W^T.
+        assert relative_error(lora_linear_inference(x, base, factors, impl=impl), truth) < torch.finfo(x.dtype).eps / 2
 
 
 @pytest.mark.gpu
