@@ -29,7 +29,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, next_power_of_2, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, isolated, next_power_of_2, tl, triton
 
 # Keys are gathered where that makes at most this many of each on average, from measurements on an H100 (LOG.md).
 MOST_COPIES = 3.0
@@ -150,6 +150,7 @@ def _starts(lengths: Sequence[int], device: torch.device | str) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
+@isolated
 def group_attention(
     q: Tensor,  # [N, Hq, E]
     k: Tensor,  # [N, Hk, E]
@@ -167,6 +168,8 @@ def group_attention(
     """
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[0] == 0:
+        return _torch_attention(q, k, v, layout, scale)
     if not _can_flash(q) or choose("group_attention", impl, q, k, v) == "torch":
         if impl == "triton":
             raise ValueError(
@@ -175,6 +178,8 @@ def group_attention(
                 "Use impl='auto' or 'torch'."
             )
         return _torch_attention(q, k, v, layout, scale)
+    # Flash attention lays its result out as q lies, and what merges results takes heads beside each other.
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
     if (gathered := layout.gathered) is not None:
         places = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
         longest = [layout.longest[0], gathered.longest]

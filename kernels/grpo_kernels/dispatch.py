@@ -19,12 +19,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Triton reads this variable when a kernel, its own included, is defined; without a GPU kernels can only be interpreted.
 # It is not left set, because child processes would inherit it and may see a GPU.
@@ -58,6 +60,30 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _logger = logging.getLogger("grpo_kernels")
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def isolated(function: Function) -> Function:
+    """A public operation with the device of its first argument current, where Triton launches, and with autocast off:
+    operations say themselves what they compute in. A compiler sees to both in its own way."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*arguments, **options)
+        device = (arguments[0] if arguments else next(iter(options.values()))).device
+        is_cuda = device.type == "cuda"
+        is_elsewhere = is_cuda and device.index != torch.cuda.current_device()
+        is_cast = (is_cuda or device.type == "cpu") and torch.is_autocast_enabled(device.type)
+        if not is_elsewhere and not is_cast:
+            return function(*arguments, **options)
+        on_device = torch.cuda.device(device) if is_elsewhere else nullcontext()
+        uncast = torch.autocast(device.type, enabled=False) if is_cast else nullcontext()
+        with on_device, uncast:
+            return function(*arguments, **options)
+
+    return run  # pyright: ignore[reportReturnType]
+
 
 def choose(operation: str, impl: Impl, *tensors: Tensor) -> Chosen:
     """The implementation that `operation` runs on floating-point `tensors`, which share a device.
@@ -85,7 +111,8 @@ class Operator:
         self._operator.register_fake(fake)
 
     def differentiate(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-        """The two functions of torch.library.register_autograd; `backward` launches through Operators too."""
+        """The two functions of torch.library.register_autograd; `backward` launches through Operators too, which have
+        no gradient of their own, so that a second backward says so."""
         self._operator.register_autograd(backward, setup_context=setup_context)
         launch = self._launch
 
@@ -95,7 +122,7 @@ class Operator:
             setup_context(ctx, arguments, output)
             return output
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
         self._function = type(launch.__name__, (torch.autograd.Function,), methods)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -133,6 +160,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 def has_descriptors(device: torch.device) -> bool:
     """Whether kernels for it may fetch by tensor descriptors: a data centre GPU, Hopper or later."""
     return capability(device) in ((9, 0), (10, 0), (10, 3))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on a CUDA device can have; elsewhere without bound."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**31
 
 
 @functools.cache

@@ -47,6 +47,7 @@ from grpo_kernels.dispatch import (
     choose,
     has_descriptors,
     interpreting,
+    isolated,
     next_power_of_2,
     num_multiprocessors,
     tl,
@@ -74,6 +75,7 @@ LIMIT = 60.0
 FLOAT16_SCALE = 4096.0
 
 
+@isolated
 def linear_logprob(
     hidden: Tensor,  # [M, D]
     weight: Tensor,  # [V, D]
@@ -98,8 +100,9 @@ def linear_logprob(
     form = _form(hidden, weight, differentiable_entropy)
     chosen = choose("linear_logprob", impl, hidden, weight)
     logprobs, entropy, _, _, _ = _forward_op(
-        hidden, weight, targets, temperature, softcap or 0.0, form, differentiable_entropy, chosen, chunk_rows or 0
-    )
+        hidden, weight, targets.contiguous(), temperature, softcap or 0.0, form, differentiable_entropy, chosen,
+        chunk_rows or 0,
+    )  # fmt: skip
     return logprobs, entropy if differentiable_entropy else entropy.detach()
 
 
@@ -110,6 +113,8 @@ def _check(
         raise ValueError(f"hidden is {list(hidden.shape)} and weight {list(weight.shape)}; give [M, D] and [V, D].")
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets is {list(targets.shape)}; give one target for each of {hidden.shape[0]} rows.")
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets is {targets.dtype}; give int64, as torch.gather takes.")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}; give both the same dtype.")
     if not temperature > 0:
@@ -186,7 +191,7 @@ def _launch_recompute(
 
 
 def _fake_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows):
-    return torch.empty_like(hidden), torch.empty_like(weight)
+    return torch.empty_like(hidden), weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, isolated, next_power_of_2, tl, triton
 from grpo_kernels.nf4 import NF4, dequantize_into, is_fused, nf4_dequantize, nf4_linear_with_a
 
 MOST_DECODED_ROWS = 256
@@ -62,6 +63,7 @@ def empty_with_room(
     return weight, a
 
 
+@isolated
 def lora_linear(
     x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
@@ -90,6 +92,7 @@ def decoded(rows: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor
     return _infer(rows, base, factors.a_mirror, factors.b_mirror, factors.scale, bias, impl, eager=True)
 
 
+@isolated
 def lora_linear_inference(
     x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
 ) -> Tensor:
@@ -118,6 +121,7 @@ class _LoraLinear(torch.autograd.Function):
         return linear_forward(ctx, x, base, factors, bias, fused)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_a, grad_b = linear_backward(ctx, grad)
         return grad_x, None, None, None, None, grad_a, *grad_b
@@ -127,10 +131,28 @@ def linear_forward(
     ctx, x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None, fused: bool
 ) -> Tensor:
     """y [T, N] of x [T, K]; `ctx` keeps what `linear_backward` needs."""
+    _check(x, base, factors.a_mirror, factors.b_mirror, bias)
     out, xa = (fused_forward if fused else twin_forward)(x, base, factors, bias)
     ctx.base, ctx.fused = base, fused
     ctx.save_for_backward(x, xa, factors.scale, factors.a_mirror, *factors.b_mirror)
     return out
+
+
+def _check(x: Tensor, base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], bias: Tensor | None) -> None:
+    num_outputs, num_inputs = base.shape
+    if x.shape[1] != num_inputs or a.shape[1] != num_inputs:
+        raise ValueError(
+            f"The base is {list(base.shape)}, x {list(x.shape)} and A {list(a.shape)}; give both {num_inputs} columns."
+        )
+    if isinstance(base, NF4) and base.packed.numel() != cdiv(num_outputs * num_inputs, 2):
+        raise ValueError(f"The base is {list(base.shape)}, in {base.packed.numel()} bytes; a byte holds two values.")
+    if sum(part.shape[0] for part in b) != num_outputs or sum(part.shape[1] for part in b) != a.shape[0]:
+        raise ValueError(
+            f"The base is {list(base.shape)}, A {list(a.shape)} and B {[list(part.shape) for part in b]}; "
+            f"the parts' rows have to add up to {num_outputs} and their ranks to {a.shape[0]}."
+        )
+    if bias is not None and bias.shape != (num_outputs,):
+        raise ValueError(f"bias is {list(bias.shape)}; give [{num_outputs}].")
 
 
 def linear_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, list[Tensor]]:
@@ -212,7 +234,7 @@ def _infer_nf4(
     bias: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    base = NF4(packed, absmax, (num_rows, x.shape[1]), nested_absmax, offset)
+    base = NF4(packed, absmax, (num_rows, a.shape[1]), nested_absmax, offset)
     return _infer(x, base, a, b, scale, bias, impl)
 
 
@@ -227,6 +249,7 @@ def _infer(
     impl: Any,
     eager: bool = False,
 ) -> Tensor:
+    _check(x, base, a, b, bias)
     if choose("lora_linear_inference", impl, x) == "torch":
         return twin_forward(x, base, LoraFactors(a, tuple(b), a, tuple(b), scale), bias)[0]
     num_outputs, num_factors = base.shape[0], a.shape[0]
@@ -353,7 +376,7 @@ def _joined_rows(num_outputs: int, num_factors: int) -> int:
 
 
 def _transposed(b: Sequence[Tensor]) -> list[Tensor]:
-    return [part.t() for part in b]
+    return [part.contiguous().t() for part in b]
 
 
 def scaled(low_rank: Tensor, scale: Tensor) -> Tensor:
@@ -418,10 +441,11 @@ def _add_low_rank_kernel(
     y, left, right_0, right_1, right_2, scale, bias, out,
     num_rows, columns_0, columns_1, columns_2, rank,
     y_stride, left_stride, right_stride_rank, right_stride_column, out_stride,
-    PARTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, IS_WHOLE: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one part: the tiles of the parts' columns lie beside each other, none spans two parts."""
+    """One tile of one part: the tiles of the parts' columns lie beside each other, none spans two parts. IS_WHOLE: the
+    rank fits in a block."""
     tile = tl.program_id(0)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
@@ -447,15 +471,21 @@ def _add_low_rank_kernel(
     row_inside, column_inside = row < num_rows, column < num_columns
     row64 = row.to(tl.int64)
     inside = row_inside[:, None] & column_inside[None, :]
-    low = tl.load(
-        left + row64[:, None] * left_stride + r[None, :], mask=row_inside[:, None] & (r < rank)[None, :], other=0.0
-    )
-    high = tl.load(
-        right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column,
-        mask=(r < rank)[:, None] & column_inside[None, :],
-        other=0.0,
-    )
-    value = tl.dot(low, high, input_precision=PRECISION)
+    low = left + row64[:, None] * left_stride + r[None, :]
+    high = right + r[:, None] * right_stride_rank + column[None, :] * right_stride_column
+    if IS_WHOLE:
+        low = tl.load(low, mask=row_inside[:, None] & (r < rank)[None, :], other=0.0)
+        high = tl.load(high, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0)
+        value = tl.dot(low, high, input_precision=PRECISION)
+    else:
+        value = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+        for start in tl.range(0, rank, BLOCK_R, num_stages=2):
+            r_inside = r < rank - start
+            some_low = tl.load(low + start, mask=row_inside[:, None] & r_inside[None, :], other=0.0)
+            some_high = tl.load(
+                high + start * right_stride_rank, mask=r_inside[:, None] & column_inside[None, :], other=0.0
+            )
+            value = tl.dot(some_low, some_high, value, input_precision=PRECISION)
     if HAS_SCALE:
         value *= tl.load(scale)
     value += tl.load(y + row64[:, None] * y_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -478,13 +508,15 @@ def add_low_rank(
         return
     first, num_rows = rights[0], out.shape[0]
     rank, columns = first.shape[0], [right.shape[1] for right in rights]
-    block_t, block_n = min(64, max(16, next_power_of_2(num_rows))), 64
+    block_t, block_n, block_r = min(64, max(16, next_power_of_2(num_rows))), 64, max(16, next_power_of_2(rank))
+    # Blocks of the whole rank while both are within 64 KB, what the smallest GPU has.
+    is_whole = block_r * y.itemsize <= 512
     _add_low_rank_kernel[(sum(cdiv(count, block_n) for count in columns), cdiv(num_rows, block_t))](
         y, left, first, rights[min(1, len(rights) - 1)], rights[-1],
-        scale if scale is not None else y, bias if bias is not None else y, out,
+        scale if scale is not None else y, bias.contiguous() if bias is not None else y, out,
         num_rows, columns[0], columns[min(1, len(rights) - 1)], columns[-1], rank,
         y.stride(0), left.stride(0), first.stride(0), first.stride(1), out.stride(0),
-        PARTS=len(rights), HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=max(16, next_power_of_2(rank)),
+        PARTS=len(rights), HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, IS_WHOLE=is_whole,
+        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=block_r if is_whole else 64,
         PRECISION="ieee" if y.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip

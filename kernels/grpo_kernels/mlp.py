@@ -16,8 +16,9 @@ Shapes: T rows of x (tokens), D inputs and outputs, I inner width, r the rank.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from grpo_kernels.dispatch import Impl, choose, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import Impl, choose, isolated, num_multiprocessors, shared_memory, tl, triton
 from grpo_kernels.lora_linear import (
     LoraFactors,
     add_low_rank,
@@ -34,6 +35,7 @@ from grpo_kernels.nf4 import NF4
 from grpo_kernels.swiglu import Activation, gated
 
 
+@isolated
 def lora_mlp(
     x: Tensor,
     gate_up_base: Tensor | NF4,
@@ -43,7 +45,10 @@ def lora_mlp(
     activation: Activation = "silu",
     impl: Impl = "auto",
 ) -> Tensor:
-    """x [..., D] through the gated MLP: [..., D]. `gate_up_base` is [2 * I, D], gate first; `down_base` is [D, I]."""
+    """x [..., D] through the gated MLP: [..., D]. `gate_up_base` is [2 * I, D], gate first; `down_base` is [D, I].
+
+    Ranks that differ, or are too large for the GPU, are computed by `lora_linear` and `gated`, which keep more.
+    """
     if activation not in ("silu", "gelu", "gelu_tanh"):
         raise ValueError(f"activation is {activation!r}. Use 'silu' (SwiGLU), 'gelu' or 'gelu_tanh' (GeGLU).")
     if choose("lora_mlp", impl, x) == "torch":
@@ -54,11 +59,20 @@ def lora_mlp(
         gate, up = decoded(rows, gate_up_base, gate_up_factors, None, impl).chunk(2, dim=-1)
         h = gated(gate, up, activation, impl=impl)
         return decoded(h, down_base, down_factors, None, impl).view(x.shape)
+    if not _is_fused(x, gate_up_factors.rank, down_factors.rank):
+        gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
+        return lora_linear(gated(gate, up, activation, impl=impl), down_base, down_factors, impl=impl)
     out = _LoraMlpFused.apply(
         rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
         gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,
     )  # fmt: skip
     return out.view(x.shape)
+
+
+def _is_fused(x: Tensor, rank: int, down_rank: int) -> bool:
+    """Whether the backward kernel, which needs the most shared memory (as compiled for 8.0 and 8.9), has its own."""
+    needed = (20480 + 768 * _rank_block(rank)) * x.itemsize // 2
+    return rank == down_rank and needed <= shared_memory(x.device)
 
 
 def _activate(gate: Tensor, activation: Activation) -> Tensor:
@@ -76,7 +90,7 @@ class _LoraMlpFused(torch.autograd.Function):
         _launch_gated(gate_up, gate_up_factors.b_mirror, gate_up_factors.scale, activation, h)
         extended = product_with_a(h, down_base, down_factors.a_mirror)  # [T, D + R]
         del h
-        out = torch.empty_like(x)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]  # [T, r]
         add_low_rank(extended, ha, [down_factors.b_mirror[0].t()], down_factors.scale, None, out)
         ctx.bases, ctx.activation, ctx.is_spent = (gate_up_base, down_base), activation, False
@@ -88,6 +102,7 @@ class _LoraMlpFused(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # grad [T, D]
         if ctx.is_spent:
             raise RuntimeError(

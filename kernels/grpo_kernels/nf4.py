@@ -23,8 +23,10 @@ from grpo_kernels.dispatch import (
     choose,
     has_descriptors,
     interpreting,
+    isolated,
     next_power_of_2,
     num_multiprocessors,
+    shared_memory,
     tl,
     triton,
 )
@@ -32,6 +34,8 @@ from grpo_kernels.dispatch import (
 BLOCK = 64
 NESTED_BLOCK = 256
 WIDE = 3 * 2**23  # values of a weight from which on large tiles leave no multiprocessor idle
+MOST_COUNTED = 4096  # output tiles among which K is split; more of them fill any GPU without
+LARGE = 160 * 1024  # bytes of shared memory that the largest tiles need (A100, H100 and later)
 
 # The 16 quantiles of a normal distribution of QLoRA's appendix E, in the float32 values that bitsandbytes uses.
 NF4_LEVELS = (
@@ -51,6 +55,12 @@ class NF4:
     shape: tuple[int, int]  # (N, K)
     nested_absmax: Tensor | None = None  # float32 [C]
     offset: Tensor | None = None  # float32 [C]: bitsandbytes has one for a tensor, several tensors joined have several
+
+    def __post_init__(self) -> None:
+        # What launches need of a device is made with the first weight there. Made within a launch it could lie in the
+        # memory of a CUDA graph, which others would write to.
+        if self.packed.is_cuda and type(self.packed) is Tensor:
+            _arrived(self.device), _levels(self.device), _dynamic_levels(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +139,7 @@ def nf4_quantize(weight: Tensor, double_quant: bool = False, impl: Impl = "auto"
     return _nest_absmax(quantized) if double_quant else quantized
 
 
+@isolated
 def nf4_dequantize(nf4: NF4, dtype: torch.dtype, out: Tensor | None = None, impl: Impl = "auto") -> Tensor:
     """The weight [N, K] in `dtype`, each value rounded once from float32 level * absmax.
 
@@ -136,6 +147,8 @@ def nf4_dequantize(nf4: NF4, dtype: torch.dtype, out: Tensor | None = None, impl
     """
     if out is not None and (out.shape != nf4.shape or out.dtype != dtype):
         raise ValueError(f"out is {out.dtype} {list(out.shape)}; the weight needs {dtype} {list(nf4.shape)}.")
+    if out is not None and out.stride(1) != 1:
+        raise ValueError(f"out has strides {list(out.stride())}; give one whose rows are contiguous.")
     if choose("nf4_dequantize", impl, _empty(nf4, dtype)) == "torch":
         values = _dequantize_torch(nf4, dtype)
         return values if out is None else out.copy_(values)
@@ -153,6 +166,7 @@ def dequantize_into(nf4: NF4, out: Tensor) -> None:
     _launch_dequantize(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset, out)
 
 
+@isolated
 def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = "auto", eager: bool = False) -> Tensor:
     """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient).
 
@@ -163,6 +177,10 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
     `eager` says that no graph will replay the launch. Then tensor descriptors are left out: to fill them costs the host
     some 50 microseconds, and with launches one by one it is the host that a decoder waits for.
     """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x is {list(x.shape)} and the weight {list(weight.shape)}; give [..., {weight.shape[1]}].")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias is {list(bias.shape)}; give [{weight.shape[0]}].")
     rows = x.reshape(-1, x.shape[-1])
     if choose("nf4_linear", impl, x) == "torch":
         out = torch.nn.functional.linear(rows, _dequantize_torch(weight, x.dtype), bias)
@@ -180,10 +198,10 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
 def nf4_linear_with_a(x: Tensor, weight: NF4, a: Tensor, width: int, eager: bool) -> Tensor:
     """[x W^T | x A^T], [M, width], in one launch of `nf4_linear`'s kernel, for callers that have chosen it already.
 
-    x [M, K]; a [R, K], dense, contiguous, in x's dtype; width >= N + R: what is in the columns beyond is undefined.
+    x [M, K]; a [R, K], dense, in x's dtype; width >= N + R: what is in the columns beyond is undefined.
     """
     nested = weight.nested_absmax, weight.offset
-    return _launch_linear(x, weight.packed, weight.absmax, *nested, None, weight.shape[0], eager, a, width)
+    return _launch_linear(x, weight.packed, weight.absmax, *nested, None, weight.shape[0], eager, a.contiguous(), width)
 
 
 def absmax_float32(nf4: NF4) -> Tensor:
@@ -561,11 +579,13 @@ def _launch_linear(
     grid = (tiles, cdiv(num_x_rows, tiling.block_m), tiling.splits)
     if tiling.splits > 1:
         partial = torch.empty((tiling.splits, *out.shape), dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device, grid[0] * grid[1])
+        arrived = _arrived(x.device)
+        if grid[0] * grid[1] > MOST_COUNTED:
+            arrived = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device)
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     _linear_kernel[grid](
         rows, words, scales, nested_absmax if nested else absmax, offset if nested else absmax,
-        _dynamic_levels(x.device), _levels(x.device), bias if bias is not None else x, narrow_rows, a_rows,
+        _dynamic_levels(x.device), _levels(x.device), x if bias is None else bias.contiguous(), narrow_rows, a_rows,
         out, partial, arrived, num_x_rows, num_rows, num_a_rows, num_columns, x.stride(0), out.stride(0),
         DESCRIBED=described, NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
         HAS_A=a is not None, SPLITS=tiling.splits,
@@ -643,7 +663,7 @@ def _addressed_tiling(
     Few rows of x need many programs on a multiprocessor, which hide each other's waiting. Many rows need large tiles,
     so that a weight is dequantised once and x is read by few programs.
     """
-    is_large = _has_large_shared_memory(device) and dtype.itemsize == 2
+    is_large = shared_memory(device) >= LARGE and dtype.itemsize == 2
     is_wide = num_rows * num_columns >= WIDE
     block_m = min(256 if is_large else 64, max(16, next_power_of_2(num_x_rows)))
     if block_m == 256 or (block_m == 128 and is_wide):
@@ -677,30 +697,17 @@ def is_fused(num_x_rows: int, weight: NF4, impl: Impl, eager: bool, with_a: bool
 def _fused_rows(num_rows: int, num_columns: int, eager: bool, with_a: bool, device: torch.device) -> tuple[int, int]:
     """Up to how many rows of x it is faster, and beyond how many it is again, up to 512, in two tiles well filled."""
     num_values = num_rows * num_columns
-    if not _has_large_shared_memory(device) or num_values < (2**22 if with_a else 2**23):
+    if shared_memory(device) < LARGE or num_values < (2**22 if with_a else 2**23):
         return 64, 512
     is_described = not eager and num_columns % (4 * BLOCK) == 0 and has_descriptors(device)
     most = 256 if with_a or num_values >= 3 * 2**22 else 128
     return most, 384 if num_values >= 2 * WIDE and is_described else 512
 
 
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program can have the 160 KB of shared memory that the largest tiles need (A100, H100 and later)."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
-
-
-def _arrived(device: torch.device, num_tiles: int) -> Tensor:
+@functools.cache
+def _arrived(device: torch.device) -> Tensor:
     """A counter for each output tile, zero between launches: the last program to arrive sets it back."""
-    counters = _counters.get((device, num_tiles))
-    if counters is None:
-        counters = torch.zeros(num_tiles, dtype=torch.int32, device=device)
-        # Within the capture of a CUDA graph the zeros are recorded, not written, so these serve that graph alone.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _counters[device, num_tiles] = counters
-    return counters
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
+    return torch.zeros(MOST_COUNTED, dtype=torch.int32, device=device)
 
 
 @torch.library.custom_op("grpo_kernels::nf4_dequantize", mutates_args=("out",))

@@ -10,12 +10,14 @@ Shapes: T rows of x (tokens), K inputs, N_q + N_k + N_v outputs, r the rank.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from grpo_kernels.dispatch import Impl, choose
+from grpo_kernels.dispatch import Impl, choose, isolated
 from grpo_kernels.lora_linear import LoraFactors, column_parts, linear_backward, linear_forward
 from grpo_kernels.nf4 import NF4
 
 
+@isolated
 def lora_qkv(
     x: Tensor, base: Tensor | NF4, factors: LoraFactors, bias: Tensor | None = None, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +35,7 @@ class _LoraQkv(torch.autograd.Function):
         return tuple(column_parts(out, factors.b_mirror))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads):
         grad_x, grad_a, grad_b = linear_backward(ctx, joined_columns(grads))
         return grad_x, None, None, None, None, grad_a, *grad_b

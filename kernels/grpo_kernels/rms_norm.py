@@ -16,9 +16,20 @@ import functools
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import (
+    Impl,
+    Operator,
+    cdiv,
+    choose,
+    isolated,
+    next_power_of_2,
+    num_multiprocessors,
+    tl,
+    triton,
+)
 
 
+@isolated
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, impl: Impl = "auto") -> Tensor:
     """x [..., D] normalised over D and times weight [D] + offset; differentiable in both."""
     _check(x, weight)
@@ -28,6 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.
     return normed
 
 
+@isolated
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -63,7 +75,7 @@ def _launch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normed rows, x + residual (empty without one), and r [N] in float32."""
     normed, total, scales = _allocate(x, residual)
-    rows = _as_rows(x)
+    rows, weight = _as_rows(x), weight.contiguous()
     N, D = rows.shape
     if N > 0:
         others = rows if residual is None else _as_rows(residual)
@@ -97,7 +109,7 @@ def _launch_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sum [..., D] and of the weight [D], the latter empty unless it is trained."""
     grad = torch.empty_like(total, memory_format=torch.contiguous_format)
-    rows = _as_rows(total)
+    rows, weight = _as_rows(total), weight.contiguous()
     N, D = rows.shape
     if N == 0:
         return grad, torch.zeros_like(weight) if weight_is_trained else weight.new_empty(0)

@@ -18,9 +18,20 @@ import functools
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, next_power_of_2, num_multiprocessors, tl, triton
+from grpo_kernels.dispatch import (
+    Impl,
+    Operator,
+    cdiv,
+    choose,
+    isolated,
+    next_power_of_2,
+    num_multiprocessors,
+    tl,
+    triton,
+)
 
 
+@isolated
 def rope(
     q: Tensor,  # [N, Hq, E]
     k: Tensor,  # [N, Hk, E]
@@ -125,9 +136,10 @@ def _launch_rope_backward(
 
 
 def _fake_rope_backward(grad_q, grad_k, q, k, cos, sin, q_norm, k_norm, eps, offset, norms_are_trained):
-    sizes = [norm.shape[0] if norms_are_trained and norm is not None else 0 for norm in (q_norm, k_norm)]
     grads = grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
-    return *grads, grad_q.new_empty(sizes[0]), grad_k.new_empty(sizes[1])
+    norms = (q_norm if norms_are_trained else None), (k_norm if norms_are_trained else None)
+    pairs = zip(grads, norms, strict=True)
+    return *grads, *(grad.new_empty(0) if norm is None else norm.new_empty(norm.shape) for grad, norm in pairs)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -151,7 +163,8 @@ _rope_op.differentiate(_setup_context, _backward)
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
     rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
-        x = _last_contiguous(x)
+        x, cos, sin = (_last_contiguous(tensor) for tensor in (x, cos, sin))
+        weight = None if weight is None else weight.contiguous()
         shape = _shape(x.shape[2], cos.shape[1])
         _forward_kernel[(cdiv(x.shape[0] * x.shape[1], shape["ROWS"]),)](
             x, cos, sin, cos if weight is None else weight, rotated, *_sizes(x, cos, sin), eps, offset,
@@ -174,8 +187,9 @@ def _rotate_back(
     sums_weight = norm_is_trained and weight is not None
     grad = torch.empty_like(grad_rotated, memory_format=torch.contiguous_format)
     if grad_rotated.numel() == 0:
-        return grad, grad.new_zeros(E if sums_weight else 0)
-    grad_rotated = _last_contiguous(grad_rotated)
+        return grad, grad.new_empty(0) if weight is None or not norm_is_trained else weight.new_zeros(E)
+    grad_rotated, cos, sin = (_last_contiguous(tensor) for tensor in (grad_rotated, cos, sin))
+    weight = None if weight is None else weight.contiguous()
     x = grad_rotated if x is None else _last_contiguous(x)
     shape = _shape(E, cos.shape[1])
     programs = cdiv(x.shape[0] * x.shape[1], shape["ROWS"])
@@ -187,11 +201,13 @@ def _rotate_back(
         *_sizes(x, cos, sin), grad_rotated.stride(0), grad_rotated.stride(1), programs, eps, offset,
         NORM=weight is not None, WEIGHT=sums_weight, **shape,
     )  # fmt: skip
-    return grad, partial_sums.sum(0).to(grad.dtype) if sums_weight else grad.new_empty(0)
+    if weight is None or not norm_is_trained:
+        return grad, grad.new_empty(0)
+    return grad, partial_sums.sum(0).to(weight.dtype)
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, isolated, tl, triton
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
@@ -36,6 +36,7 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: Literal["tanh", "none"] = "t
     return gated(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu", impl=impl)
 
 
+@isolated
 def gated(gate: Tensor, up: Tensor, activation: Activation, *, impl: Impl = "auto") -> Tensor:
     """activation(gate) * up, [..., I], differentiable.
 
@@ -47,6 +48,7 @@ def gated(gate: Tensor, up: Tensor, activation: Activation, *, impl: Impl = "aut
     return _gated_op(gate, up, activation)
 
 
+@isolated
 def gated_backward(
     gate: Tensor,  # [..., I]
     up: Tensor,  # [..., I]
@@ -66,6 +68,8 @@ def gated_backward(
         product = _torch_gated(gate, up, activation)
         grads = torch.cat(_torch_gated_backward(gate, up, grad, activation), -1)
         return (grads if out is None else out.copy_(grads)), product
+    if out is not None and out.stride(-1) != 1:
+        raise ValueError(f"out has strides {list(out.stride())}; give one whose last axis is contiguous.")
     grads = grad.new_empty(*grad.shape[:-1], 2 * grad.shape[-1]) if out is None else out
     product = torch.empty_like(grad, memory_format=torch.contiguous_format)
     grad_gate, grad_up = grads.chunk(2, -1)

@@ -79,7 +79,7 @@ def pretend() -> None:
         "_obstacle": lambda device, dtypes: None,
         "capability": lambda device: CAPABILITY,
         "num_multiprocessors": lambda device: 100,
-        "_has_large_shared_memory": lambda device: SHARED_KIB[CAPABILITY] >= 160,
+        "shared_memory": lambda device: 1024 * SHARED_KIB[CAPABILITY],
     }
     for module in package():
         for name, answer in answers.items():
@@ -159,9 +159,9 @@ def with_a(x: torch.Tensor, weight: NF4) -> None:
     lora_linear_inference(x, weight, factors(num_rows, num_inputs=num_columns), impl="triton")
 
 
-def factors(*sizes: int, num_inputs: int = 128) -> LoraFactors:
-    a = torch.zeros(len(sizes) * 16, num_inputs, requires_grad=True)
-    b = tuple(torch.zeros(size, 16, requires_grad=True) for size in sizes)
+def factors(*sizes: int, num_inputs: int = 128, rank: int = 16) -> LoraFactors:
+    a = torch.zeros(len(sizes) * rank, num_inputs, requires_grad=True)
+    b = tuple(torch.zeros(size, rank, requires_grad=True) for size in sizes)
     return LoraFactors(a, b, a.detach().to(DTYPE), tuple(part.detach().to(DTYPE) for part in b), torch.ones(1))
 
 
@@ -171,10 +171,14 @@ def lora() -> None:
         backward(*lora_qkv(zeros(300, 128), base, factors(128, 64, 64), impl="triton"))
         for rows in (5, 300):
             lora_linear_inference(zeros(rows, 128, requires_grad=False), base, factors(128, 64, 64), impl="triton")
+    bases = quantized(256, 128, False), quantized(128, 128, False)
     for activation in ("silu", "gelu", "gelu_tanh"):
-        bases = quantized(256, 128, False), quantized(128, 128, False)
         out = lora_mlp(zeros(300, 128), bases[0], factors(128, 128), bases[1], factors(128), activation, impl="triton")
         backward(out)
+    for rank in (64, 256):
+        backward(*lora_qkv(zeros(300, 128), bases[0], factors(128, 64, 64, rank=rank), impl="triton"))
+        both = factors(128, 128, rank=rank), factors(128, rank=rank)
+        backward(lora_mlp(zeros(300, 128), bases[0], both[0], bases[1], both[1], impl="triton"))
 
 
 def attention() -> None:
