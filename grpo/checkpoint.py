@@ -7,7 +7,8 @@
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
                                                          with the size and SHA-256 of every other file
 
-A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none.
+A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none. Only folders
+whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,8 @@ from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 
 STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
+CHECKPOINT_NAME = re.compile(r"step-(\d+)")
+LEFT = "left-"  # before the name of a checkpoint whose course the run has left
 
 
 @dataclass
@@ -93,8 +97,27 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    """The checkpoints of a run's folder, oldest first. What a user copied or packed beside them is none."""
+    steps = {
+        int(match[1]): path
+        for path in (folder / "checkpoints").glob("step-*")
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def leave_later(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, where the run now goes on from; returns their new places.
+
+    They belong to the course that is left: metrics.jsonl will not hold their steps.
+    """
+    left = []
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            place = path.with_name(LEFT + path.name)
+            shutil.rmtree(place, ignore_errors=True)
+            left.append(path.rename(place))
+    return left
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> Progress:
@@ -145,6 +168,11 @@ def resume_folder(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if (run / STATE).is_file() and run.name.startswith(LEFT):
+        raise UserError(
+            f"{run} was left when its run went on from an earlier checkpoint: metrics.jsonl no longer holds its steps. "
+            f"--eval scores it; --resume {run.parent.parent} goes on with the run."
+        )
     if (run / STATE).is_file():
         return run
     if not run.is_dir():
@@ -161,9 +189,9 @@ def best_checkpoint(run: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    last = resume_folder(run)
-    if last == run:
+    if (run / STATE).is_file():
         return run
+    last = resume_folder(run)
     best = run / "checkpoints" / f"step-{read_state(last)['progress']['best_step']:06d}"
     return best if best.is_dir() else last
 

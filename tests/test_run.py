@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -401,6 +402,38 @@ def test_checkpoints_that_are_not_ours_or_damaged(task_file, tmp_path, capsys):
     earlier = list_checkpoints(folder)[-2]
     assert main(["--resume", str(earlier), "--steps", "6"]) == 0
     fails(["--resume", str(folder), "--steps", "9", "--lora-rank", "5"], capsys, "lora", "5")
+
+
+def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_are_left(task_file, tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = ["--save-every", "2", "--keep", "4", "--eval-every", "3"]
+    run_toy(task_file, whole, "--steps", "7", *flags)
+    run_toy(task_file, folder, "--steps", "8", *flags)
+    stale = folder / "checkpoints" / "left-step-000008"
+    stale.mkdir()
+    capsys.readouterr()
+    assert main(["--resume", str(folder / "checkpoints" / "step-000004"), "--steps", "7", "--keep", "2"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "step-000006" in line and "step-000008" in line]
+    assert {path.name for path in list_checkpoints(folder)} >= {"step-000006", "step-000007"}
+    assert not (folder / "checkpoints" / "step-000008").exists()
+    assert metrics_of(folder) == metrics_of(whole)
+    assert main(["--resume", str(folder), "--steps", "8"]) == 0
+    assert main(["--eval", str(folder)]) == 0
+    fails(["--resume", str(stale)], capsys, "was left", f"--resume {folder}")
+    assert main(["--eval", str(stale)]) == 0
+
+
+def test_what_a_user_puts_beside_the_checkpoints_is_none(task_file, tmp_path):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "4", "--save-every", "2", "--keep", "1")
+    last = list_checkpoints(folder)[-1]
+    shutil.copytree(last, folder / "checkpoints" / "step-000004-mine")
+    (folder / "checkpoints" / "step-000005.tar.gz").write_text("packed")
+    (folder / "checkpoints" / "step-000009").write_text("a file")
+    assert list_checkpoints(folder)[-1] == last
+    assert main(["--resume", str(folder), "--steps", "8"]) == 0
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-000004-mine", "step-000005.tar.gz", "step-000009", "step-000008"} <= names
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
