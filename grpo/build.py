@@ -210,7 +210,7 @@ def build_run(
         generators_now=generators_now,
         generators=generators_now(),
         progress=progress,
-        saved_step=progress.step,
+        saved=(progress.step, progress.evaluated),
     )
 
 

@@ -46,6 +46,7 @@ class Progress:
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out
     version: int = 0  # of the policy
+    evaluated: int = -1  # steps done at the last held-out score
     best: float = -1.0  # best held-out pass@1 ...
     best_step: int = -1  # ... and the checkpoint that has it
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training

@@ -303,13 +303,13 @@ def _announce(resolved: Resolved) -> None:
 
 def _train_and_keep(run: Any) -> None:
     """Train; when that ends early, for an error or on request, save what is done so far."""
-    from grpo.train import save, train
+    from grpo.train import is_unsaved, save, train
 
     try:
         train(run)
     finally:
         # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
-        if run.policy.version == run.progress.version and run.progress.step > run.saved_step:
+        if run.policy.version == run.progress.version and is_unsaved(run):
             save(run)
 
 

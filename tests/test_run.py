@@ -309,6 +309,34 @@ def test_memory_that_runs_out_is_told_and_nothing_is_lost(
     assert metrics_of(folder) == untroubled_metrics
 
 
+INTERRUPTED = """
+sizes = []
+def patient(completions):
+    sizes.append(len(completions))
+    if sizes[-1] == 24 and sizes.count(24) == TIMES:
+        raise KeyboardInterrupt
+    return [len(set(completion[0]["content"])) / 10 for completion in completions]
+"""
+
+
+@pytest.mark.parametrize(("times", "done"), [("2", 2), ("4", 6)], ids=["in the middle", "the last"])
+def test_an_interrupted_evaluation_is_made_up(times, done, untroubled_metrics, tmp_path, capsys):
+    path, folder = tmp_path / "toy.py", tmp_path / "run"
+    path.write_text(TASK.format(rewards="{patient: 1.0, says: 1.0}", extra=INTERRUPTED.replace("TIMES", times)))
+    assert main([str(path), *PATIENT, "--run-dir", str(folder)]) == 130
+    assert list_checkpoints(folder)[-1].name == f"step-{done:06d}"
+    assert metrics_of(folder)[-1]["step"] == done - 1
+    path.write_text(patient_task())
+    assert main(["--resume", str(folder)]) == 0
+    assert metrics_of(folder) == untroubled_metrics
+    resumed = metrics_of(folder)
+    assert main(["--resume", str(folder)]) == 0  # and then it is not due again
+    assert metrics_of(folder) == resumed
+    last = f"{untroubled_metrics[-1]['eval/pass@1']:.1%}"
+    compared = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out pass@1:")]
+    assert [f", {last}" in line for line in compared] == [True, True]
+
+
 def test_memory_that_runs_out_before_the_first_step(task_file, tmp_path, capsys):
     folder = tmp_path / "run"
     huge = ["--lora-rank", str(10**13), "--base", "nf4"]

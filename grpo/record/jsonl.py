@@ -31,9 +31,12 @@ class JsonLines:
         self._file.flush()
 
     def position(self) -> int:
-        """Bytes written, all of them on the disk when this returns."""
-        os.fsync(self._file.fileno())
+        """Bytes written."""
         return self._file.tell()
+
+    def sync(self) -> None:
+        """When this returns, they are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
