@@ -112,6 +112,8 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
     if task is None:
         raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
     config, flags = arguments.config, _flags(argv)
+    if arguments.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
+        config, flags = dataclasses.replace(config, model=arguments.eval), [*flags, "model"]
     origins |= dict.fromkeys(flags, "flag")
     missing: list[str] = []
     if task.embedded and not saved:
@@ -243,12 +245,12 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
     from grpo.evaluate import score_lines
     from grpo.policy.adapter import load_adapter
 
-    is_run = bool(_saved_run(target))
-    config = resolved.config if is_run else dataclasses.replace(resolved.config, model=target)
+    _announce(resolved)
+    config = resolved.config
     questions = build_questions(resolved.task, config)
     with memory_in_words(config):
         policy = build_policy(config, questions)
-        if is_run:
+        if _saved_run(target):
             checkpoint = best_checkpoint(Path(target))
             load_adapter(policy, checkpoint)
             say(f"adapter of {checkpoint}")

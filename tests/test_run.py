@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
 from grpo.checkpoint import list_checkpoints
+from grpo.embedded import MODEL_DIR
 from grpo.record.recorder import TIMING_PREFIXES
 from grpo.run import main, resolve
 
@@ -125,6 +126,19 @@ def test_eval_scores_a_run_and_a_model(task_file, tmp_path, capsys):
     assert "95% interval" in out
     assert main([task_file(), "--eval", "embedded", "--eval-prompts", "4", "--max-completion-tokens", "7"]) == 0
     assert "pass@1" in capsys.readouterr().out
+
+
+def test_eval_of_a_model_asks_the_task_s_own_questions(task_file, tmp_path, capsys):
+    """Where a run would take the embedded default for want of a GPU, --eval MODEL scores that model on the task's data,
+    or says that they cannot be had."""
+    fails(["tasks/gsm8k.py", "--eval", str(MODEL_DIR)], capsys, "The data set openai/gsm8k (train)", "--data FOLDER")
+    _, resolved = resolve(["tasks/gsm8k.py", "--eval", "org/some-model"])
+    assert (resolved.config.model, resolved.config.data, resolved.config.max_completion_tokens) == (
+        "org/some-model", "", 512)  # fmt: skip
+    assert resolved.origins["model"] == "flag"
+    assert resolved.missing == []
+    _, tiny = resolve(["tasks/gsm8k.py", "--eval", "embedded"])
+    assert (tiny.config.model, tiny.config.data, tiny.config.base) == ("embedded", "embedded", "float32")
 
 
 def test_check_tries_every_row_and_trains_nothing(task_file, tmp_path, capsys):
