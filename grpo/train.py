@@ -72,7 +72,7 @@ def train(run: Run) -> None:
             update = run.policy.update(run.pack(groups), step)
         with clock("sync"):
             sync = run.engine.sync()
-        metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"]) | update | sync
+        metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"], run.pack.trains) | update | sync
         run.recorder.step(step, metrics | clock.metrics(groups) | {"memory/peak_gib": run.memory_peak()})
         run.recorder.completions(step, groups)
 
@@ -107,20 +107,19 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
     return groups or scored, logged | {"groups/rolled_out": num_rolled_out}
 
 
-def step_metrics(groups: list[Group], num_rolled_out: float) -> dict[str, float]:
-    """What the groups of a step look like, before any update."""
+def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
+    """What the groups of a step look like, before any update. trains: whether a group is part of it."""
     rewards = torch.cat([group.rewards for group in groups])
     parts = {f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts}
     lengths = [len(completion.tokens) for group in groups for completion in group.completions]
-    trained = sum(map(has_gradient, groups))
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{name: float(mean) for name, mean in parts.items()},
         "completion/length": sum(lengths) / len(lengths),
         "completion/truncated": truncated_share(groups),
-        "groups/zero_variance": 1 - trained / num_rolled_out,
-        "groups/trained": trained,
+        "groups/zero_variance": 1 - sum(map(has_gradient, groups)) / num_rolled_out,
+        "groups/trained": sum(map(trains, groups)),
     }
 
 
