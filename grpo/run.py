@@ -95,8 +95,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
     """Task file (or saved run), then flags, then the embedded default where something is missing."""
-    resumed = _option(argv, "--resume")
-    saved = _saved_run(resumed or _option(argv, "--eval"))
+    resumed, scored = _option(argv, "--resume"), _option(argv, "--eval")
+    saved = _saved_run(resumed or scored)
     if resumed and not saved:
         raise UserError(f"There is no run folder {resumed}. --resume takes one, such as runs/gsm8k-20260101-120000.")
     task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
@@ -109,11 +109,17 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         base = from_dict(saved["config"])
         origins = saved["origins"]
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
+    if task is None and scored and not Path(scored).exists():
+        raise UserError(
+            f"There is no folder {scored}. --eval takes a run's folder or a checkpoint, or a model after a task file."
+        )
     if task is None:
         raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
     config, flags = arguments.config, _flags(argv)
-    if arguments.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
-        config, flags = dataclasses.replace(config, model=arguments.eval), [*flags, "model"]
+    if resumed:
+        _check_same_run(saved, task, task_path, resumed, flags)
+    if scored and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
+        config, flags = dataclasses.replace(config, model=scored), [*flags, "model"]
     origins |= dict.fromkeys(flags, "flag")
     missing: list[str] = []
     if task.embedded and not saved:
@@ -123,6 +129,22 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
             config = dataclasses.replace(config, **overrides)
             origins |= dict.fromkeys(overrides, "embedded")
     return arguments, Resolved(task, task_path, config, origins, missing)
+
+
+def _check_same_run(saved: dict[str, Any], task: Task, task_path: str, resumed: str, flags: list[str]) -> None:
+    """A run goes on with its own task, wherever its file lies by now, and in its own folder.
+
+    Raises:
+        UserError: the command line names another.
+    """
+    begun_with = saved.get("name", task.name)
+    if task.name != begun_with and str(Path(task_path).resolve()) != saved["task"]:
+        raise UserError(
+            f"{task_path} is task {task.name}, but {resumed} is a run of task {begun_with}, and a run keeps its task. "
+            f"Leave the task file out, or give {saved['task']}."
+        )
+    if "run_dir" in flags:
+        raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
 
 
 def _option(argv: list[str], name: str) -> str:
@@ -404,6 +426,7 @@ def _write_config(resolved: Resolved, folder: Path) -> None:
     origins = {name: resolved.origins.get(name, "default") for name in field_names()}
     content = {
         "task": str(Path(resolved.task_path).resolve()),
+        "name": resolved.task.name,
         "config": dataclasses.asdict(resolved.config),
         "origins": origins,
     }

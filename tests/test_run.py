@@ -495,6 +495,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys
     assert main(["--resume", str(folder), "--steps", "6"]) == 0
 
 
+def test_a_run_keeps_its_task_and_its_folder(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "2")
+    before = metrics_of(folder)
+    fails(["tasks/reverse.py", "--resume", str(folder), "--steps", "3"], capsys, "task reverse", "run of task toy")
+    other = str(tmp_path / "other")
+    fails(["--resume", str(folder), "--steps", "3", "--run-dir", other], capsys, "--run-dir", "its own folder")
+    assert metrics_of(folder) == before
+    moved = Path(task_file()).rename(tmp_path / "moved.py")
+    assert main([str(moved), "--resume", str(folder), "--steps", "3"]) == 0
+
+
+def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):
+    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no folder", "typo")
+    fails(["--eval", str(tmp_path)], capsys, "Give a task file first")
+
+
 def test_the_origin_of_every_value_is_known(task_file):
     _, resolved = resolve([task_file(), "--clip-low", "0.1", "--seed=4"])
     assert resolved.origins["clip_low"] == "flag"
