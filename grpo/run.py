@@ -98,7 +98,10 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
     resumed, scored = _option(argv, "--resume"), _option(argv, "--eval")
     saved = _saved_run(resumed or scored)
     if resumed and not saved:
-        raise UserError(f"There is no run folder {resumed}. --resume takes one, such as runs/gsm8k-20260101-120000.")
+        why = ": neither metrics.jsonl nor a checkpoint is in it" if Path(resumed).is_dir() else ""
+        raise UserError(
+            f"There is no run folder {resumed}{why}. --resume takes one, such as runs/gsm8k-20260101-120000."
+        )
     task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
     task = load_task(task_path) if task_path else None
     base, origins = Config(), {}
@@ -165,15 +168,42 @@ def _flags(argv: list[str]) -> list[str]:
 
 
 def _saved_run(path: str) -> dict[str, Any]:
-    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither."""
-    for folder in (Path(path), *Path(path).parents[:2]) if path else ():
-        file = folder / CONFIG_FILE
-        if file.is_file() and (folder / "metrics.jsonl").exists():
-            try:
-                return json.loads(file.read_text())
-            except ValueError as error:
-                raise UserError(f"{file} is damaged: {error}. Start a new run.") from error
-    return {}
+    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither.
+
+    Raises:
+        UserError: that file is gone or damaged.
+    """
+    if not path:
+        return {}
+    from grpo.checkpoint import list_checkpoints, run_of
+
+    folder = run_of(Path(path))
+    # A run is known by what else is there: a model's folder has a config.json too.
+    if not (folder / "metrics.jsonl").exists() and not list_checkpoints(folder):
+        return {}
+    file = folder / CONFIG_FILE
+    try:
+        saved = json.loads(file.read_text())
+        parts = {"task": saved["task"], "origins": saved["origins"], **saved["config"]}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file} is missing, which says what the run is made of. Put it back, or start a new run."
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Put it back as it was, or start a new run."
+        ) from error
+    likes = {"task": "", "origins": {}, **dataclasses.asdict(Config())}
+    if unlike := [name for name, value in parts.items() if not _fits(value, likes.get(name, value))]:
+        raise UserError(
+            f"{file} is damaged: {', '.join(unlike)} cannot be so. Put it back as it was, or start a new run."
+        )
+    return saved
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value read from JSON is of the type of a field of Config; a whole number may stand for a float."""
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def what_is_missing(config: Config, task: Task) -> list[str]:
@@ -287,7 +317,7 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
 def start(resolved: Resolved, resume: str) -> int:
     """Train, from the start or from a checkpoint."""
     from grpo.build import build_questions, build_run, preflight_rewards
-    from grpo.checkpoint import resume_folder
+    from grpo.checkpoint import resume_folder, run_of
     from grpo.evaluate import comparison
 
     _announce(resolved)
@@ -295,7 +325,7 @@ def start(resolved: Resolved, resume: str) -> int:
     questions = build_questions(resolved.task, resolved.config)
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
-    folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
+    folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)
     with memory_in_words(resolved.config, folder):
         with removed_if_empty(folder):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)

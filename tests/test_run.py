@@ -478,6 +478,44 @@ def test_what_a_user_puts_beside_the_checkpoints_is_none(task_file, tmp_path):
     assert {"step-000004-mine", "step-000005.tar.gz", "step-000009", "step-000008"} <= names
 
 
+def changed(path, change):
+    """The JSON of a file as text, with something changed in it."""
+    content = json.loads(path.read_text())
+    change(content)
+    return json.dumps(content)
+
+
+def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "3")
+    last = list_checkpoints(folder)[-1]
+    state, config, metrics = last / "state.json", folder / "config.json", folder / "metrics.jsonl"
+    zeros = metrics.read_text().splitlines(keepends=True)
+    zeros[1] = "\0" * (len(zeros[1]) - 1) + "\n"
+    damages = [
+        (state, changed(state, lambda read: read.pop("files")), ["state.json", "'files'", "another checkpoint"]),
+        (state, changed(state, lambda read: read["files"].pop("rng.safetensors")), ["state.json", "rng.safetensors"]),
+        (state, changed(state, lambda read: read["progress"].update(pace=1)), ["state.json", "'pace'"]),
+        (state, changed(state, lambda read: read["progress"].update(step="3")), ["state.json", "step cannot"]),
+        (config, changed(config, lambda read: read.pop("config")), ["config.json", "'config'"]),
+        (config, changed(config, lambda read: read["config"].update(steps="ten")), ["config.json", "steps"]),
+        (config, changed(config, lambda read: read["config"].update(group_size=4.5)), ["config.json", "group_size"]),
+        (config, changed(config, lambda read: read.update(config=[])), ["config.json"]),
+        (config, "[]", ["config.json"]),
+        (config, None, ["config.json is missing"]),
+        (metrics, "".join(zeros), ["metrics.jsonl", "line 2"]),
+        (metrics, None, ["metrics.jsonl", "taken it away"]),
+    ]
+    for file, damaged, words in damages:
+        whole = file.read_text()
+        file.unlink() if damaged is None else file.write_text(damaged)
+        fails(["--resume", str(folder), "--steps", "4"], capsys, *words)
+        file.write_text(whole)
+    assert main(["--resume", str(folder / "checkpoints"), "--steps", "4"]) == 0
+    fails(["--resume", str(folder / "checkpoints" / "step-000009")], capsys, "no checkpoint", "step-000009")
+    fails(["--resume", str(tmp_path)], capsys, "neither metrics.jsonl nor a checkpoint")
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
     """A limit on file sizes is the disk that is full: the optimizer's file is the largest, the logs are small."""
     folder = tmp_path / "run"
