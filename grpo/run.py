@@ -12,11 +12,13 @@ with exit code 130.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,8 @@ from grpo.task import Task, load_task
 
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
+# No room, no quota, larger than allowed, read-only by now, a disk that fails.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # Without a terminal there is no width to keep to.
 console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
@@ -326,7 +330,7 @@ def start(resolved: Resolved, resume: str) -> int:
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
     folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)
-    with memory_in_words(resolved.config, folder):
+    with full_disk_in_words(folder), memory_in_words(resolved.config, folder):
         with removed_if_empty(folder):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         _write_config(resolved, folder)
@@ -399,24 +403,52 @@ def memory_in_words(config: Config, folder: Path | None = None) -> Iterator[None
 
 
 def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str:
-    from grpo.checkpoint import list_checkpoints
-
     whose = "this machine" if isinstance(error, MemoryError) or OUT_OF_CPU_MEMORY in str(error) else "the GPU"
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     told = f" (the last request was for {asked[1]})" if asked else ""
     in_4_bits = "" if config.base == "nf4" else ", or keep the base weights in 4 bits with --base nf4"
-    checkpoints = list_checkpoints(folder) if folder else []
-    then = (
-        f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and lower values."
-        if checkpoints
-        else "There is no checkpoint to go on from: start again with lower values."
-    )
     return (
         f"The memory of {whose} ran out{told}. Lower --tokens-per-batch ({config.tokens_per_batch}) for the "
         f"update, or for the rollout --max-completion-tokens ({config.max_completion_tokens}), --prompts-per-step "
         f"({config.prompts_per_step}), --group-size ({config.group_size}) or --eval-prompts ({config.eval_prompts})"
-        f"{in_4_bits}. {then}"
+        f"{in_4_bits}. {_how_to_go_on(folder, 'lower values')}"
     )
+
+
+@contextmanager
+def full_disk_in_words(folder: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is told in a sentence, with how the run in `folder` goes on.
+
+    Raises:
+        UserError: there is no room, or the disk takes nothing more.
+    """
+    hook = threading.excepthook
+    # TensorBoard writes in a thread of its own: what fails there is raised here too, and told once.
+    threading.excepthook = lambda failed: None if _is_full_disk(failed.exc_value) else hook(failed)
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"What the run in {folder} records could not be written: {error.strerror}. "
+            f"{_how_to_go_on(folder, 'more room')}"
+        ) from error
+    finally:
+        threading.excepthook = hook
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def _how_to_go_on(folder: Path | None, needed: str) -> str:
+    from grpo.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(folder) if folder else []
+    if not checkpoints:
+        return f"There is no checkpoint to go on from: start again with {needed}."
+    return f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and {needed}."
 
 
 @contextmanager
@@ -460,7 +492,10 @@ def _write_config(resolved: Resolved, folder: Path) -> None:
         "config": dataclasses.asdict(resolved.config),
         "origins": origins,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2))
+    # Beside its place first: on a full disk the file that a resumed run began with must stay.
+    draft = folder / f".{CONFIG_FILE}.partial"
+    draft.write_text(json.dumps(content, indent=2))
+    draft.replace(folder / CONFIG_FILE)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -516,19 +517,41 @@ def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, 
     fails(["--resume", str(tmp_path)], capsys, "neither metrics.jsonl nor a checkpoint")
 
 
+@contextmanager
+def files_of_at_most(size):
+    """A limit on file sizes is the disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
+def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, task_file, tmp_path, capsys):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    run_toy(task_file, folder, "--steps", "3")
+    shutil.copytree(folder, whole)
+    config = (folder / "config.json").read_text()
+    sizes = {"curves.png": 12_000, "completions.jsonl": (folder / "completions.jsonl").stat().st_size + 100}
+    sizes |= {"metrics.jsonl": len(config) + 50, "config.json": 1000}
+    with files_of_at_most(sizes[full_for]):
+        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "more room")
+    for each in (folder, whole):
+        assert main(["--resume", str(each), "--steps", "6"]) == 0
+    assert metrics_of(folder) == metrics_of(whole)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
-    """A limit on file sizes is the disk that is full: the optimizer's file is the largest, the logs are small."""
+    """The optimizer's file is the largest, the logs are small."""
     folder = tmp_path / "run"
     run_toy(task_file, folder, "--steps", "3")
     good = list_checkpoints(folder)[-1]
     largest = max(path.stat().st_size for path in good.iterdir())
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
-    try:
+    with files_of_at_most(largest - 1):
         fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "Make room")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [good.name]
     assert main(["--resume", str(folder), "--steps", "6"]) == 0
 
