@@ -22,7 +22,7 @@ import torch
 
 from grpo import generators
 from grpo.advantages import RULES
-from grpo.checkpoint import Progress, load_checkpoint
+from grpo.checkpoint import Progress, leave_later, load_checkpoint
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator
@@ -181,6 +181,9 @@ def build_run(
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
     engine = build_engine(config, policy, questions, note)
+    # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
+    if left := leave_later(folder, progress.step):
+        note(f"note: going on from step {progress.step}: later checkpoints are now {', '.join(map(str, left))}.")
     recorder = Recorder(
         folder,
         config.steps,
@@ -207,7 +210,7 @@ def build_run(
         generators_now=generators_now,
         generators=generators_now(),
         progress=progress,
-        saved_step=progress.step,
+        saved=(progress.step, progress.evaluated),
     )
 
 

@@ -7,7 +7,8 @@
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
                                                          with the size and SHA-256 of every other file
 
-A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none.
+A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none. Only folders
+whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +35,10 @@ from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 
 STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
+CHECKPOINT_NAME = re.compile(r"step-(\d+)")
+CHECKPOINTS = "checkpoints"  # the folder in a run's
+OTHER_CHECKPOINT = "Choose another checkpoint of"
+LEFT = "left-"  # before the name of a checkpoint whose course the run has left
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Progress:
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out
     version: int = 0  # of the policy
+    evaluated: int = -1  # steps done at the last held-out score
     best: float = -1.0  # best held-out pass@1 ...
     best_step: int = -1  # ... and the checkpoint that has it
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
@@ -57,7 +64,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     Raises:
         UserError: it cannot be written, for want of space say; the earlier checkpoints are still there.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     final = checkpoints / f"step-{progress.step:06d}"
     files = adapter_files(policy) | {
         OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
@@ -93,8 +100,27 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first."""
-    return sorted((folder / "checkpoints").glob("step-*"))
+    """The checkpoints of a run's folder, oldest first. What a user copied or packed beside them is none."""
+    steps = {
+        int(match[1]): path
+        for path in (folder / CHECKPOINTS).glob("step-*")
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def leave_later(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, where the run now goes on from; returns their new places.
+
+    They belong to the course that is left: metrics.jsonl will not hold their steps.
+    """
+    left = []
+    for path in list_checkpoints(folder):
+        if int(path.name.removeprefix("step-")) > step:
+            place = path.with_name(LEFT + path.name)
+            shutil.rmtree(place, ignore_errors=True)
+            left.append(path.rename(place))
+    return left
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> Progress:
@@ -103,13 +129,13 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
     Raises:
         UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
     """
-    state = read_state(folder)
-    for name, expected in state["files"].items():
+    progress, files = read_state(folder)
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file() or _fingerprint(path.read_bytes()) != expected:
             raise UserError(
                 f"{path} is missing or damaged: it is not what the checkpoint recorded ({expected['bytes']} bytes). "
-                f"Choose another checkpoint of {folder.parent}."
+                f"{OTHER_CHECKPOINT} {folder.parent}."
             )
     load_adapter(policy, folder)
     try:
@@ -119,53 +145,81 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
         from_tensors(load((folder / RNG).read_bytes())).restore()
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
-    progress = Progress(**state["progress"])
     policy.version = progress.version
     return progress
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, checked for its format.
+def read_state(folder: Path) -> tuple[Progress, dict[str, dict[str, Any]]]:
+    """state.json of a checkpoint, checked: the progress, and the fingerprint of every other file.
 
     Raises:
         UserError: it is not one.
     """
+    path = folder / STATE
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a checkpoint: its {STATE} cannot be read ({error}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{folder} is not a checkpoint of this program: its {STATE} does not say {FORMAT!r}.")
-    return state
+    try:
+        progress, files = Progress(**state["progress"]), dict(state["files"])
+        unlike = [name for name, value in vars(Progress()).items() if type(getattr(progress, name)) is not type(value)]
+        unlike += [name for name in (OPTIMIZER, RNG) if not {"bytes", "sha256"} <= dict(files[name]).keys()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version: {error}. {OTHER_CHECKPOINT} {folder.parent}."
+        ) from error
+    if unlike:
+        raise UserError(f"{path} is damaged: {', '.join(unlike)} cannot be so. {OTHER_CHECKPOINT} {folder.parent}.")
+    return progress, files
 
 
-def resume_folder(run: Path) -> Path:
-    """The checkpoint that --resume RUN means: RUN itself if it is one, else the last of the run's folder.
+def run_of(place: Path) -> Path:
+    """The folder of the run that `place` is, or that its checkpoints, or the checkpoint at `place`, belong to."""
+    if place.name == CHECKPOINTS:
+        return place.parent
+    return place.parent.parent if place.parent.name == CHECKPOINTS else place
+
+
+def resume_folder(place: Path) -> Path:
+    """The checkpoint that --resume means: `place` itself if it is one, else the last of the run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is of a course that the run has left.
     """
-    if (run / STATE).is_file():
-        return run
-    if not run.is_dir():
-        raise UserError(f"There is no run folder {run}. --resume takes one, such as runs/gsm8k-20260101-120000.")
+    if is_checkpoint(place) and place.name.startswith(LEFT):
+        raise UserError(
+            f"{place} was left when its run went on from an earlier checkpoint: metrics.jsonl no longer holds its "
+            f"steps. --eval scores it; --resume {run_of(place)} goes on with the run."
+        )
+    if is_checkpoint(place):
+        return place
+    run = run_of(place)
+    if not place.is_dir():
+        raise UserError(f"There is no checkpoint {place}. --resume takes one of {run}, or {run} for the last.")
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         raise UserError(f"{run} has no checkpoint to resume from. Start the run again without --resume.")
     return checkpoints[-1]
 
 
-def best_checkpoint(run: Path) -> Path:
-    """The checkpoint with the best held-out score of a run's folder, or the one that `run` is.
+def best_checkpoint(place: Path) -> Path:
+    """The checkpoint with the best held-out score of a run, or the one that `place` is.
 
     Raises:
         UserError: there is none.
     """
-    last = resume_folder(run)
-    if last == run:
-        return run
-    best = run / "checkpoints" / f"step-{read_state(last)['progress']['best_step']:06d}"
+    if is_checkpoint(place):
+        return place
+    last = resume_folder(place)
+    best = last.with_name(f"step-{read_state(last)[0].best_step:06d}")
     return best if best.is_dir() else last
+
+
+def is_checkpoint(place: Path) -> bool:
+    """Whether a folder is meant as a checkpoint, by its file or by its place."""
+    return (place / STATE).is_file() or (place.is_dir() and place.parent.name == CHECKPOINTS)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

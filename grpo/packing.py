@@ -1,8 +1,7 @@
 """Groups -> batches of at most so many tokens; the only place that lays out tensors. Knows nothing of models.
 
-    trainable(groups)          the groups that carry a gradient; the rest is counted
-    normalizer(config)         what one token's loss is multiplied by, chosen once above the loop
-    pack(groups, ...)          one list of batches for each optimizer step
+    build_packer(config)       what one token's loss is multiplied by and who counts, chosen once above the loop
+    pack(groups)               one list of batches for each optimizer step; groups without a gradient are counted only
 
 A group's prompt is laid out once and shared by its completions. A group that does not fit into one batch is
 split between batches, each with its own copy of the prompt, which changes the cost and not the result.
@@ -80,12 +79,17 @@ class Packer:
         """
         return [self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)]
 
+    def members(self, group: Group) -> list[int]:
+        """Which completions of a group have a part in the loss."""
+        return [place for place, completion in enumerate(group.completions) if self.counts(completion)]
+
+    def trains(self, group: Group) -> bool:
+        """Whether a group is in any batch: it has a gradient, and not all of its completions are masked."""
+        return has_gradient(group) and any(map(self.counts, group.completions))
+
     def _optimizer_step(self, groups: list[Group]) -> list[Batch]:
-        pieces = [
-            (group, [i for i, completion in enumerate(group.completions) if self.counts(completion)])
-            for group in groups
-        ]
-        trained = [(group, members) for group, members in pieces if members and has_gradient(group)]
+        pieces = [(group, self.members(group)) for group in groups]
+        trained = [(group, members) for group, members in pieces if self.trains(group)]
         totals = Totals(
             sampled_tokens=_count_tokens(pieces),
             trained_tokens=_count_tokens(trained),

@@ -12,11 +12,13 @@ with exit code 130.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,8 @@ from grpo.task import Task, load_task
 
 CONFIG_FILE = "config.json"
 HUB_TIMEOUT = 3.0  # seconds
+# No room, no quota, larger than allowed, read-only by now, a disk that fails.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 # Without a terminal there is no width to keep to.
 console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
@@ -95,10 +99,13 @@ def _dispatch(argv: list[str]) -> int:
 
 def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
     """Task file (or saved run), then flags, then the embedded default where something is missing."""
-    resumed = _option(argv, "--resume")
-    saved = _saved_run(resumed or _option(argv, "--eval"))
+    resumed, scored = _option(argv, "--resume"), _option(argv, "--eval")
+    saved = _saved_run(resumed or scored)
     if resumed and not saved:
-        raise UserError(f"There is no run folder {resumed}. --resume takes one, such as runs/gsm8k-20260101-120000.")
+        why = ": neither metrics.jsonl nor a checkpoint is in it" if Path(resumed).is_dir() else ""
+        raise UserError(
+            f"There is no run folder {resumed}{why}. --resume takes one, such as runs/gsm8k-20260101-120000."
+        )
     task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
     task = load_task(task_path) if task_path else None
     base, origins = Config(), {}
@@ -109,9 +116,17 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         base = from_dict(saved["config"])
         origins = saved["origins"]
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
+    if task is None and scored and not Path(scored).exists():
+        raise UserError(
+            f"There is no folder {scored}. --eval takes a run's folder or a checkpoint, or a model after a task file."
+        )
     if task is None:
         raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
     config, flags = arguments.config, _flags(argv)
+    if resumed:
+        _check_same_run(saved, task, task_path, resumed, flags)
+    if scored and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
+        config, flags = dataclasses.replace(config, model=scored), [*flags, "model"]
     origins |= dict.fromkeys(flags, "flag")
     missing: list[str] = []
     if task.embedded and not saved:
@@ -121,6 +136,22 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
             config = dataclasses.replace(config, **overrides)
             origins |= dict.fromkeys(overrides, "embedded")
     return arguments, Resolved(task, task_path, config, origins, missing)
+
+
+def _check_same_run(saved: dict[str, Any], task: Task, task_path: str, resumed: str, flags: list[str]) -> None:
+    """A run goes on with its own task, wherever its file lies by now, and in its own folder.
+
+    Raises:
+        UserError: the command line names another.
+    """
+    begun_with = saved.get("name", task.name)
+    if task.name != begun_with and str(Path(task_path).resolve()) != saved["task"]:
+        raise UserError(
+            f"{task_path} is task {task.name}, but {resumed} is a run of task {begun_with}, and a run keeps its task. "
+            f"Leave the task file out, or give {saved['task']}."
+        )
+    if "run_dir" in flags:
+        raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
 
 
 def _option(argv: list[str], name: str) -> str:
@@ -141,15 +172,42 @@ def _flags(argv: list[str]) -> list[str]:
 
 
 def _saved_run(path: str) -> dict[str, Any]:
-    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither."""
-    for folder in (Path(path), *Path(path).parents[:2]) if path else ():
-        file = folder / CONFIG_FILE
-        if file.is_file() and (folder / "metrics.jsonl").exists():
-            try:
-                return json.loads(file.read_text())
-            except ValueError as error:
-                raise UserError(f"{file} is damaged: {error}. Start a new run.") from error
-    return {}
+    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither.
+
+    Raises:
+        UserError: that file is gone or damaged.
+    """
+    if not path:
+        return {}
+    from grpo.checkpoint import list_checkpoints, run_of
+
+    folder = run_of(Path(path))
+    # A run is known by what else is there: a model's folder has a config.json too.
+    if not (folder / "metrics.jsonl").exists() and not list_checkpoints(folder):
+        return {}
+    file = folder / CONFIG_FILE
+    try:
+        saved = json.loads(file.read_text())
+        parts = {"task": saved["task"], "origins": saved["origins"], **saved["config"]}
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file} is missing, which says what the run is made of. Put it back, or start a new run."
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Put it back as it was, or start a new run."
+        ) from error
+    likes = {"task": "", "origins": {}, **dataclasses.asdict(Config())}
+    if unlike := [name for name, value in parts.items() if not _fits(value, likes.get(name, value))]:
+        raise UserError(
+            f"{file} is damaged: {', '.join(unlike)} cannot be so. Put it back as it was, or start a new run."
+        )
+    return saved
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value read from JSON is of the type of a field of Config; a whole number may stand for a float."""
+    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def what_is_missing(config: Config, task: Task) -> list[str]:
@@ -243,12 +301,12 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
     from grpo.evaluate import score_lines
     from grpo.policy.adapter import load_adapter
 
-    is_run = bool(_saved_run(target))
-    config = resolved.config if is_run else dataclasses.replace(resolved.config, model=target)
+    _announce(resolved)
+    config = resolved.config
     questions = build_questions(resolved.task, config)
     with memory_in_words(config):
         policy = build_policy(config, questions)
-        if is_run:
+        if _saved_run(target):
             checkpoint = best_checkpoint(Path(target))
             load_adapter(policy, checkpoint)
             say(f"adapter of {checkpoint}")
@@ -263,7 +321,7 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
 def start(resolved: Resolved, resume: str) -> int:
     """Train, from the start or from a checkpoint."""
     from grpo.build import build_questions, build_run, preflight_rewards
-    from grpo.checkpoint import resume_folder
+    from grpo.checkpoint import resume_folder, run_of
     from grpo.evaluate import comparison
 
     _announce(resolved)
@@ -271,8 +329,8 @@ def start(resolved: Resolved, resume: str) -> int:
     questions = build_questions(resolved.task, resolved.config)
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
-    folder = checkpoint.parent.parent if checkpoint else new_run_folder(resolved)
-    with memory_in_words(resolved.config, folder):
+    folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)
+    with full_disk_in_words(folder), memory_in_words(resolved.config, folder):
         with removed_if_empty(folder):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         _write_config(resolved, folder)
@@ -303,13 +361,13 @@ def _announce(resolved: Resolved) -> None:
 
 def _train_and_keep(run: Any) -> None:
     """Train; when that ends early, for an error or on request, save what is done so far."""
-    from grpo.train import save, train
+    from grpo.train import is_unsaved, save, train
 
     try:
         train(run)
     finally:
         # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
-        if run.policy.version == run.progress.version and run.progress.step > run.saved_step:
+        if run.policy.version == run.progress.version and is_unsaved(run):
             save(run)
 
 
@@ -345,24 +403,52 @@ def memory_in_words(config: Config, folder: Path | None = None) -> Iterator[None
 
 
 def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str:
-    from grpo.checkpoint import list_checkpoints
-
     whose = "this machine" if isinstance(error, MemoryError) or OUT_OF_CPU_MEMORY in str(error) else "the GPU"
     asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     told = f" (the last request was for {asked[1]})" if asked else ""
     in_4_bits = "" if config.base == "nf4" else ", or keep the base weights in 4 bits with --base nf4"
-    checkpoints = list_checkpoints(folder) if folder else []
-    then = (
-        f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and lower values."
-        if checkpoints
-        else "There is no checkpoint to go on from: start again with lower values."
-    )
     return (
         f"The memory of {whose} ran out{told}. Lower --tokens-per-batch ({config.tokens_per_batch}) for the "
         f"update, or for the rollout --max-completion-tokens ({config.max_completion_tokens}), --prompts-per-step "
         f"({config.prompts_per_step}), --group-size ({config.group_size}) or --eval-prompts ({config.eval_prompts})"
-        f"{in_4_bits}. {then}"
+        f"{in_4_bits}. {_how_to_go_on(folder, 'lower values')}"
     )
+
+
+@contextmanager
+def full_disk_in_words(folder: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is told in a sentence, with how the run in `folder` goes on.
+
+    Raises:
+        UserError: there is no room, or the disk takes nothing more.
+    """
+    hook = threading.excepthook
+    # TensorBoard writes in a thread of its own: what fails there is raised here too, and told once.
+    threading.excepthook = lambda failed: None if _is_full_disk(failed.exc_value) else hook(failed)
+    try:
+        yield
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        raise UserError(
+            f"What the run in {folder} records could not be written: {error.strerror}. "
+            f"{_how_to_go_on(folder, 'more room')}"
+        ) from error
+    finally:
+        threading.excepthook = hook
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def _how_to_go_on(folder: Path | None, needed: str) -> str:
+    from grpo.checkpoint import list_checkpoints
+
+    checkpoints = list_checkpoints(folder) if folder else []
+    if not checkpoints:
+        return f"There is no checkpoint to go on from: start again with {needed}."
+    return f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and {needed}."
 
 
 @contextmanager
@@ -402,10 +488,14 @@ def _write_config(resolved: Resolved, folder: Path) -> None:
     origins = {name: resolved.origins.get(name, "default") for name in field_names()}
     content = {
         "task": str(Path(resolved.task_path).resolve()),
+        "name": resolved.task.name,
         "config": dataclasses.asdict(resolved.config),
         "origins": origins,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2))
+    # Beside its place first: on a full disk the file that a resumed run began with must stay.
+    draft = folder / f".{CONFIG_FILE}.partial"
+    draft.write_text(json.dumps(content, indent=2))
+    draft.replace(folder / CONFIG_FILE)
 
 
 if __name__ == "__main__":

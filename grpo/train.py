@@ -54,16 +54,14 @@ class Run:
     generators: Generators  # as they were when `progress` was
     progress: Progress = field(default_factory=Progress)
     stop_requested: bool = False
-    saved_step: int = 0  # steps done at the last checkpoint
+    saved: tuple[int, int] = (0, -1)  # (steps done, of them at the last held-out score), as the last checkpoint has it
 
 
 def train(run: Run) -> None:
     """Train from where the run is to its last step, or until somebody asks it to stop."""
     config = run.config
     weights = {reward.name: reward.weight for reward in run.rewards}
-    eval_every = config.eval_every or config.steps + 1
-    if not run.progress.first_scores:
-        run.progress.first_scores = evaluate(run)
+    finish_step(run)  # the score before training, or one that the run was stopped in
 
     for step in range(run.progress.step, config.steps):
         clock = Clock()
@@ -74,18 +72,14 @@ def train(run: Run) -> None:
             update = run.policy.update(run.pack(groups), step)
         with clock("sync"):
             sync = run.engine.sync()
-        metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"]) | update | sync
+        metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"], run.pack.trains) | update | sync
         run.recorder.step(step, metrics | clock.metrics(groups) | {"memory/peak_gib": run.memory_peak()})
         run.recorder.completions(step, groups)
 
-        done = step + 1
-        run.progress.step, run.progress.cursor = done, run.stream.cursor
+        run.progress.step, run.progress.cursor = step + 1, run.stream.cursor
         run.progress.version = run.policy.version
-        run.generators = run.generators_now()
-        if done % eval_every == 0 or done == config.steps:
-            evaluate(run)
-        if done % config.save_every == 0 or done in (config.steps, run.progress.best_step):
-            save(run)
+        remember_place(run)
+        finish_step(run)
         if run.stop_requested:
             break
 
@@ -113,40 +107,60 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
     return groups or scored, logged | {"groups/rolled_out": num_rolled_out}
 
 
-def step_metrics(groups: list[Group], num_rolled_out: float) -> dict[str, float]:
-    """What the groups of a step look like, before any update."""
+def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
+    """What the groups of a step look like, before any update. trains: whether a group is part of it."""
     rewards = torch.cat([group.rewards for group in groups])
     parts = {f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts}
     lengths = [len(completion.tokens) for group in groups for completion in group.completions]
-    trained = sum(map(has_gradient, groups))
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{name: float(mean) for name, mean in parts.items()},
         "completion/length": sum(lengths) / len(lengths),
         "completion/truncated": truncated_share(groups),
-        "groups/zero_variance": 1 - trained / num_rolled_out,
-        "groups/trained": trained,
+        "groups/zero_variance": 1 - sum(map(has_gradient, groups)) / num_rolled_out,
+        "groups/trained": sum(map(trains, groups)),
     }
 
 
-def evaluate(run: Run) -> dict[str, float]:
+def finish_step(run: Run) -> None:
+    """After so many steps: evaluate and save, each if it is due and not done yet."""
+    done, config = run.progress.step, run.config
+    eval_every = config.eval_every or config.steps + 1
+    if run.progress.evaluated < done and (done % eval_every == 0 or done == config.steps):
+        evaluate(run)
+    if is_unsaved(run) and (done % config.save_every == 0 or done in (config.steps, run.progress.best_step)):
+        save(run)
+
+
+def evaluate(run: Run) -> None:
     """Score the policy on the held-out prompts and remember whether it is the best so far."""
     scores = run.evaluator(run.engine)
-    done = run.progress.step
-    run.recorder.evaluation(done, scores)
-    run.progress.last_scores = scores
-    if scores["eval/pass@1"] > run.progress.best:
-        run.progress.best, run.progress.best_step = scores["eval/pass@1"], done
+    progress = run.progress
+    run.recorder.evaluation(progress.step, scores)
+    progress.first_scores = progress.first_scores or scores
+    progress.last_scores, progress.evaluated = scores, progress.step
+    if scores["eval/pass@1"] > progress.best:
+        progress.best, progress.best_step = scores["eval/pass@1"], progress.step
+    remember_place(run)
+
+
+def remember_place(run: Run) -> None:
+    """What a checkpoint of `progress` needs of the world around it, before anything moves on."""
     run.generators = run.generators_now()
-    return scores
+    run.progress.position = run.recorder.position()
+
+
+def is_unsaved(run: Run) -> bool:
+    """There is a step, or a held-out score after one, that the last checkpoint does not have."""
+    return run.progress.step > 0 and run.saved != (run.progress.step, run.progress.evaluated)
 
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it was after its last whole step, also when the next one has failed."""
-    run.progress.position = run.recorder.position()
+    run.recorder.sync()
     save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
-    run.saved_step = run.progress.step
+    run.saved = (run.progress.step, run.progress.evaluated)
 
 
 class Clock:

@@ -7,6 +7,7 @@ from tiny_models import CPU, build_policy, randomise
 from grpo.config import Config
 from grpo.loss import summarize
 from grpo.packing import build_packer
+from grpo.train import step_metrics
 
 
 def rows_of(batch):
@@ -95,6 +96,28 @@ def test_truncated_completions_are_left_out_of_loss_and_denominator(groups):
     tokens = sum(len(c.tokens) for g in groups for c in g.completions)
     assert masked.weights.max().item() == pytest.approx(1 / (tokens - 13))
     assert whole.weights.max().item() == pytest.approx(1 / tokens)
+
+
+def test_the_groups_that_train_are_those_in_a_batch(groups):
+    for completion in groups[0].completions:
+        completion.finish = "length"
+    groups[1].advantages = torch.zeros(3)
+    for masks, trained in ((True, [False, False, True]), (False, [True, False, True])):
+        pack = build_packer(Config(mask_truncated=masks), CPU)
+        assert [pack.trains(group) for group in groups] == trained
+        [[batch]] = pack(groups)
+        assert batch.layout.prompt_lengths == tuple(
+            len(group.prompt.tokens) for group, is_in in zip(groups, trained, strict=True) if is_in
+        )
+        metrics = step_metrics([scored(group) for group in groups], 4, pack.trains)
+        assert metrics["groups/trained"] == sum(trained)
+        assert metrics["groups/zero_variance"] == 1 - 2 / 4
+
+
+def scored(group):
+    """The group with a reward's values, as `score` leaves them."""
+    group.parts = {"letters": group.rewards}
+    return group
 
 
 def test_groups_are_dealt_out_to_mini_batches(groups):

@@ -5,9 +5,11 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
 from grpo.checkpoint import list_checkpoints
+from grpo.embedded import MODEL_DIR
 from grpo.record.recorder import TIMING_PREFIXES
 from grpo.run import main, resolve
 
@@ -124,6 +127,19 @@ def test_eval_scores_a_run_and_a_model(task_file, tmp_path, capsys):
     assert "95% interval" in out
     assert main([task_file(), "--eval", "embedded", "--eval-prompts", "4", "--max-completion-tokens", "7"]) == 0
     assert "pass@1" in capsys.readouterr().out
+
+
+def test_eval_of_a_model_asks_the_task_s_own_questions(task_file, tmp_path, capsys):
+    """Where a run would take the embedded default for want of a GPU, --eval MODEL scores that model on the task's data,
+    or says that they cannot be had."""
+    fails(["tasks/gsm8k.py", "--eval", str(MODEL_DIR)], capsys, "The data set openai/gsm8k (train)", "--data FOLDER")
+    _, resolved = resolve(["tasks/gsm8k.py", "--eval", "org/some-model"])
+    assert (resolved.config.model, resolved.config.data, resolved.config.max_completion_tokens) == (
+        "org/some-model", "", 512)  # fmt: skip
+    assert resolved.origins["model"] == "flag"
+    assert resolved.missing == []
+    _, tiny = resolve(["tasks/gsm8k.py", "--eval", "embedded"])
+    assert (tiny.config.model, tiny.config.data, tiny.config.base) == ("embedded", "embedded", "float32")
 
 
 def test_check_tries_every_row_and_trains_nothing(task_file, tmp_path, capsys):
@@ -308,6 +324,34 @@ def test_memory_that_runs_out_is_told_and_nothing_is_lost(
     assert metrics_of(folder) == untroubled_metrics
 
 
+INTERRUPTED = """
+sizes = []
+def patient(completions):
+    sizes.append(len(completions))
+    if sizes[-1] == 24 and sizes.count(24) == TIMES:
+        raise KeyboardInterrupt
+    return [len(set(completion[0]["content"])) / 10 for completion in completions]
+"""
+
+
+@pytest.mark.parametrize(("times", "done"), [("2", 2), ("4", 6)], ids=["in the middle", "the last"])
+def test_an_interrupted_evaluation_is_made_up(times, done, untroubled_metrics, tmp_path, capsys):
+    path, folder = tmp_path / "toy.py", tmp_path / "run"
+    path.write_text(TASK.format(rewards="{patient: 1.0, says: 1.0}", extra=INTERRUPTED.replace("TIMES", times)))
+    assert main([str(path), *PATIENT, "--run-dir", str(folder)]) == 130
+    assert list_checkpoints(folder)[-1].name == f"step-{done:06d}"
+    assert metrics_of(folder)[-1]["step"] == done - 1
+    path.write_text(patient_task())
+    assert main(["--resume", str(folder)]) == 0
+    assert metrics_of(folder) == untroubled_metrics
+    resumed = metrics_of(folder)
+    assert main(["--resume", str(folder)]) == 0  # and then it is not due again
+    assert metrics_of(folder) == resumed
+    last = f"{untroubled_metrics[-1]['eval/pass@1']:.1%}"
+    compared = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held-out pass@1:")]
+    assert [f", {last}" in line for line in compared] == [True, True]
+
+
 def test_memory_that_runs_out_before_the_first_step(task_file, tmp_path, capsys):
     folder = tmp_path / "run"
     huge = ["--lora-rank", str(10**13), "--base", "nf4"]
@@ -403,21 +447,130 @@ def test_checkpoints_that_are_not_ours_or_damaged(task_file, tmp_path, capsys):
     fails(["--resume", str(folder), "--steps", "9", "--lora-rank", "5"], capsys, "lora", "5")
 
 
+def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_are_left(task_file, tmp_path, capsys):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = ["--save-every", "2", "--keep", "4", "--eval-every", "3"]
+    run_toy(task_file, whole, "--steps", "7", *flags)
+    run_toy(task_file, folder, "--steps", "8", *flags)
+    stale = folder / "checkpoints" / "left-step-000008"
+    stale.mkdir()
+    capsys.readouterr()
+    assert main(["--resume", str(folder / "checkpoints" / "step-000004"), "--steps", "7", "--keep", "2"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "step-000006" in line and "step-000008" in line]
+    assert {path.name for path in list_checkpoints(folder)} >= {"step-000006", "step-000007"}
+    assert not (folder / "checkpoints" / "step-000008").exists()
+    assert metrics_of(folder) == metrics_of(whole)
+    assert main(["--resume", str(folder), "--steps", "8"]) == 0
+    assert main(["--eval", str(folder)]) == 0
+    fails(["--resume", str(stale)], capsys, "was left", f"--resume {folder}")
+    assert main(["--eval", str(stale)]) == 0
+
+
+def test_what_a_user_puts_beside_the_checkpoints_is_none(task_file, tmp_path):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "4", "--save-every", "2", "--keep", "1")
+    last = list_checkpoints(folder)[-1]
+    shutil.copytree(last, folder / "checkpoints" / "step-000004-mine")
+    (folder / "checkpoints" / "step-000005.tar.gz").write_text("packed")
+    (folder / "checkpoints" / "step-000009").write_text("a file")
+    assert list_checkpoints(folder)[-1] == last
+    assert main(["--resume", str(folder), "--steps", "8"]) == 0
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"step-000004-mine", "step-000005.tar.gz", "step-000009", "step-000008"} <= names
+
+
+def changed(path, change):
+    """The JSON of a file as text, with something changed in it."""
+    content = json.loads(path.read_text())
+    change(content)
+    return json.dumps(content)
+
+
+def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "3")
+    last = list_checkpoints(folder)[-1]
+    state, config, metrics = last / "state.json", folder / "config.json", folder / "metrics.jsonl"
+    zeros = metrics.read_text().splitlines(keepends=True)
+    zeros[1] = "\0" * (len(zeros[1]) - 1) + "\n"
+    damages = [
+        (state, changed(state, lambda read: read.pop("files")), ["state.json", "'files'", "another checkpoint"]),
+        (state, changed(state, lambda read: read["files"].pop("rng.safetensors")), ["state.json", "rng.safetensors"]),
+        (state, changed(state, lambda read: read["progress"].update(pace=1)), ["state.json", "'pace'"]),
+        (state, changed(state, lambda read: read["progress"].update(step="3")), ["state.json", "step cannot"]),
+        (config, changed(config, lambda read: read.pop("config")), ["config.json", "'config'"]),
+        (config, changed(config, lambda read: read["config"].update(steps="ten")), ["config.json", "steps"]),
+        (config, changed(config, lambda read: read["config"].update(group_size=4.5)), ["config.json", "group_size"]),
+        (config, changed(config, lambda read: read.update(config=[])), ["config.json"]),
+        (config, "[]", ["config.json"]),
+        (config, None, ["config.json is missing"]),
+        (metrics, "".join(zeros), ["metrics.jsonl", "line 2"]),
+        (metrics, None, ["metrics.jsonl", "taken it away"]),
+    ]
+    for file, damaged, words in damages:
+        whole = file.read_text()
+        file.unlink() if damaged is None else file.write_text(damaged)
+        fails(["--resume", str(folder), "--steps", "4"], capsys, *words)
+        file.write_text(whole)
+    assert main(["--resume", str(folder / "checkpoints"), "--steps", "4"]) == 0
+    fails(["--resume", str(folder / "checkpoints" / "step-000009")], capsys, "no checkpoint", "step-000009")
+    fails(["--resume", str(tmp_path)], capsys, "neither metrics.jsonl nor a checkpoint")
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A limit on file sizes is the disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
+def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, task_file, tmp_path, capsys):
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    run_toy(task_file, folder, "--steps", "3")
+    shutil.copytree(folder, whole)
+    config = (folder / "config.json").read_text()
+    sizes = {"curves.png": 12_000, "completions.jsonl": (folder / "completions.jsonl").stat().st_size + 100}
+    sizes |= {"metrics.jsonl": len(config) + 50, "config.json": 1000}
+    with files_of_at_most(sizes[full_for]):
+        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "more room")
+    for each in (folder, whole):
+        assert main(["--resume", str(each), "--steps", "6"]) == 0
+    assert metrics_of(folder) == metrics_of(whole)
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
-    """A limit on file sizes is the disk that is full: the optimizer's file is the largest, the logs are small."""
+    """The optimizer's file is the largest, the logs are small."""
     folder = tmp_path / "run"
     run_toy(task_file, folder, "--steps", "3")
     good = list_checkpoints(folder)[-1]
     largest = max(path.stat().st_size for path in good.iterdir())
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
-    try:
+    with files_of_at_most(largest - 1):
         fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "Make room")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [good.name]
     assert main(["--resume", str(folder), "--steps", "6"]) == 0
+
+
+def test_a_run_keeps_its_task_and_its_folder(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "2")
+    before = metrics_of(folder)
+    fails(["tasks/reverse.py", "--resume", str(folder), "--steps", "3"], capsys, "task reverse", "run of task toy")
+    other = str(tmp_path / "other")
+    fails(["--resume", str(folder), "--steps", "3", "--run-dir", other], capsys, "--run-dir", "its own folder")
+    assert metrics_of(folder) == before
+    moved = Path(task_file()).rename(tmp_path / "moved.py")
+    assert main([str(moved), "--resume", str(folder), "--steps", "3"]) == 0
+
+
+def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):
+    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no folder", "typo")
+    fails(["--eval", str(tmp_path)], capsys, "Give a task file first")
 
 
 def test_the_origin_of_every_value_is_known(task_file):

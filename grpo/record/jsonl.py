@@ -31,23 +31,44 @@ class JsonLines:
         self._file.flush()
 
     def position(self) -> int:
-        """Bytes written, all of them on the disk when this returns."""
-        os.fsync(self._file.fileno())
+        """Bytes written."""
         return self._file.tell()
+
+    def sync(self) -> None:
+        """When this returns, they are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file. A last line without its newline is still being written, and is left out."""
+    """The objects of a file. A last line without its newline is still being written, and is left out.
+
+    Raises:
+        UserError: another line is not an object.
+    """
     with path.open("rb") as file:
-        yield from (json.loads(line) for line in file if line.endswith(b"\n"))
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield _object(path, number, line)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
     """The same with None (JSON's null) for NaN and infinities, which JSON cannot say."""
     return dict.fromkeys(values) | {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        read = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged: line {number} is not JSON. Put the file back, or start a new run."
+        ) from error
+    if not isinstance(read, dict):
+        raise UserError(f"{path} is damaged: line {number} is not an object. Put the file back, or start a new run.")
+    return read
 
 
 def _open_new(path: Path):

@@ -84,8 +84,13 @@ class Recorder:
         self._console.message(text)
 
     def position(self) -> dict[str, int]:
-        """How far the files are written, in bytes that are on the disk: for the checkpoint."""
+        """How far the files are written, in bytes: for the checkpoint, which waits for `sync`."""
         return {file.path.name: file.position() for file in (self._metrics, self._completions)}
+
+    def sync(self) -> None:
+        """When this returns, all that was written to these files is on the disk."""
+        self._metrics.sync()
+        self._completions.sync()
 
     def close(self) -> None:
         """Draw the curves a last time and close every file, whatever goes wrong on the way."""
