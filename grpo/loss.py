@@ -98,10 +98,10 @@ class Loss:
 def summarize(sums: list[dict[str, Tensor]]) -> dict[str, float]:
     """The metrics of a step from the sums of its batches: token means, and the loss as it is.
 
-    A step that trained nothing has no sums and all metrics 0.
+    A step that trained nothing has no sums: its loss is 0, and the means, of nothing, are NaN.
     """
     totals = {name: sum(float(one[name]) for one in sums) for name in METRICS}
-    tokens = max(1.0, totals.pop("tokens"))
+    tokens = totals.pop("tokens") or math.nan
     loss = totals.pop("policy/loss")
     return {"policy/loss": loss} | {name: total / tokens for name, total in totals.items()}
 

@@ -165,6 +165,14 @@ def test_on_policy_and_equal_engines_the_gradient_is_reinforce(groups):
     assert metrics["policy/clip_fraction"] == 0
 
 
+def test_a_step_that_trained_nothing_has_no_means():
+    """An entropy of 0 would look like a collapse."""
+    metrics = summarize([])
+    assert metrics.pop("policy/loss") == 0
+    assert metrics
+    assert all(math.isnan(value) for value in metrics.values())
+
+
 def test_metrics_are_token_means_over_all_batches(groups):
     config = Config(tokens_per_batch=20, clip_low=0.1, clip_high=0.1)
     [batches] = build_packer(config, CPU)(groups)
