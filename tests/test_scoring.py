@@ -496,6 +496,9 @@ def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
     report = preflight(rewards, gold_rows(600))
     assert report.num_rows == 600
     assert report.checks[0].short_rows == []
+    assert [len(check.unscored_rows) for check in report.checks] == [1, 600, 0]
+    assert report.checks[0].unscored_rows == [3]
     assert report.attainable == 1.0
     cells = list(preflight_table(report).columns[2].cells)
     assert cells == ["1", "does not apply", "0"]
+    assert list(preflight_table(report).columns[-1].cells) == ["599 of 600", "0 of 600", "600 of 600"]
