@@ -55,6 +55,16 @@ def error_of(rewards, groups=None, **arguments):
     return str(caught.value)
 
 
+def named(name):
+    """A reward function of this name."""
+
+    def function(completion):
+        return 1.0
+
+    function.__name__ = name
+    return function
+
+
 def test_a_reward_of_one_completion_is_called_by_the_names_of_its_arguments():
     def right(answer, completion, missing="default"):
         assert missing == "default"
@@ -377,6 +387,8 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
         ({exact_match: "1"}, "weight '1'"),
         ({exact_match: True}, "weight True"),
         ({exact_match: 1.0, "grpo.rewards:exact_match": 1.0}, "Two rewards are called `exact_match`"),
+        ({exact_match: 1.0, named("mean"): 1.0}, "called `mean`"),
+        ({exact_match: 1.0, named("std"): 1.0}, "Rename the function"),
         ({lambda completion: 0.0: 1.0}, "<lambda>"),
         ({lambda question, answer: 0.0: 1.0}, "<lambda>"),
         ({"grpo.rewards:exact_mach": 1.0}, "Did you mean `exact_match`?"),

@@ -27,6 +27,7 @@ from grpo.types import Completion, Group, Prompt
 ENTRY_POINTS = "grpo.rewards"
 _ARRAYS = (np.ndarray, Tensor)
 _LARGEST = torch.finfo(torch.float32).max
+_TAKEN = ("mean", "std")  # `reward/mean` and `reward/std` are metrics of the weighted sum: see train.step_metrics
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,12 @@ def _check_together(rewards: list[Reward]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"Two rewards are called `{twice[0]}`. The name is the metric's name: rename one.")
+    taken = [name for name in names if name in _TAKEN]
+    if taken:
+        raise UserError(
+            f"A reward is called `{taken[0]}`, but the metric reward/{taken[0]} is that of the sum of all rewards. "
+            "Rename the function."
+        )
 
 
 def _checked_values(name: str, returned: Any, samples: Samples) -> Tensor:
