@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo.errors import UserError
 
@@ -146,9 +148,43 @@ class Config:
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
     def __post_init__(self) -> None:
+        for name, annotation in _annotations().items():
+            check_type(name, getattr(self, name), annotation)
         for broken, sentence in _checks(self):
             if broken:
                 raise UserError(sentence)
+
+
+@cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(Config)
+
+
+def check_type(name: str, value: object, annotation: Any) -> None:
+    """A value is one of a Literal's choices, or of the type; an int will do for a float, and a bool is not an int.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _fits(value, annotation):
+        if get_origin(annotation) is Literal:
+            allowed = f"one of {', '.join(map(repr, get_args(annotation)))}"
+        else:
+            allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,))
+        raise UserError(f"{name} is {value!r} ({type(value).__name__}). It must be {allowed}.")
+
+
+_WORDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "text (str)", type(None): "None"}
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return isinstance(value, str) and value in get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_fits(value, kind) for kind in get_args(annotation))
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
 
 
 def _checks(c: Config) -> list[tuple[bool, str]]:
