@@ -230,9 +230,9 @@ def check(resolved: Resolved) -> int:
     if solved.unscored_rows:
         count = len(solved.unscored_rows)
         raise UserError(
-            f"`{name}` must tell right from wrong, but it gave no score (None) to {count:,} of {report.num_rows:,} gold "
-            f"answers, the first of them that of row {solved.unscored_rows[0]}: they could never count as right. Let it "
-            "return a number for every row, or name another reward in `solved` in the task file."
+            f"`{name}` must tell right from wrong, but it gave no score (None) to {count:,} of {report.num_rows:,} "
+            f"gold answers, the first of them that of row {solved.unscored_rows[0]}: they could never count as right. "
+            "Let it return a number for every row, or name another reward in `solved` in the task file."
         )
     if (lowest := solved.lowest["gold"]) < value:
         raise UserError(

@@ -36,3 +36,30 @@ def test_an_int_is_a_number_and_a_union_takes_either():
     check_type("limit", None, int | None)
     with pytest.raises(UserError, match=r"It must be a whole number \(int\) or None"):
         check_type("limit", "3", int | None)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 10**400])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "lora_alpha", "reward_timeout", "temperature",
+                                  "kl_coef", "kv_cache_gib", "top_entropy", "correction_cap"])  # fmt: skip
+def test_numbers_are_finite(name, value):
+    with pytest.raises(UserError, match=rf"{name} is .*\. Use a finite number\."):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"off_policy_mask": math.nan}, "off_policy_mask is nan"),
+        ({"off_policy_mask": -1.0}, "off_policy_mask is -1.0. Use 0 or more."),
+        ({"dual_clip": math.nan}, "dual_clip is nan"),
+        ({"reward_timeout": 1e12}, "at most 1e+09 seconds"),
+    ],
+)
+def test_numbers_that_cannot_be(fields, told):
+    with pytest.raises(UserError) as caught:
+        Config(**fields)
+    assert told in str(caught.value)
+
+
+def test_infinity_is_taken_where_it_means_no_bound():
+    assert Config(dual_clip=math.inf, off_policy_mask=math.inf) == Config()

@@ -384,6 +384,7 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
         ({exact_match: 0.0}, "nothing to learn"),
         ({exact_match: math.nan}, "weight nan"),
         ({exact_match: math.inf}, "weight inf"),
+        ({exact_match: 1e39}, "that float32 can hold"),
         ({exact_match: "1"}, "weight '1'"),
         ({exact_match: True}, "weight True"),
         ({exact_match: 1.0, "grpo.rewards:exact_match": 1.0}, "Two rewards are called `exact_match`"),

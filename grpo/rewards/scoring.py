@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -162,8 +161,10 @@ def _name_of(function: Callable) -> str:
 
 
 def _checked_weight(name: str, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise UserError(f"Reward `{name}` has the weight {weight!r}. A weight is a finite number, like 1.0.")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) <= _LARGEST:
+        raise UserError(
+            f"Reward `{name}` has the weight {weight!r}. A weight is a finite number that float32 can hold, like 1.0."
+        )
     return float(weight)
 
 
