@@ -85,7 +85,7 @@ def load_task(path: str | Path) -> Task:
         raise
     except SyntaxError as error:
         raise UserError(f"{path} line {error.lineno} is not Python: {error.msg}.") from error
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         line = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"{path} raised {type(error).__name__}: {error} ({Path(line.filename).name} line {line.lineno}). "
@@ -161,7 +161,7 @@ def load_rows(task: Task, split: str, data: str) -> list[Row]:
             f"The rows of {data} ({split}) have no column {missing}, which task {task.name} reads. "
             "Rename the column in the data or change `rows` in the task file."
         ) from missing
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"`rows` of task {task.name} raised {type(error).__name__} on {data} ({split}): {error}. "
             "Mend the row or `rows` in the task file."
@@ -204,7 +204,7 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
 def _content(task: Task, index: int, row: Row) -> list[Message] | str:
     try:
         return task.prompt(row)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"`prompt` of task {task.name} raised {type(error).__name__} on row {index}: {error}. The row has the "
             f"columns {', '.join(row)}."

@@ -195,6 +195,7 @@ def test_task_file_that_is_not_there(capsys, tmp_path):
         ("def f(:\n", ["line 1", "is not Python"]),
         ("x = 1\n", ["must define `task = Task(...)`"]),
         ("task = 3\n", ["must define `task = Task(...)`", "a int"]),
+        ("import sys\nsys.exit(0)\n", ["SystemExit: 0", "line 2"]),
         ("import nothing_of_this_name\n", ["ModuleNotFoundError", "nothing_of_this_name"]),
     ],
 )

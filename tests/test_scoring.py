@@ -5,8 +5,10 @@ import functools
 import math
 import sys
 import threading
+import time
 import types
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from grpo.errors import UserError
 from grpo.rewards import (
     build_rewards,
+    calling,
     correctness,
     exact_match,
     integer,
@@ -334,9 +337,29 @@ def test_a_time_out_is_an_error_and_gives_the_alarm_back():
     def quick(completion):
         return 1.0
 
-    for reward in (endless, endless_async):
+    def swallows(completion):
+        try:
+            endless(completion)
+        except Exception:
+            return 0.0
+
+    def swallows_all(completion):
+        try:
+            endless(completion)
+        except:  # noqa: E722
+            return 0.0
+
+    async def blocks(completion):
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+        return 0.0
+
+    for reward in (endless, endless_async, swallows, swallows_all):
         with pytest.raises(UserError, match=f"`{reward.__name__}` raised TimeoutError .*never scored 0"):
             scored({reward: 1.0}, timeout=0.05)
+    with pytest.raises(UserError, match=r"`blocks` .*no result in 0.05 s.*never scored 0"):
+        scored({blocks: 1.0}, timeout=0.05)
     assert scored({quick: 1.0}, timeout=30.0)[0].rewards.tolist() == [1, 1]
 
 
@@ -375,6 +398,41 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
     assert "`reward` asks for `awnser`" in message
     assert "Did you mean `answer`?" in message
     assert "question, answer" in message
+
+
+def test_an_async_reward_that_blocks_for_ever_is_an_error_too(monkeypatch):
+    # A loop of its own: this one never comes back.
+    monkeypatch.setattr(calling, "_event_loop", cache(calling._event_loop.__wrapped__))
+    release = threading.Event()
+
+    async def blocks(completion):
+        release.wait()
+
+    with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, and the event loop .* is blocked"):
+        scored({blocks: 1.0}, timeout=0.05)
+    release.set()
+
+
+def test_async_rewards_that_block_for_less_than_their_time_may():
+    async def patient(completion):
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+        return 1.0
+
+    assert scored({patient: 1.0}, timeout=2.0)[0].rewards.tolist() == [1, 1]
+
+
+def test_a_reward_that_exits_is_an_error():
+    def leaves(completion):
+        sys.exit(0)
+
+    async def leaves_later(completion):
+        sys.exit(3)
+
+    for reward in (leaves, leaves_later):
+        with pytest.raises(UserError, match=f"`{reward.__name__}` raised SystemExit .* on row 7, completion 'four'"):
+            scored({reward: 1.0}, [make_group(7, ["four"])])
 
 
 @pytest.mark.parametrize(
