@@ -13,7 +13,9 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +179,7 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
     room: the longest prompt allowed, i.e. the context less the completion, in tokens.
 
     Raises:
-        UserError: a prompt is longer than that, or the model has no chat template for messages.
+        UserError: a prompt is longer than that, or the model has no chat template that takes the messages.
     """
     contents = [_content(task, index, row) for index, row in enumerate(rows)]
     chat = isinstance(contents[0], list)
@@ -186,7 +188,7 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
             f"Task {task.name} asks with chat messages, but the model's tokenizer has no chat template. "
             "Use an instruct model, or let `prompt` return text."
         )
-    texts = [_render(tokenizer, content) for content in contents]
+    texts = [_render(tokenizer, index, content) for index, content in enumerate(contents)]
     encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     prompts = [
         Prompt(index, text, tokens, row, content if isinstance(content, list) else None)
@@ -211,10 +213,35 @@ def _content(task: Task, index: int, row: Row) -> list[Message] | str:
         ) from error
 
 
-def _render(tokenizer: Any, content: list[Message] | str) -> str:
+def _render(tokenizer: Any, index: int, content: list[Message] | str) -> str:
+    """The text of one prompt.
+
+    Where the chat template refuses a system message, as Gemma's does, the system text comes in front of the first
+    message of the user, which is what such models are asked with.
+
+    Raises:
+        UserError: the template refuses the messages anyway.
+    """
     if isinstance(content, str):
         return content
-    return tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    try:
+        return render(content)
+    except Exception as error:  # a template is the model's own code and may raise anything
+        with suppress(Exception):
+            return render(_without_system(content))
+        raise UserError(
+            f"The model's chat template refuses the messages of row {index}: {error}. Their roles are "
+            f"{', '.join(message['role'] for message in content)}. Change `prompt` in the task file, or the model."
+        ) from error
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """The same messages with a leading system text put in front of the user's."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return messages
+    system, user, *rest = messages
+    return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 class PromptStream:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo.task import load_task
+from grpo import Task
+from grpo.errors import UserError
+from grpo.policy import load_tokenizer
+from grpo.task import build_prompts, load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
 NAMES = ("gsm8k", "countdown", "reverse")
@@ -69,6 +72,56 @@ def test_gsm8k_reads_the_columns_of_the_hub(tmp_path):
     }
     assert marks(task, task.gold_text(row), row) == MAXIMA["gsm8k"]
     assert marks(task, task.gold_text({**row, "answer": "1081"}), row)["correctness"] == 0.0
+
+
+# ---- prompts
+
+
+def exact(completion, answer):
+    return float(completion == answer)
+
+
+def task_with(**fields):
+    """A small task that differs from a good one in these fields."""
+    good = dict(
+        name="small",
+        rows=lambda split, data: [{"question": "1 + 1?", "answer": "2"}],
+        prompt=lambda row: [{"role": "user", "content": row["question"]}],
+        rewards={exact: 1.0},
+        gold="{answer}",
+        solved=("exact", 1.0),
+        data="embedded",
+    )
+    return Task(**(good | fields))
+
+
+def prompts_of(content, template=None, rows=1):
+    """build_prompts of rows for which `prompt` gives `content`."""
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    task = task_with(prompt=content if callable(content) else lambda row: content)
+    return build_prompts(task, [{"answer": str(index)} for index in range(rows)], tokenizer, room=200)
+
+
+REFUSAL = "{{ raise_exception('System role not supported') }}"
+PLAIN = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+GEMMA = "{% if messages[0]['role'] == 'system' %}" + REFUSAL + "{% endif %}" + PLAIN
+
+
+def test_where_the_template_refuses_a_system_message_the_user_says_it():
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    [prompt] = prompts_of(messages, GEMMA)
+    assert prompt.text == "<user>Think.\n\n1 + 1?"
+    assert prompt.messages == messages
+    [prompt] = prompts_of(messages, PLAIN)
+    assert prompt.text == "<system>Think.<user>1 + 1?"
+
+
+@pytest.mark.parametrize("roles", [["system"], ["system", "system"], ["user"]])
+def test_messages_that_the_template_refuses_are_told(roles):
+    template = REFUSAL if roles == ["user"] else GEMMA
+    with pytest.raises(UserError, match=f"row 0: System role not supported. Their roles are {', '.join(roles)}"):
+        prompts_of([{"role": role, "content": "x"} for role in roles], template)
 
 
 @pytest.fixture(scope="module")
