@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import reprlib
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -179,10 +180,17 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
     room: the longest prompt allowed, i.e. the context less the completion, in tokens.
 
     Raises:
-        UserError: a prompt is longer than that, or the model has no chat template that takes the messages.
+        UserError: `prompt` gave no text, a prompt is longer than that, or the model has no chat template that takes the
+            messages.
     """
     contents = [_content(task, index, row) for index, row in enumerate(rows)]
     chat = isinstance(contents[0], list)
+    other = next((index for index, content in enumerate(contents) if isinstance(content, list) != chat), None)
+    if other is not None:
+        raise UserError(
+            f"`prompt` of task {task.name} gave chat messages for some rows and a text for others (rows 0 and {other} "
+            "differ). Return the same kind for every row."
+        )
     if chat and not tokenizer.chat_template:
         raise UserError(
             f"Task {task.name} asks with chat messages, but the model's tokenizer has no chat template. "
@@ -205,12 +213,43 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
 
 def _content(task: Task, index: int, row: Row) -> list[Message] | str:
     try:
-        return task.prompt(row)
+        content = task.prompt(row)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise UserError(
             f"`prompt` of task {task.name} raised {type(error).__name__} on row {index}: {error}. The row has the "
             f"columns {', '.join(row)}."
         ) from error
+    fault = _fault_of_text(content) if isinstance(content, str) else _fault_of_messages(content)
+    if fault:
+        raise UserError(
+            f"`prompt` of task {task.name} gave {fault} for row {index}. It must return chat messages, a list such as "
+            '[{"role": "user", "content": "..."}], or a text. Mend the row or `prompt` in the task file.'
+        )
+    return content
+
+
+def _fault_of_text(text: str) -> str:
+    """What is wrong with a text that is to be asked, in words; empty if nothing is."""
+    if not text:
+        return "an empty text"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a text that is not Unicode (half a surrogate pair, {text[error.start]!r}, at place {error.start})"
+    return ""
+
+
+def _fault_of_messages(messages: Any) -> str:
+    """What is wrong with chat messages, in words; empty if nothing is. A message may be empty, but not all of them."""
+    if not isinstance(messages, list) or not messages:
+        return f"{reprlib.repr(messages)} ({type(messages).__name__})"
+    for message in messages:
+        if not isinstance(message, dict):
+            return f"the message {reprlib.repr(message)} ({type(message).__name__})"
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                return f"a message whose {key} is {reprlib.repr(message.get(key))}"
+    return _fault_of_text("".join(message["content"] for message in messages))
 
 
 def _render(tokenizer: Any, index: int, content: list[Message] | str) -> str:

@@ -124,6 +124,32 @@ def test_messages_that_the_template_refuses_are_told(roles):
         prompts_of([{"role": role, "content": "x"} for role in roles], template)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "gave an empty text for row 0"),
+        (None, "gave None (NoneType) for row 0"),
+        ([], "gave [] (list)"),
+        (7, "gave 7 (int)"),
+        ({"role": "user", "content": "x"}, "(dict)"),
+        (("a", "b"), "(tuple)"),
+        (["a", "b"], "the message 'a' (str)"),
+        ([{"role": "user", "content": None}], "a message whose content is None"),
+        ([{"role": "user", "content": 5}], "a message whose content is 5"),
+        ([{"role": "user"}], "a message whose content is None"),
+        ([{"content": "x"}], "a message whose role is None"),
+        ([{"role": "user", "content": ""}], "an empty text"),
+        ([{"role": "user", "content": "bad \ud83d"}], "half a surrogate pair, '\\ud83d', at place 4"),
+        ("bad \ud83d", "half a surrogate pair"),
+        (lambda row: "text" if row["answer"] == "3" else [{"role": "user", "content": "x"}], "rows 0 and 3 differ"),
+    ],
+)
+def test_what_is_asked_must_be_text(content, told):
+    with pytest.raises(UserError) as caught:
+        prompts_of(content, rows=5)
+    assert told in str(caught.value)
+
+
 @pytest.fixture(scope="module")
 def countdown():
     load_task(TASKS / "countdown.py")
