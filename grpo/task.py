@@ -203,6 +203,11 @@ def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> lis
         for index, (text, tokens, row, content) in enumerate(zip(texts, encoded, rows, contents, strict=True))
     ]
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    empty = next((prompt.index for prompt in prompts if not prompt.tokens), None)
+    if empty is not None:
+        raise UserError(
+            f"The tokenizer makes no token of the prompt of row {empty}, {texts[empty]!r}. Leave the row out."
+        )
     if len(longest.tokens) > room:
         raise UserError(
             f"The prompt of row {longest.index} has {len(longest.tokens)} tokens, but only {room} fit beside a "
