@@ -125,7 +125,9 @@ def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Pref
 def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:
     for split in (questions.train, questions.test):
         for prompt in islice(split, limit):
-            yield prompt, task.gold_text(prompt.fields)
+            gold = task.gold_text(prompt.fields)
+            task.vote(gold)  # an `answer` that fails does so here, not in the first evaluation
+            yield prompt, gold
 
 
 def build_policy(config: Config, questions: Questions) -> Policy:
@@ -172,7 +174,7 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
         prompts=questions.test,
         rewards=questions.rewards,
         solved=task.solved,
-        answer=task.answer,
+        answer=task.vote,
         samples=config.eval_samples,
         k=config.eval_k,
         seed=mix_seed(EVAL_SEED, config.seed),

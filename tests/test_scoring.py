@@ -452,10 +452,14 @@ def test_a_reward_that_exits_is_an_error():
         ({lambda question, answer: 0.0: 1.0}, "<lambda>"),
         ({"grpo.rewards:exact_mach": 1.0}, "Did you mean `exact_match`?"),
         ({"grpo.no_such_module:f": 1.0}, "importing grpo.no_such_module failed"),
+        ({"module_that_is_not_python:f": 1.0}, "importing module_that_is_not_python failed (SyntaxError: "),
+        ({exact_match: 10**5000}, "the weight something that cannot be shown"),
         ({"no_such_plugin": 1.0}, "No installed package offers a reward `no_such_plugin`"),
     ],
 )
-def test_rewards_that_cannot_be_built(rewards, told):
+def test_rewards_that_cannot_be_built(rewards, told, tmp_path, monkeypatch):
+    (tmp_path / "module_that_is_not_python.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError) as caught:
         build_rewards(rewards, COLUMNS, chat=False)
     assert told in str(caught.value)

@@ -12,7 +12,7 @@ import pytest
 from grpo import Task
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
-from grpo.task import build_prompts, load_task
+from grpo.task import build_prompts, load_rows, load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
 NAMES = ("gsm8k", "countdown", "reverse")
@@ -101,6 +101,67 @@ def prompts_of(content, template=None, rows=1):
     tokenizer.chat_template = template or tokenizer.chat_template
     task = task_with(prompt=content if callable(content) else lambda row: content)
     return build_prompts(task, [{"answer": str(index)} for index in range(rows)], tokenizer, room=200)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"name": None}, "`name` is None. It must be text."),
+        ({"rows": []}, "`rows` is []. It must be a function."),
+        ({"rewards": [exact]}, "It must be {reward: weight}"),
+        ({"rewards": None}, "`rewards` is None"),
+        ({"solved": None}, "`solved` is None"),
+        ({"solved": ("exact",)}, "`solved` is ('exact',)"),
+        ({"solved": "ab"}, "`solved` is 'ab'"),
+        ({"solved": ("exact", "1")}, "`solved` is ('exact', '1')"),
+        ({"gold": None}, "`gold` is None"),
+        ({"gold": str}, "`gold` is <class 'str'>"),
+        ({"gold": "{answer}}"}, "Single '}' encountered"),
+        ({"gold": "{} {answer}"}, "where a place has no name"),
+        ({"config": {"steps": 3}}, "`config` is {'steps': 3}. It must be a Config"),
+        ({"embedded": {"modle": "embedded"}}, "`embedded` has modle"),
+        ({"embedded": {"base": "fp32"}}, "base is 'fp32'"),
+        ({"embedded": None}, "`embedded` is None"),
+    ],
+)
+def test_a_malformed_task_is_refused(fields, told):
+    with pytest.raises(UserError) as caught:
+        task_with(**fields)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "told"),
+    [
+        ("{answer.foo}", "2", "has no attribute 'foo'"),
+        ("{answer:d}", "2", "Unknown format code 'd'"),
+        ('{"answer": "{answer}"}', "2", "a brace that is meant as such is written twice"),
+        ("{answer}", "bad \ud83d", "half a surrogate pair"),
+    ],
+)
+def test_gold_that_a_row_does_not_fill_is_told(gold, answer, told):
+    with pytest.raises(UserError) as caught:
+        task_with(gold=gold).gold_text({"answer": answer})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ["text", ("q", "a"), 3, None])
+def test_a_row_is_a_dict(row):
+    with pytest.raises(UserError, match="as row 1 of embedded"):
+        load_rows(task_with(rows=lambda split, data: [{"answer": "2"}, row]), "train", "embedded")
+
+
+@pytest.mark.parametrize(("answer", "told"), [(lambda text: 1 / 0, "ZeroDivisionError"), (list, "(list)")])
+def test_an_answer_that_fails_is_told(answer, told):
+    with pytest.raises(UserError) as caught:
+        task_with(answer=answer).vote("some text")
+    assert told in str(caught.value)
+
+
+def test_a_task_file_that_is_no_python_file(tmp_path):
+    (tmp_path / "task.txt").write_text("x = 1")
+    with pytest.raises(UserError, match=r"is not a Python file\. .* ends in \.py"):
+        load_task(tmp_path / "task.txt")
 
 
 REFUSAL = "{{ raise_exception('System role not supported') }}"

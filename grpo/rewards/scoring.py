@@ -121,10 +121,11 @@ def resolve_reward(name: str) -> Callable:
         return _installed_reward(name)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # a module may raise anything
         raise UserError(
-            f"Reward `{name}`: importing {module_name} failed ({error}). The name before the colon must be a "
-            "module that Python can import from here: check its spelling, or install its package."
+            f"Reward `{name}`: importing {module_name} failed ({type(error).__name__}: {error}). The name before "
+            "the colon must be a module that Python can import from here: check its spelling, mend it, or install its "
+            "package."
         ) from error
     if attribute not in vars(module):
         functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -163,7 +164,8 @@ def _name_of(function: Callable) -> str:
 def _checked_weight(name: str, weight: object) -> float:
     if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) <= _LARGEST:
         raise UserError(
-            f"Reward `{name}` has the weight {weight!r}. A weight is a finite number that float32 can hold, like 1.0."
+            f"Reward `{name}` has the weight {_shown(weight)}. A weight is a finite number that float32 can hold, "
+            "like 1.0."
         )
     return float(weight)
 
@@ -217,4 +219,11 @@ def _is_number(value: Any) -> bool:
 def _describe(returned: Any) -> str:
     has_length = isinstance(returned, Sized) and not (isinstance(returned, _ARRAYS) and returned.ndim == 0)
     length = f" of length {len(returned)}" if has_length else ""
-    return f"{repr(returned)[:60]} ({type(returned).__name__}{length})"
+    return f"{_shown(returned)} ({type(returned).__name__}{length})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except Exception:  # Python refuses to write integers of many thousand digits, and an object may raise anything
+        return "something that cannot be shown"
