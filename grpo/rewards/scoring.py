@@ -161,8 +161,9 @@ def _name_of(function: Callable) -> str:
     return name
 
 
-def _checked_weight(name: str, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not abs(weight) <= _LARGEST:
+def _checked_weight(name: str, weight: Any) -> float:
+    # A comparison, because float() of a large integer raises; NaN compares false.
+    if isinstance(weight, bool) or not (_is_number(weight) and abs(weight) <= _LARGEST):
         raise UserError(
             f"Reward `{name}` has the weight {_shown(weight)}. A weight is a finite number that float32 can hold, "
             "like 1.0."
