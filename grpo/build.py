@@ -29,7 +29,7 @@ from grpo.evaluate import Evaluator
 from grpo.packing import build_packer
 from grpo.policy import Policy, load_model, load_tokenizer
 from grpo.policy.known import KnownModel
-from grpo.policy.load import choose_device, context_length
+from grpo.policy.load import choose_device, context_length, vocabulary_size
 from grpo.record import Recorder
 from grpo.rewards import Preflight, Reward, build_rewards, preflight
 from grpo.rollout import Engine
@@ -81,6 +81,7 @@ def build_questions(task: Task, config: Config, all_tests: bool = False) -> Ques
     train = build_prompts(task, load_rows(task, "train", data), tokenizer, room)
     test_rows = load_rows(task, "test", data)
     test = build_prompts(task, test_rows if all_tests else test_rows[: config.eval_prompts], tokenizer, room)
+    check_vocabulary(config.model, train + test)
     rewards = build_rewards(
         task.rewards,
         columns=train[0].fields,
@@ -90,6 +91,16 @@ def build_questions(task: Task, config: Config, all_tests: bool = False) -> Ques
     )
     check_solved(task, rewards)
     return Questions(tokenizer, train, test, rewards)
+
+
+def check_vocabulary(model: str, prompts: list[Prompt]) -> None:
+    """The tokenizer must be the model's own: a token without a row in the embedding cannot be read."""
+    largest, size = max(max(prompt.tokens) for prompt in prompts), vocabulary_size(model)
+    if largest >= size:
+        raise UserError(
+            f"The tokenizer of {model} makes the token {largest}, but the vocabulary in its config.json has only "
+            f"{size}. Get the tokenizer that belongs to the model."
+        )
 
 
 def check_solved(task: Task, rewards: list[Reward]) -> None:
@@ -114,7 +125,9 @@ def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Pref
 def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:
     for split in (questions.train, questions.test):
         for prompt in islice(split, limit):
-            yield prompt, task.gold_text(prompt.fields)
+            gold = task.gold_text(prompt.fields)
+            task.vote(gold)  # an `answer` that fails does so here, not in the first evaluation
+            yield prompt, gold
 
 
 def build_policy(config: Config, questions: Questions) -> Policy:
@@ -161,7 +174,7 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
         prompts=questions.test,
         rewards=questions.rewards,
         solved=task.solved,
-        answer=task.answer,
+        answer=task.vote,
         samples=config.eval_samples,
         k=config.eval_k,
         seed=mix_seed(EVAL_SEED, config.seed),

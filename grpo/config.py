@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from grpo.errors import UserError
+
+MAY_BE_INFINITE = ("dual_clip", "off_policy_mask")  # inf means: no bound
+LONGEST_TIMER = 1e9  # seconds
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Config:
     mask_truncated: bool = True
     """Completions cut off by the token limit are left out of the loss."""
     off_policy_mask: float = math.inf
-    """Drop sequences of negative advantage whose mean log ratio sampler / policy is larger than this."""
+    """Drop sequences of negative advantage whose mean log ratio sampler / policy is larger than this. inf: none."""
     correction: Literal["token_tis", "sequence_tis", "token_mask", "sequence_mask", "none"] = "token_tis"
     """Importance weight trainer / sampler for their different numerics: truncated (tis) or masked outside
     [correction_floor, correction_cap] (mask; a token mask is IcePop)."""
@@ -146,9 +153,43 @@ class Config:
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
     def __post_init__(self) -> None:
+        for name, annotation in _annotations().items():
+            check_type(name, getattr(self, name), annotation)
         for broken, sentence in _checks(self):
             if broken:
                 raise UserError(sentence)
+
+
+@cache
+def _annotations() -> dict[str, Any]:
+    return get_type_hints(Config)
+
+
+def check_type(name: str, value: object, annotation: Any) -> None:
+    """A value is one of a Literal's choices, or of the type; an int will do for a float, and a bool is not an int.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not _fits(value, annotation):
+        if get_origin(annotation) is Literal:
+            allowed = f"one of {', '.join(map(repr, get_args(annotation)))}"
+        else:
+            allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,))
+        raise UserError(f"{name} is {value!r} ({type(value).__name__}). It must be {allowed}.")
+
+
+_WORDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "text (str)", type(None): "None"}
+
+
+def _fits(value: object, annotation: Any) -> bool:
+    if get_origin(annotation) is Literal:
+        return isinstance(value, str) and value in get_args(annotation)
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_fits(value, kind) for kind in get_args(annotation))
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, (int, float) if annotation is float else annotation)
 
 
 def _checks(c: Config) -> list[tuple[bool, str]]:
@@ -157,10 +198,12 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
                     "tokens_per_batch", "eval_prompts", "eval_samples", "eval_k", "save_every", "keep")  # fmt: skip
     not_negative = ("steps", "max_context", "max_refills", "warmup_steps", "weight_decay", "eval_every",
                     "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "reward_timeout",
-                    "kv_cache_gib")  # fmt: skip
+                    "kv_cache_gib", "off_policy_mask")  # fmt: skip
     positive = ("temperature", "lora_alpha", "learning_rate", "max_grad_norm", "correction_cap", "dual_clip",
                 "cispo_cap")  # fmt: skip
+    finite = [name for name, kind in _annotations().items() if kind is float and name not in MAY_BE_INFINITE]
     return [
+        *((not abs(getattr(c, f)) <= _LARGEST, f"{f} is {getattr(c, f)}. Use a finite number.") for f in finite),
         (c.group_size < 2, f"group_size is {c.group_size}, so every advantage would be 0. Use 2 or more."),
         *((getattr(c, f) < 1, f"{f} is {getattr(c, f)}. Use 1 or more.") for f in at_least_one),
         *((not getattr(c, f) >= 0, f"{f} is {getattr(c, f)}. Use 0 or more.") for f in not_negative),
@@ -169,6 +212,11 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
         (
             not 0 <= c.adam_beta1 < 1 or not 0 <= c.adam_beta2 < 1,
             "adam_beta1 and adam_beta2 must be in [0, 1).",
+        ),
+        (
+            c.reward_timeout > LONGEST_TIMER,
+            f"reward_timeout is {c.reward_timeout}. The system's timer takes at most {LONGEST_TIMER:g} seconds; "
+            "0 sets no limit.",
         ),
         (c.seed >= 2**32, f"seed is {c.seed}. Use less than 2**32."),
         (c.clip_low > 1, f"clip_low is {c.clip_low}. The ratio is never negative, so use at most 1."),

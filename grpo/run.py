@@ -284,8 +284,15 @@ def check(resolved: Resolved) -> int:
     say(f"{rows}, prompts of at most {questions.longest} tokens.")
     for warning in report.warnings:
         say(f"note: {warning}")
-    lowest = next(check.lowest["gold"] for check in report.checks if check.name == name)
-    if lowest < value:
+    solved = next(check for check in report.checks if check.name == name)
+    if solved.unscored_rows:
+        count = len(solved.unscored_rows)
+        raise UserError(
+            f"`{name}` must tell right from wrong, but it gave no score (None) to {count:,} of {report.num_rows:,} "
+            f"gold answers, the first of them that of row {solved.unscored_rows[0]}: they could never count as right. "
+            "Let it return a number for every row, or name another reward in `solved` in the task file."
+        )
+    if (lowest := solved.lowest["gold"]) < value:
         raise UserError(
             f"The gold answer of some row gets {lowest:g} from `{name}`, which must pay {value:g} for a right answer. "
             "Mend the rows named above, `gold` in the task file, or the reward."

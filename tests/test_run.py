@@ -148,6 +148,12 @@ def test_check_tries_every_row_and_trains_nothing(task_file, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("condition", "count"), [("True", "14 of 14"), ("answer == '4'", "1 of 14")])
+def test_check_wants_a_score_for_every_gold_answer(condition, count, task_file, capsys):
+    extra = f"def says(completion, answer):\n    return None if {condition} else 1.0"
+    fails([task_file(extra=extra), "--check"], capsys, "`says`", "no score", f"{count} gold answers", "`solved`")
+
+
 def test_dynamic_sampling_fills_the_step_or_gives_up(task_file, tmp_path):
     sometimes = "def says(completion, answer):\n    return float(len(completion) % 2)"
     path = task_file(rewards="{says: 1.0}", extra=sometimes)
@@ -205,6 +211,7 @@ def test_task_file_that_is_not_there(capsys, tmp_path):
         ("def f(:\n", ["line 1", "is not Python"]),
         ("x = 1\n", ["must define `task = Task(...)`"]),
         ("task = 3\n", ["must define `task = Task(...)`", "a int"]),
+        ("import sys\nsys.exit(0)\n", ["SystemExit: 0", "line 2"]),
         ("import nothing_of_this_name\n", ["ModuleNotFoundError", "nothing_of_this_name"]),
     ],
 )

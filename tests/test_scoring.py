@@ -5,8 +5,10 @@ import functools
 import math
 import sys
 import threading
+import time
 import types
 from fractions import Fraction
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from grpo.errors import UserError
 from grpo.rewards import (
     build_rewards,
+    calling,
     correctness,
     exact_match,
     integer,
@@ -53,6 +56,16 @@ def error_of(rewards, groups=None, **arguments):
     with pytest.raises(UserError) as caught:
         scored(rewards, groups, **arguments)
     return str(caught.value)
+
+
+def named(name):
+    """A reward function of this name."""
+
+    def function(completion):
+        return 1.0
+
+    function.__name__ = name
+    return function
 
 
 def test_a_reward_of_one_completion_is_called_by_the_names_of_its_arguments():
@@ -324,9 +337,29 @@ def test_a_time_out_is_an_error_and_gives_the_alarm_back():
     def quick(completion):
         return 1.0
 
-    for reward in (endless, endless_async):
+    def swallows(completion):
+        try:
+            endless(completion)
+        except Exception:
+            return 0.0
+
+    def swallows_all(completion):
+        try:
+            endless(completion)
+        except:  # noqa: E722
+            return 0.0
+
+    async def blocks(completion):
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+        return 0.0
+
+    for reward in (endless, endless_async, swallows, swallows_all):
         with pytest.raises(UserError, match=f"`{reward.__name__}` raised TimeoutError .*never scored 0"):
             scored({reward: 1.0}, timeout=0.05)
+    with pytest.raises(UserError, match=r"`blocks` .*no result in 0.05 s.*never scored 0"):
+        scored({blocks: 1.0}, timeout=0.05)
     assert scored({quick: 1.0}, timeout=30.0)[0].rewards.tolist() == [1, 1]
 
 
@@ -367,6 +400,41 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
     assert "question, answer" in message
 
 
+def test_an_async_reward_that_blocks_for_ever_is_an_error_too(monkeypatch):
+    # A loop of its own: this one never comes back.
+    monkeypatch.setattr(calling, "_event_loop", cache(calling._event_loop.__wrapped__))
+    release = threading.Event()
+
+    async def blocks(completion):
+        release.wait()
+
+    with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, and the event loop .* is blocked"):
+        scored({blocks: 1.0}, timeout=0.05)
+    release.set()
+
+
+def test_async_rewards_that_block_for_less_than_their_time_may():
+    async def patient(completion):
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            pass
+        return 1.0
+
+    assert scored({patient: 1.0}, timeout=2.0)[0].rewards.tolist() == [1, 1]
+
+
+def test_a_reward_that_exits_is_an_error():
+    def leaves(completion):
+        sys.exit(0)
+
+    async def leaves_later(completion):
+        sys.exit(3)
+
+    for reward in (leaves, leaves_later):
+        with pytest.raises(UserError, match=f"`{reward.__name__}` raised SystemExit .* on row 7, completion 'four'"):
+            scored({reward: 1.0}, [make_group(7, ["four"])])
+
+
 @pytest.mark.parametrize(
     ("rewards", "told"),
     [
@@ -374,17 +442,24 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
         ({exact_match: 0.0}, "nothing to learn"),
         ({exact_match: math.nan}, "weight nan"),
         ({exact_match: math.inf}, "weight inf"),
+        ({exact_match: 1e39}, "that float32 can hold"),
         ({exact_match: "1"}, "weight '1'"),
         ({exact_match: True}, "weight True"),
         ({exact_match: 1.0, "grpo.rewards:exact_match": 1.0}, "Two rewards are called `exact_match`"),
+        ({exact_match: 1.0, named("mean"): 1.0}, "called `mean`"),
+        ({exact_match: 1.0, named("std"): 1.0}, "Rename the function"),
         ({lambda completion: 0.0: 1.0}, "<lambda>"),
         ({lambda question, answer: 0.0: 1.0}, "<lambda>"),
         ({"grpo.rewards:exact_mach": 1.0}, "Did you mean `exact_match`?"),
         ({"grpo.no_such_module:f": 1.0}, "importing grpo.no_such_module failed"),
+        ({"module_that_is_not_python:f": 1.0}, "importing module_that_is_not_python failed (SyntaxError: "),
+        ({exact_match: 10**5000}, "the weight something that cannot be shown"),
         ({"no_such_plugin": 1.0}, "No installed package offers a reward `no_such_plugin`"),
     ],
 )
-def test_rewards_that_cannot_be_built(rewards, told):
+def test_rewards_that_cannot_be_built(rewards, told, tmp_path, monkeypatch):
+    (tmp_path / "module_that_is_not_python.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError) as caught:
         build_rewards(rewards, COLUMNS, chat=False)
     assert told in str(caught.value)
@@ -496,6 +571,9 @@ def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
     report = preflight(rewards, gold_rows(600))
     assert report.num_rows == 600
     assert report.checks[0].short_rows == []
+    assert [len(check.unscored_rows) for check in report.checks] == [1, 600, 0]
+    assert report.checks[0].unscored_rows == [3]
     assert report.attainable == 1.0
     cells = list(preflight_table(report).columns[2].cells)
     assert cells == ["1", "does not apply", "0"]
+    assert list(preflight_table(report).columns[-1].cells) == ["599 of 600", "0 of 600", "600 of 600"]

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo.task import load_task
+from grpo import Task
+from grpo.errors import UserError
+from grpo.policy import load_tokenizer
+from grpo.task import build_prompts, load_rows, load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
 NAMES = ("gsm8k", "countdown", "reverse")
@@ -69,6 +72,143 @@ def test_gsm8k_reads_the_columns_of_the_hub(tmp_path):
     }
     assert marks(task, task.gold_text(row), row) == MAXIMA["gsm8k"]
     assert marks(task, task.gold_text({**row, "answer": "1081"}), row)["correctness"] == 0.0
+
+
+# ---- prompts
+
+
+def exact(completion, answer):
+    return float(completion == answer)
+
+
+def task_with(**fields):
+    """A small task that differs from a good one in these fields."""
+    good = dict(
+        name="small",
+        rows=lambda split, data: [{"question": "1 + 1?", "answer": "2"}],
+        prompt=lambda row: [{"role": "user", "content": row["question"]}],
+        rewards={exact: 1.0},
+        gold="{answer}",
+        solved=("exact", 1.0),
+        data="embedded",
+    )
+    return Task(**(good | fields))
+
+
+def prompts_of(content, template=None, rows=1):
+    """build_prompts of rows for which `prompt` gives `content`."""
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    task = task_with(prompt=content if callable(content) else lambda row: content)
+    return build_prompts(task, [{"answer": str(index)} for index in range(rows)], tokenizer, room=200)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"name": None}, "`name` is None. It must be text."),
+        ({"rows": []}, "`rows` is []. It must be a function."),
+        ({"rewards": [exact]}, "It must be {reward: weight}"),
+        ({"rewards": None}, "`rewards` is None"),
+        ({"solved": None}, "`solved` is None"),
+        ({"solved": ("exact",)}, "`solved` is ('exact',)"),
+        ({"solved": "ab"}, "`solved` is 'ab'"),
+        ({"solved": ("exact", "1")}, "`solved` is ('exact', '1')"),
+        ({"gold": None}, "`gold` is None"),
+        ({"gold": str}, "`gold` is <class 'str'>"),
+        ({"gold": "{answer}}"}, "Single '}' encountered"),
+        ({"gold": "{} {answer}"}, "where a place has no name"),
+        ({"config": {"steps": 3}}, "`config` is {'steps': 3}. It must be a Config"),
+        ({"embedded": {"modle": "embedded"}}, "`embedded` has modle"),
+        ({"embedded": {"base": "fp32"}}, "base is 'fp32'"),
+        ({"embedded": None}, "`embedded` is None"),
+    ],
+)
+def test_a_malformed_task_is_refused(fields, told):
+    with pytest.raises(UserError) as caught:
+        task_with(**fields)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "told"),
+    [
+        ("{answer.foo}", "2", "has no attribute 'foo'"),
+        ("{answer:d}", "2", "Unknown format code 'd'"),
+        ('{"answer": "{answer}"}', "2", "a brace that is meant as such is written twice"),
+        ("{answer}", "bad \ud83d", "half a surrogate pair"),
+    ],
+)
+def test_gold_that_a_row_does_not_fill_is_told(gold, answer, told):
+    with pytest.raises(UserError) as caught:
+        task_with(gold=gold).gold_text({"answer": answer})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("row", ["text", ("q", "a"), 3, None])
+def test_a_row_is_a_dict(row):
+    with pytest.raises(UserError, match="as row 1 of embedded"):
+        load_rows(task_with(rows=lambda split, data: [{"answer": "2"}, row]), "train", "embedded")
+
+
+@pytest.mark.parametrize(("answer", "told"), [(lambda text: 1 / 0, "ZeroDivisionError"), (list, "(list)")])
+def test_an_answer_that_fails_is_told(answer, told):
+    with pytest.raises(UserError) as caught:
+        task_with(answer=answer).vote("some text")
+    assert told in str(caught.value)
+
+
+def test_a_task_file_that_is_no_python_file(tmp_path):
+    (tmp_path / "task.txt").write_text("x = 1")
+    with pytest.raises(UserError, match=r"is not a Python file\. .* ends in \.py"):
+        load_task(tmp_path / "task.txt")
+
+
+REFUSAL = "{{ raise_exception('System role not supported') }}"
+PLAIN = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
+GEMMA = "{% if messages[0]['role'] == 'system' %}" + REFUSAL + "{% endif %}" + PLAIN
+
+
+def test_where_the_template_refuses_a_system_message_the_user_says_it():
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
+    [prompt] = prompts_of(messages, GEMMA)
+    assert prompt.text == "<user>Think.\n\n1 + 1?"
+    assert prompt.messages == messages
+    [prompt] = prompts_of(messages, PLAIN)
+    assert prompt.text == "<system>Think.<user>1 + 1?"
+
+
+@pytest.mark.parametrize("roles", [["system"], ["system", "system"], ["user"]])
+def test_messages_that_the_template_refuses_are_told(roles):
+    template = REFUSAL if roles == ["user"] else GEMMA
+    with pytest.raises(UserError, match=f"row 0: System role not supported. Their roles are {', '.join(roles)}"):
+        prompts_of([{"role": role, "content": "x"} for role in roles], template)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "gave an empty text for row 0"),
+        (None, "gave None (NoneType) for row 0"),
+        ([], "gave [] (list)"),
+        (7, "gave 7 (int)"),
+        ({"role": "user", "content": "x"}, "(dict)"),
+        (("a", "b"), "(tuple)"),
+        (["a", "b"], "the message 'a' (str)"),
+        ([{"role": "user", "content": None}], "a message whose content is None"),
+        ([{"role": "user", "content": 5}], "a message whose content is 5"),
+        ([{"role": "user"}], "a message whose content is None"),
+        ([{"content": "x"}], "a message whose role is None"),
+        ([{"role": "user", "content": ""}], "an empty text"),
+        ([{"role": "user", "content": "bad \ud83d"}], "half a surrogate pair, '\\ud83d', at place 4"),
+        ("bad \ud83d", "half a surrogate pair"),
+        (lambda row: "text" if row["answer"] == "3" else [{"role": "user", "content": "x"}], "rows 0 and 3 differ"),
+    ],
+)
+def test_what_is_asked_must_be_text(content, told):
+    with pytest.raises(UserError) as caught:
+        prompts_of(content, rows=5)
+    assert told in str(caught.value)
 
 
 @pytest.fixture(scope="module")

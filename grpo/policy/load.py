@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from grpo.config import Config
 from grpo.embedded import MODEL_DIR
-from grpo.errors import UserError
+from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import known, plain
 from grpo.policy.known import KnownModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
@@ -61,9 +62,21 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        UserError: no such model here or on the hub.
+        UserError: no such model here or on the hub, or it comes without a tokenizer.
     """
-    return _from_hub(AutoTokenizer.from_pretrained, name)
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
+    # Without its files transformers makes an empty tokenizer of the model's kind.
+    if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
+        raise UserError(
+            f"The model {name} has no tokenizer: no token comes of a text. Put the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json) beside its weights."
+        )
+    return tokenizer
+
+
+def vocabulary_size(name: str) -> int:
+    """How many tokens the model's embedding has a row for."""
+    return _from_hub(AutoConfig.from_pretrained, name).get_text_config().vocab_size
 
 
 def context_length(name: str, config: Config) -> int:
@@ -87,7 +100,7 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
     holds more than the finished model. longest: the longest sequence that will be run, in tokens.
 
     Raises:
-        UserError: the checkpoint is not to be had, or quantised in a way that cannot be read.
+        UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
     """
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype)
@@ -123,13 +136,34 @@ def kept_dtype(base: str, computed: torch.dtype) -> torch.dtype:
 
 def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
     """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4."""
-    read = partial(AutoModelForCausalLM.from_pretrained, dtype=dtype)
-    if not is_quantized(_from_hub(AutoConfig.from_pretrained, name), name):
-        return _from_hub(read, name)
+    # Sizes that do not match come back in the report, like weights that are missing: both are told in one sentence.
+    read = partial(
+        AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    quantized = is_quantized(_from_hub(AutoConfig.from_pretrained, name), name)
     # Without a device_map transformers would put a quantised checkpoint on the GPU.
-    model = _from_hub(partial(read, device_map="cpu"), name)
-    adopt_quantized(model, dtype)
+    model, report = _from_hub(partial(read, device_map="cpu") if quantized else read, name)
+    _check_complete(name, model, report)
+    if quantized:
+        adopt_quantized(model, dtype)
     return model
+
+
+def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
+    """Every parameter came from the checkpoint: transformers draws the others at random and goes on."""
+    missing = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
+    if missing:
+        raise UserError(
+            f"The checkpoint of {name} lacks {len(missing)} of the weights that its config.json asks for, such as "
+            f"{missing[0]}. Get the whole checkpoint, or the config.json that belongs to it."
+        )
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        weight, found, wanted = mismatched[0]
+        raise UserError(
+            f"The checkpoint of {name} does not go with its config.json: {weight} is {list(found)} where the config "
+            f"asks for {list(wanted)} ({len(mismatched)} such weights). Get the config.json that belongs to it."
+        )
 
 
 def _projection(
@@ -169,12 +203,20 @@ def _stop_tokens(model: Any) -> list[int]:
 
 
 def _from_hub(load: Any, name: str) -> Any:
-    """load(source), with the dozen ways in which a hub can fail told as one sentence."""
+    """load(source), with the dozen ways in which a hub can fail, or a file be damaged, told as one sentence."""
+    source = model_source(name)
     try:
-        return load(model_source(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return load(source)
+    except Exception as error:  # each file format, and the hub's client, raises classes of its own
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".:")
+        if Path(source).is_dir():
+            raise UserError(
+                f"The model in the folder {name} cannot be loaded ({type(error).__name__}: {reason}). A file of it is "
+                "missing or damaged: get it anew, or use --model embedded, which ships with the package."
+            ) from error
         raise UserError(
-            f"The model {name} is neither a folder here nor to be had from the hub: {reason} "
+            f"The model {name} is neither a folder here nor to be had from the hub: {reason}. "
             "Check the name and the network, or use --model embedded, which ships with the package."
         ) from error

@@ -75,13 +75,20 @@ def _find_head(model: Any) -> tuple[Tensor, float | None]:
     """The head's weight [V, D] and soft cap, proved on a few tokens.
 
     Raises:
-        UserError: the model's logits are something else than (capped) products with its output embedding.
+        UserError: the model cannot run on projections, or its logits are something else than (capped) products with its
+            output embedding.
     """
     weight = model.get_output_embeddings().weight
     softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 and its kin
     tokens = torch.arange(1, 9, device=weight.device)[None]
     with torch.no_grad():
-        theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        try:
+            theirs = model(input_ids=tokens, use_cache=False).logits.float()
+        except AttributeError as error:  # Mamba multiplies by the weights of its linears itself
+            raise UserError(
+                f"{type(model).__name__} cannot be trained: it reads the weights of its linear layers past their "
+                f"forward ({error}), where no adapter can be. Use another model."
+            ) from error
         ours = last_hidden(model, tokens).float() @ weight.float().T
     ours = softcap * torch.tanh(ours / softcap) if softcap else ours
     # A shift of all logits changes no probability.

@@ -17,8 +17,17 @@ import difflib
 import inspect
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -94,8 +103,7 @@ def starter(
     """
     parameters = _parameters(name, function)
     sources_of_columns: dict[str, Source] = {column: partial(_column, column) for column in columns}
-    limit = partial(asyncio.timeout, timeout) if is_async(function) else _time_limit(name, timeout)
-    start, call_each, call_batch = _WAYS[is_async(function)]
+    limit, start, call_each, call_batch = (_async_way if is_async(function) else _sync_way)(name, timeout)
 
     def start_with(call: Callable, form: dict[str, Source]) -> Start:
         sources = _choose_sources(name, parameters, sources_of_columns | form)
@@ -208,9 +216,9 @@ def _rows(sources: dict[str, Source], samples: Samples) -> Iterator[dict[str, An
 def _blame(name: str, samples: Samples, scored: slice) -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit() would end the run without a word
         raise UserError(
-            f"Reward `{name}` raised {type(error).__name__} ({str(error) or 'no result in time'}) on "
+            f"Reward `{name}` raised {type(error).__name__} ({str(error) or 'without a message'}) on "
             f"{where(samples, scored)}. A crash or a time-out is never scored 0: mend the reward, or let it "
             "return None where it does not apply."
         ) from error
@@ -230,17 +238,57 @@ def _start_sync(call: Caller, samples: Samples) -> Finish:
     return partial(call, samples)
 
 
-def _start_async(call: AsyncCaller, samples: Samples) -> Finish:
+def _start_async(finish: Callable[[Future[Any]], Any], call: AsyncCaller, samples: Samples) -> Finish:
     async def run() -> Any:
         return await call(samples)
 
-    return asyncio.run_coroutine_threadsafe(run(), _event_loop()).result
+    return partial(finish, asyncio.run_coroutine_threadsafe(run(), _event_loop()))
 
 
-_WAYS = {
-    False: (_start_sync, _call_each, _call_batch),
-    True: (_start_async, _call_each_async, _call_batch_async),
-}
+def _sync_way(name: str, timeout: float | None) -> tuple[Limit, Any, Any, Any]:
+    return _time_limit(name, timeout), _start_sync, _call_each, _call_batch
+
+
+def _async_way(name: str, timeout: float | None) -> tuple[AsyncLimit, Any, Any, Any]:
+    if timeout is None:
+        return nullcontext, partial(_start_async, Future.result), _call_each_async, _call_batch_async
+    deadlines: dict[object, float] = {}
+    finish = partial(_result_unless_blocked, name, timeout, deadlines)
+    return partial(_deadline, timeout, deadlines), partial(_start_async, finish), _call_each_async, _call_batch_async
+
+
+@asynccontextmanager
+async def _deadline(timeout: float, deadlines: dict[object, float]) -> AsyncIterator[None]:
+    """A time limit that also a call keeps which blocks the loop; `deadlines` has those of the calls under way."""
+    call = object()
+    deadlines[call] = time.monotonic() + timeout
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            yield
+    except TimeoutError as error:
+        raise TimeoutError(_late(timeout) if limit.expired() else str(error)) from error
+    finally:
+        deadline = deadlines.pop(call)
+    if time.monotonic() > deadline:  # it never gave the loop a chance to stop it
+        raise TimeoutError(_late(timeout))
+
+
+def _result_unless_blocked(name: str, timeout: float, deadlines: dict[object, float], future: Future[Any]) -> Any:
+    """The result; an error if a call has blocked the loop, which nobody can interrupt, for more than its time.
+
+    The loop gets `timeout` seconds to stop a late call by itself, which tells its row.
+    """
+    while not wait([future], timeout).done:
+        if any(time.monotonic() > deadline + timeout for deadline in list(deadlines.values())):
+            raise UserError(
+                f"Reward `{name}` gave {_late(timeout)}, and the event loop that all async rewards share is blocked. A "
+                "time-out is never scored 0: let them `await` what they wait for, or write them with `def`."
+            )
+    return future.result()
+
+
+def _late(timeout: float) -> str:
+    return f"no result in {timeout:g} s"
 
 
 @cache
@@ -266,16 +314,26 @@ def _time_limit(name: str, timeout: float | None) -> Limit:
 @contextmanager
 def _alarm(timeout: float) -> Iterator[None]:
     # A signal, because a thread that waits cannot interrupt a regular expression that holds the interpreter.
+    rung = threading.Event()
+
     def ring(signal_number: int, frame: object) -> None:
-        raise TimeoutError(f"no result in {timeout:g} s")
+        rung.set()
+        raise _TimeIsUp
 
     previous = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
-        yield
+        with suppress(_TimeIsUp):
+            yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+    if rung.is_set():  # also where a bare `except:` caught it
+        raise TimeoutError(_late(timeout))
+
+
+class _TimeIsUp(BaseException):
+    """No Exception, because a reward may turn any of those into a score."""
 
 
 class _WatchedMessage(dict[str, str]):

@@ -35,6 +35,7 @@ class RewardCheck:
     highest: dict[str, float]  # -inf where it never applied
     best: float  # the highest value seen, or the lowest if the weight is negative
     short_rows: list[int]  # Prompt.index of the rows whose gold answer gets less than the best
+    unscored_rows: list[int]  # and of those to whose gold answer it does not apply
 
     @property
     def is_constant(self) -> bool:
@@ -112,7 +113,7 @@ def preflight_table(report: Preflight) -> Table:
     table.add_column("gold with full marks", justify="right")
     for check in report.checks:
         ranges = [_range(check.lowest[probe], check.highest[probe]) for probe in PROBES]
-        full = f"{report.num_rows - len(check.short_rows):,} of {report.num_rows:,}"
+        full = f"{report.num_rows - len(check.short_rows + check.unscored_rows):,} of {report.num_rows:,}"
         table.add_row(check.name, f"{check.weight:g}", *ranges, full)
     table.caption = f"Highest sum of one gold answer: {report.attained:g}, of {report.attainable:g}."
     table.caption_justify = "left"
@@ -159,6 +160,7 @@ def _check(reward: Reward, part: Tensor, rows: list[int]) -> RewardCheck:
         highest=dict(zip(PROBES, highest.tolist(), strict=True)),
         best=best,
         short_rows=[rows[index] for index in short.nonzero().flatten().tolist()],
+        unscored_rows=[rows[index] for index in (~applies[:, 0]).nonzero().flatten().tolist()],
     )
 
 

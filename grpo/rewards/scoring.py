@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -27,6 +26,7 @@ from grpo.types import Completion, Group, Prompt
 ENTRY_POINTS = "grpo.rewards"
 _ARRAYS = (np.ndarray, Tensor)
 _LARGEST = torch.finfo(torch.float32).max
+_TAKEN = ("mean", "std")  # `reward/mean` and `reward/std` are metrics of the weighted sum: see train.step_metrics
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,11 @@ def resolve_reward(name: str) -> Callable:
         return _installed_reward(name)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:  # a module may raise anything
         raise UserError(
-            f"Reward `{name}`: importing {module_name} failed ({error}). The name before the colon must be a "
-            "module that Python can import from here: check its spelling, or install its package."
+            f"Reward `{name}`: importing {module_name} failed ({type(error).__name__}: {error}). The name before "
+            "the colon must be a module that Python can import from here: check its spelling, mend it, or install its "
+            "package."
         ) from error
     if attribute not in vars(module):
         functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -160,9 +161,13 @@ def _name_of(function: Callable) -> str:
     return name
 
 
-def _checked_weight(name: str, weight: object) -> float:
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
-        raise UserError(f"Reward `{name}` has the weight {weight!r}. A weight is a finite number, like 1.0.")
+def _checked_weight(name: str, weight: Any) -> float:
+    # A comparison, because float() of a large integer raises; NaN compares false.
+    if isinstance(weight, bool) or not (_is_number(weight) and abs(weight) <= _LARGEST):
+        raise UserError(
+            f"Reward `{name}` has the weight {_shown(weight)}. A weight is a finite number that float32 can hold, "
+            "like 1.0."
+        )
     return float(weight)
 
 
@@ -173,6 +178,12 @@ def _check_together(rewards: list[Reward]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UserError(f"Two rewards are called `{twice[0]}`. The name is the metric's name: rename one.")
+    taken = [name for name in names if name in _TAKEN]
+    if taken:
+        raise UserError(
+            f"A reward is called `{taken[0]}`, but the metric reward/{taken[0]} is that of the sum of all rewards. "
+            "Rename the function."
+        )
 
 
 def _checked_values(name: str, returned: Any, samples: Samples) -> Tensor:
@@ -209,4 +220,11 @@ def _is_number(value: Any) -> bool:
 def _describe(returned: Any) -> str:
     has_length = isinstance(returned, Sized) and not (isinstance(returned, _ARRAYS) and returned.ndim == 0)
     length = f" of length {len(returned)}" if has_length else ""
-    return f"{repr(returned)[:60]} ({type(returned).__name__}{length})"
+    return f"{_shown(returned)} ({type(returned).__name__}{length})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:60]
+    except Exception:  # Python refuses to write integers of many thousand digits, and an object may raise anything
+        return "something that cannot be shown"
