@@ -37,7 +37,6 @@ STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
 CHECKPOINT_NAME = re.compile(r"step-(\d+)")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
-OTHER_CHECKPOINT = "Choose another checkpoint of"
 LEFT = "left-"  # before the name of a checkpoint whose course the run has left
 
 
@@ -100,13 +99,8 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first. What a user copied or packed beside them is none."""
-    steps = {
-        int(match[1]): path
-        for path in (folder / CHECKPOINTS).glob("step-*")
-        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return [steps[step] for step in sorted(steps)]
+    """The checkpoints of a run's folder, oldest first."""
+    return list(_by_step(folder).values())
 
 
 def leave_later(folder: Path, step: int) -> list[Path]:
@@ -115,12 +109,18 @@ def leave_later(folder: Path, step: int) -> list[Path]:
     They belong to the course that is left: metrics.jsonl will not hold their steps.
     """
     left = []
-    for path in list_checkpoints(folder):
-        if int(path.name.removeprefix("step-")) > step:
-            place = path.with_name(LEFT + path.name)
-            shutil.rmtree(place, ignore_errors=True)
-            left.append(path.rename(place))
+    for path in [path for at, path in _by_step(folder).items() if at > step]:
+        place = path.with_name(LEFT + path.name)
+        shutil.rmtree(place, ignore_errors=True)
+        left.append(path.rename(place))
     return left
+
+
+def _by_step(folder: Path) -> dict[int, Path]:
+    """step -> checkpoint, in their order. What a user copied or packed beside the checkpoints is none."""
+    found = (folder / CHECKPOINTS).glob("step-*")
+    matches = [(match, path) for path in found if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()]
+    return dict(sorted((int(match[1]), path) for match, path in matches))
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> Progress:
@@ -135,7 +135,7 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
         if not path.is_file() or _fingerprint(path.read_bytes()) != expected:
             raise UserError(
                 f"{path} is missing or damaged: it is not what the checkpoint recorded ({expected['bytes']} bytes). "
-                f"{OTHER_CHECKPOINT} {folder.parent}."
+                f"{_try_another(folder)}"
             )
     load_adapter(policy, folder)
     try:
@@ -167,12 +167,14 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, dict[str, Any]]]:
         unlike = [name for name, value in vars(Progress()).items() if type(getattr(progress, name)) is not type(value)]
         unlike += [name for name in (OPTIMIZER, RNG) if not {"bytes", "sha256"} <= dict(files[name]).keys()]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged or of another version: {error}. {OTHER_CHECKPOINT} {folder.parent}."
-        ) from error
+        raise UserError(f"{path} is damaged or of another version: {error}. {_try_another(folder)}") from error
     if unlike:
-        raise UserError(f"{path} is damaged: {', '.join(unlike)} cannot be so. {OTHER_CHECKPOINT} {folder.parent}.")
+        raise UserError(f"{path} is damaged: {', '.join(unlike)} cannot be so. {_try_another(folder)}")
     return progress, files
+
+
+def _try_another(folder: Path) -> str:
+    return f"Choose another checkpoint of {folder.parent}."
 
 
 def run_of(place: Path) -> Path:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from grpo.config import Config, field_names, from_dict
+from grpo.config import Config, check_type, field_names, from_dict
 from grpo.errors import OUT_OF_CPU_MEMORY, UserError, is_out_of_memory
 from grpo.task import Task, load_task
 
@@ -108,13 +108,7 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
         )
     task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
     task = load_task(task_path) if task_path else None
-    base, origins = Config(), {}
-    if task is not None:
-        base = task.config
-        origins = {name: "task" for name in field_names() if getattr(base, name) != getattr(Config(), name)}
-    if saved:
-        base = from_dict(saved["config"])
-        origins = saved["origins"]
+    base, origins = _before_flags(task, saved)
     arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
     if task is None and scored and not Path(scored).exists():
         raise UserError(
@@ -136,6 +130,16 @@ def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
             config = dataclasses.replace(config, **overrides)
             origins |= dict.fromkeys(overrides, "embedded")
     return arguments, Resolved(task, task_path, config, origins, missing)
+
+
+def _before_flags(task: Task | None, saved: dict[str, Any]) -> tuple[Config, dict[str, str]]:
+    """The configuration that flags change, and where its values are from: the saved run's, else the task's."""
+    if saved:
+        return from_dict(saved["config"]), saved["origins"]
+    if task is None:
+        return Config(), {}
+    named = [name for name in field_names() if getattr(task.config, name) != getattr(Config(), name)]
+    return task.config, dict.fromkeys(named, "task")
 
 
 def _check_same_run(saved: dict[str, Any], task: Task, task_path: str, resumed: str, flags: list[str]) -> None:
@@ -188,26 +192,18 @@ def _saved_run(path: str) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         saved = json.loads(file.read_text())
-        parts = {"task": saved["task"], "origins": saved["origins"], **saved["config"]}
+        check_type("task", saved["task"], str)
+        check_type("origins", saved["origins"], dict)
+        from_dict(saved["config"])
     except FileNotFoundError as error:
         raise UserError(
             f"{file} is missing, which says what the run is made of. Put it back, or start a new run."
         ) from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}). Put it back as it was, or start a new run."
         ) from error
-    likes = {"task": "", "origins": {}, **dataclasses.asdict(Config())}
-    if unlike := [name for name, value in parts.items() if not _fits(value, likes.get(name, value))]:
-        raise UserError(
-            f"{file} is damaged: {', '.join(unlike)} cannot be so. Put it back as it was, or start a new run."
-        )
     return saved
-
-
-def _fits(value: Any, default: Any) -> bool:
-    """Whether a value read from JSON is of the type of a field of Config; a whole number may stand for a float."""
-    return type(value) is type(default) or (type(value) is int and type(default) is float)
 
 
 def what_is_missing(config: Config, task: Task) -> list[str]:

@@ -59,7 +59,7 @@ def lora_mlp(
         gate, up = decoded(rows, gate_up_base, gate_up_factors, None, impl).chunk(2, dim=-1)
         h = gated(gate, up, activation, impl=impl)
         return decoded(h, down_base, down_factors, None, impl).view(x.shape)
-    if not _is_fused(x, gate_up_factors.rank, down_factors.rank):
+    if not _has_fused_form(x, gate_up_factors.rank, down_factors.rank):
         gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
         return lora_linear(gated(gate, up, activation, impl=impl), down_base, down_factors, impl=impl)
     out = _LoraMlpFused.apply(
@@ -69,8 +69,8 @@ def lora_mlp(
     return out.view(x.shape)
 
 
-def _is_fused(x: Tensor, rank: int, down_rank: int) -> bool:
-    """Whether the backward kernel, which needs the most shared memory (as compiled for 8.0 and 8.9), has its own."""
+def _has_fused_form(x: Tensor, rank: int, down_rank: int) -> bool:
+    """Whether there is one rank, and for the backward kernel as much shared memory as it takes compiled for 8.0."""
     needed = (20480 + 768 * _rank_block(rank)) * x.itemsize // 2
     return rank == down_rank and needed <= shared_memory(x.device)
 

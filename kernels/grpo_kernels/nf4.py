@@ -60,7 +60,8 @@ class NF4:
         # What launches need of a device is made with the first weight there. Made within a launch it could lie in the
         # memory of a CUDA graph, which others would write to.
         if self.packed.is_cuda and type(self.packed) is Tensor:
-            _arrived(self.device), _levels(self.device), _dynamic_levels(self.device)
+            for make in (_arrived, _levels, _dynamic_levels):
+                make(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +172,7 @@ def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None, impl: Impl = 
     """x [..., K] times the weight, [..., N]: x W^T + bias, for inference (no gradient).
 
     The weight stays in 4 bits while that is faster than dequantising it for a dense product: up to 64 to 512 rows.
+    Raises ValueError for shapes that do not belong together.
     Safe in a CUDA graph: no host synchronisation, the same launches for the same shapes. Not safe on two streams at
     once, because the programs that share a tile count themselves in one place of a device.
 
@@ -579,9 +581,9 @@ def _launch_linear(
     grid = (tiles, cdiv(num_x_rows, tiling.block_m), tiling.splits)
     if tiling.splits > 1:
         partial = torch.empty((tiling.splits, *out.shape), dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device)
-        if grid[0] * grid[1] > MOST_COUNTED:
-            arrived = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=x.device)
+        num_tiles = grid[0] * grid[1]
+        is_counted = num_tiles <= MOST_COUNTED
+        arrived = _arrived(x.device) if is_counted else torch.zeros(num_tiles, dtype=torch.int32, device=x.device)
     options = {} if tiling.registers is None else {"maxnreg": tiling.registers}
     _linear_kernel[grid](
         rows, words, scales, nested_absmax if nested else absmax, offset if nested else absmax,
