@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
+import os
 import re
 import shutil
 import signal
@@ -329,11 +331,13 @@ def start(resolved: Resolved, resume: str) -> int:
 
     _announce(resolved)
     checkpoint = resume_folder(Path(resume)) if resume else None
+    if checkpoint:
+        _check_steps(resolved.config, checkpoint)
     questions = build_questions(resolved.task, resolved.config)
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
     folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)
-    with full_disk_in_words(folder), memory_in_words(resolved.config, folder):
+    with alone_in(folder), full_disk_in_words(folder), memory_in_words(resolved.config, folder):
         with removed_if_empty(folder):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         _write_config(resolved, folder)
@@ -362,6 +366,22 @@ def _announce(resolved: Resolved) -> None:
     console.print(describe(resolved))
 
 
+def _check_steps(config: Config, checkpoint: Path) -> None:
+    """A run does not go on to fewer steps than it has done.
+
+    Raises:
+        UserError: --steps asks for that.
+    """
+    from grpo.checkpoint import read_state
+
+    done = read_state(checkpoint)[0].step
+    if config.steps < done:
+        raise UserError(
+            f"{checkpoint} has done {done} steps, more than --steps {config.steps} asks for. Give a larger number, or "
+            f"--resume an earlier checkpoint of {checkpoint.parent}."
+        )
+
+
 def _train_and_keep(run: Any) -> None:
     """Train; when that ends early, for an error or on request, save what is done so far."""
     from grpo.train import is_unsaved, save, train
@@ -372,6 +392,28 @@ def _train_and_keep(run: Any) -> None:
         # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
         if run.policy.version == run.progress.version and is_unsaved(run):
             save(run)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process trains in the run's folder, as far as its file system knows locks.
+
+    Raises:
+        UserError: one does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process is training in {folder}. Wait for it or stop it; two would write over each other."
+            ) from error
+        except OSError:  # some network file systems have no locks for folders
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -436,6 +436,29 @@ def test_a_run_folder_is_never_overwritten(task_file, tmp_path, capsys):
     fails([task_file(), *SMALL, "--run-dir", str(tmp_path / "run")], capsys, "exists already", "--resume")
 
 
+def test_a_run_goes_on_in_one_process_only(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    argv = [sys.executable, "-m", "grpo.run", task_file(), *SMALL, "--steps", "5000", "--run-dir", str(folder)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if re.match(r"\s*5/5000\b", line))
+        written = (folder / "metrics.jsonl").read_text()
+        fails(["--resume", str(folder)], capsys, f"Another process is training in {folder}")
+        process.send_signal(signal.SIGKILL)
+    assert (folder / "metrics.jsonl").read_text().startswith(written)  # not cut back to the checkpoint
+    done = int(list_checkpoints(folder)[-1].name.removeprefix("step-"))
+    assert main(["--resume", str(folder), "--steps", str(done + 1)]) == 0
+
+
+def test_a_run_does_not_go_on_to_fewer_steps(task_file, tmp_path, capsys):
+    folder = tmp_path / "run"
+    run_toy(task_file, folder, "--steps", "4")
+    saved = (folder / "config.json").read_text()
+    fails(["--resume", str(folder), "--steps", "3"], capsys, "has done 4 steps, more than --steps 3 asks for")
+    assert (folder / "config.json").read_text() == saved
+    assert main(["--resume", str(folder), "--steps", "5"]) == 0
+
+
 def test_checkpoints_that_are_not_ours_or_damaged(task_file, tmp_path, capsys):
     folder = tmp_path / "run"
     fails(["--resume", str(folder)], capsys, "no run folder")

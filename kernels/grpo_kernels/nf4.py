@@ -57,11 +57,8 @@ class NF4:
     offset: Tensor | None = None  # float32 [C]: bitsandbytes has one for a tensor, several tensors joined have several
 
     def __post_init__(self) -> None:
-        # What launches need of a device is made with the first weight there. Made within a launch it could lie in the
-        # memory of a CUDA graph, which others would write to.
-        if self.packed.is_cuda and type(self.packed) is Tensor:
-            for make in (_arrived, _levels, _dynamic_levels):
-                make(self.device)
+        if type(self.packed) in (Tensor, torch.nn.Parameter):  # and no fake one of a tracer
+            _make_constants(self.packed.device)
 
     @property
     def device(self) -> torch.device:
@@ -704,6 +701,16 @@ def _fused_rows(num_rows: int, num_columns: int, eager: bool, with_a: bool, devi
     is_described = not eager and num_columns % (4 * BLOCK) == 0 and has_descriptors(device)
     most = 256 if with_a or num_values >= 3 * 2**22 else 128
     return most, 384 if num_values >= 2 * WIDE and is_described else 512
+
+
+@torch.compiler.assume_constant_result
+def _make_constants(device: torch.device) -> None:
+    """What launches need of a device is made with the first weight there, in a compiled function when it is traced.
+
+    Made within a launch it could lie in the memory of a CUDA graph, which others would write to.
+    """
+    for make in (_arrived, _levels, _dynamic_levels):
+        make(device)
 
 
 @functools.cache

@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from grpo_kernels import (
+    GroupLayout,
+    add_rms_norm,
+    group_attention,
     linear_logprob,
     lora_linear,
     lora_linear_inference,
@@ -224,3 +227,47 @@ def test_autocast_changes_nothing(device, impl):
         expected = run()
         with torch.autocast(device.type, dtype=torch.bfloat16):
             torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+
+
+def everything(device, dtype):
+    """What each operation gives, with gradients, for the same operands on whatever device."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 256, device=device, dtype=dtype, requires_grad=True)
+    weight, targets = torch.randn(300, 256, device=device, dtype=dtype) / 16, torch.arange(40, device=device)
+    cos, sin = (torch.randn(40, 32, device=device) for _ in range(2))
+    bases = [random_base(*shape, dtype, device, "nf4") for shape in ((512, 256), (256, 256))]
+    factors = [random_factors(sizes, 256, 8, dtype, device) for sizes in ([256, 256], [256], [128, 64, 64])]
+    layout = GroupLayout.of([8], [[16, 16]], device)
+
+    heads = x.view(40, 4, 64)
+    outputs = [
+        *linear_logprob(x, weight, targets, impl="triton"),
+        rms_norm(x, weight[0], impl="triton"),
+        *add_rms_norm(x, x, weight[0], impl="triton"),
+        *rope(heads, heads, cos, sin, impl="triton"),
+        swiglu(x, x, impl="triton"),
+        lora_linear(x, bases[0], factors[0], impl="triton"),
+        *lora_qkv(x, bases[1], factors[2], impl="triton"),
+        mlp(x, bases, factors, "triton"),
+        group_attention(heads, heads, heads, layout),
+    ]
+    (gradient,) = gradients(tuple(outputs), [x])
+    with torch.no_grad():
+        inferred = [
+            nf4_linear(x, bases[0], impl="triton"),
+            lora_linear_inference(x, bases[0], factors[0], impl="triton"),
+            lora_linear_inference(x, weight[:256], factors[1], impl="triton"),
+            nf4_dequantize(bases[0], dtype, impl="triton"),
+        ]
+    return [tensor.detach().cpu() for tensor in (*outputs, gradient, *inferred)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_that_is_not_current(dtype):
+    expected = everything(torch.device("cuda", 0), dtype)
+    got = everything(torch.device("cuda", 1), dtype)
+    assert torch.cuda.current_device() == 0
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
