@@ -79,16 +79,12 @@ class Packer:
         """
         return [self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)]
 
-    def members(self, group: Group) -> list[int]:
-        """Which completions of a group have a part in the loss."""
-        return [place for place, completion in enumerate(group.completions) if self.counts(completion)]
-
     def trains(self, group: Group) -> bool:
         """Whether a group is in any batch: it has a gradient, and not all of its completions are masked."""
-        return has_gradient(group) and any(map(self.counts, group.completions))
+        return has_gradient(group) and bool(self._members(group))
 
     def _optimizer_step(self, groups: list[Group]) -> list[Batch]:
-        pieces = [(group, self.members(group)) for group in groups]
+        pieces = [(group, self._members(group)) for group in groups]
         trained = [(group, members) for group, members in pieces if self.trains(group)]
         totals = Totals(
             sampled_tokens=_count_tokens(pieces),
@@ -100,6 +96,10 @@ class Packer:
             lay_out(rows, lambda length: self.normalizer(length, totals), self.device)
             for rows in fill(trained, self.tokens_per_batch)
         ]
+
+    def _members(self, group: Group) -> list[int]:
+        """Which completions of a group have a part in the loss, by their places in it."""
+        return [place for place, completion in enumerate(group.completions) if self.counts(completion)]
 
 
 def build_packer(config: Config, device: torch.device) -> Packer:

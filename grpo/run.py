@@ -5,8 +5,8 @@
     python -m grpo.run --resume runs/gsm8k-...            go on where the last checkpoint was
     python -m grpo.run --eval runs/gsm8k-...              held-out score of a run, or of any model with a task file
 
-Bad input and memory that runs out end with one sentence and exit code 2; Ctrl-C finishes the step, saves, and ends
-with exit code 130.
+Bad input, and memory or a disk that runs out, end with one sentence and exit code 2; Ctrl-C finishes the step, saves,
+and ends with exit code 130.
 """
 
 from __future__ import annotations
@@ -396,7 +396,7 @@ def _train_and_keep(run: Any) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Inside, no other process trains in the run's folder, as far as its file system knows locks.
+    """Inside, no other process trains in the run's folder; a process that dies lets go of it.
 
     Raises:
         UserError: one does.
@@ -409,7 +409,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"Another process is training in {folder}. Wait for it or stop it; two would write over each other."
             ) from error
-        except OSError:  # some network file systems have no locks for folders
+        except OSError:  # some network file systems have no locks for folders: then nobody is kept out
             pass
         yield
     finally:

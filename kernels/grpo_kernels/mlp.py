@@ -32,7 +32,7 @@ from grpo_kernels.lora_linear import (
     scaled,
 )
 from grpo_kernels.nf4 import NF4
-from grpo_kernels.swiglu import Activation, gated
+from grpo_kernels.swiglu import ACTIVATIONS, Activation, gated
 
 
 @isolated
@@ -49,7 +49,7 @@ def lora_mlp(
 
     Ranks that differ, or are too large for the GPU, are computed by `lora_linear` and `gated`, which keep more.
     """
-    if activation not in ("silu", "gelu", "gelu_tanh"):
+    if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}. Use 'silu' (SwiGLU), 'gelu' or 'gelu_tanh' (GeGLU).")
     if choose("lora_mlp", impl, x) == "torch":
         gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl="torch").chunk(2, dim=-1)

@@ -1,5 +1,5 @@
-"""Operands as callers have them: views with strides, other shapes than they should have, autocast, second gradients.
-Each operation is compared with itself on contiguous copies; what it computes is checked elsewhere.
+"""Operands as callers have them: strided views, shapes that do not go together, any rank, autocast, another GPU.
+Most operations are compared with themselves on contiguous copies; what they compute is checked elsewhere.
 """
 
 from dataclasses import replace
