@@ -28,14 +28,15 @@ from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator
 from grpo.packing import build_packer
 from grpo.policy import Policy, load_model, load_tokenizer
-from grpo.policy.known import KnownModel
+from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device, context_length, vocabulary_size
 from grpo.record import Recorder
 from grpo.rewards import Preflight, Reward, build_rewards, preflight
 from grpo.rollout import Engine
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import is_installed
-from grpo.task import PromptStream, Task, build_prompts, load_rows, mix_seed
+from grpo.seeds import Purpose, mix_seed
+from grpo.task import PromptStream, Task, build_prompts, load_rows
 from grpo.train import Run
 from grpo.types import Group, Prompt
 
@@ -44,8 +45,6 @@ PREFLIGHT_ROWS = 64
 
 # What getrusage counts memory in: bytes on macOS, KiB on Linux.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-
-ORDER_SEED, EVAL_SEED = 2, 3  # see train.ROLLOUT_SEED
 
 
 @dataclass
@@ -164,7 +163,7 @@ def build_vllm_engine(config: Config, policy: Policy, questions: Questions) -> E
 
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
-    shares = isinstance(policy.model, KnownModel)
+    shares = isinstance(policy.model, FusedModel)
     return policy.device.type == "cuda" and is_installed() and config.base in (("bf16", "nf4") if shares else ("bf16",))
 
 
@@ -177,7 +176,7 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
         answer=task.vote,
         samples=config.eval_samples,
         k=config.eval_k,
-        seed=mix_seed(EVAL_SEED, config.seed),
+        seed=mix_seed(Purpose.EVALUATION, config.seed),
     )
 
 
@@ -211,7 +210,7 @@ def build_run(
         folder=folder,
         policy=policy,
         engine=engine,
-        stream=PromptStream(questions.train, mix_seed(ORDER_SEED, config.seed), progress.cursor),
+        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
         rewards=questions.rewards,
         rule=RULES[config.advantage],
         pack=build_packer(config, policy.device),

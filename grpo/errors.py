@@ -1,5 +1,11 @@
 """Errors that are told in a sentence. `grpo.run` prints them without a traceback and exits with code 2."""
 
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 
 # Whose memory ran out is told by words where there is no class: torch says so of this machine's, CUDA, cuBLAS and vLLM
@@ -20,3 +26,33 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether this is memory that ran out, a GPU's or this machine's."""
     signs = (OUT_OF_CPU_MEMORY, *OUT_OF_GPU_MEMORY)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+
+
+# A reward may raise anything: sys.exit() and a cancelled task are no Exceptions, and would end the run without a word.
+WHAT_USER_CODE_RAISES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
+
+
+@contextmanager
+def user_code(told: Callable[[str], str]) -> Iterator[None]:
+    """Inside runs the user's own code (a task file, a reward, a template), which may raise anything.
+
+    told: what was raised, in words -> the sentence about it. A UserError is passed on as it is.
+
+    Raises:
+        UserError: it raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except WHAT_USER_CODE_RAISES as error:
+        raise UserError(told(in_words(error))) from error
+
+
+def in_words(error: BaseException) -> str:
+    """ "ZeroDivisionError (division by zero)"; an error whose own text cannot be had is named alone."""
+    try:
+        text = str(error).strip()
+    except Exception:  # an exception's __str__ is the user's code too
+        text = "whose text cannot be shown"
+    return f"{type(error).__name__} ({text or 'without a message'})"

@@ -28,6 +28,7 @@ import torch
 from grpo.config import Config, field_names
 from grpo.errors import UserError
 from grpo.rewards.xml_format import extract_answer
+from grpo.seeds import mix_seed
 from grpo.types import Message, Prompt
 
 Row = dict[str, Any]
@@ -405,16 +406,3 @@ class PromptStream:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
         return self._order[1][place]
-
-
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, so that each (run seed, step, purpose) draws its own randomness.
-
-    Deriving seeds, instead of carrying generator states along, makes any step repeatable on its own.
-    """
-    mixed = 0x9E3779B97F4A7C15
-    for part in parts:  # the finaliser of splitmix64 (Steele et al. 2014) after each part
-        mixed = (mixed ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        mixed ^= mixed >> 31
-    return mixed >> 1

@@ -26,11 +26,9 @@ from grpo.policy import Policy
 from grpo.record import Recorder
 from grpo.rewards import Reward, score
 from grpo.rollout import Engine
-from grpo.task import PromptStream, mix_seed
+from grpo.seeds import Purpose, mix_seed
+from grpo.task import PromptStream
 from grpo.types import Group
-
-# Seeds of different purposes never meet: the first part of each mix says what is drawn.
-ROLLOUT_SEED = 1
 
 
 @dataclass
@@ -95,7 +93,7 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
         with clock("rollout"):
             prompts = run.stream.take(wanted - len(groups))
             scored = run.engine.rollout(
-                prompts, run.config.group_size, mix_seed(ROLLOUT_SEED, run.config.seed, step, attempt)
+                prompts, run.config.group_size, mix_seed(Purpose.ROLLOUT, run.config.seed, step, attempt)
             )
         with clock("score"):
             logged = score(scored, run.rewards)

@@ -16,9 +16,9 @@ from tiny_models import CPU, SIZES, build_policy, one_batch, reference_logprobs,
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_model
-from grpo.policy.known import KnownModel
+from grpo.policy.fused import FusedModel
+from grpo.policy.generic import GenericModel
 from grpo.policy.linears import read_nf4
-from grpo.policy.plain import PlainModel
 
 
 def quantize(source, folder, dtype=torch.float32, **settings):
@@ -100,7 +100,7 @@ def test_a_checkpoint_quantised_from_bf16(checkpoint, tmp_path):
     folder = quantize(checkpoint("qwen3"), tmp_path, torch.bfloat16, bnb_4bit_use_double_quant=True)
     theirs = read_by_transformers(folder)
     loaded = load(config_of(folder))
-    assert isinstance(loaded.model, KnownModel)
+    assert isinstance(loaded.model, FusedModel)
     for projection in loaded.store.projections.values():
         expected = torch.cat([dequantized(theirs.get_submodule(part).weight) for part in projection.names])
         assert expected.dtype == torch.bfloat16
@@ -112,7 +112,7 @@ def test_what_the_checkpoint_left_dense_is_quantised_like_any_other(checkpoint, 
     folder = quantize(checkpoint("llama"), tmp_path, llm_int8_skip_modules=[left, "lm_head"])
     theirs = read_by_transformers(folder)
     loaded = load(config_of(folder))
-    assert isinstance(loaded.model, KnownModel)
+    assert isinstance(loaded.model, FusedModel)
     projection = loaded.store["1.qkv"]
     q, k, v = (theirs.get_submodule(part).weight for part in projection.names)
     assert left in projection.names and k.dtype == torch.float32
@@ -128,7 +128,7 @@ def test_a_head_in_4_bits_becomes_dense(checkpoint, tmp_path, groups):
     theirs = read_by_transformers(folder)
     config = config_of(folder)
     policy = build_policy(config)
-    assert isinstance(policy.model, KnownModel)
+    assert isinstance(policy.model, FusedModel)
     assert torch.equal(policy.model.head, dequantized(theirs.lm_head.weight))
     batch = one_batch(groups, config)
     theirs.dequantize()
@@ -138,7 +138,7 @@ def test_a_head_in_4_bits_becomes_dense(checkpoint, tmp_path, groups):
 
 def test_a_layer_that_computes_something_else_is_still_told_apart(checkpoint, tmp_path):
     folder = quantize(checkpoint("granite"), tmp_path, bnb_4bit_use_double_quant=True)
-    assert isinstance(load(config_of(folder)).model, PlainModel)
+    assert isinstance(load(config_of(folder)).model, GenericModel)
 
 
 def test_an_update_moves_the_adapter_over_such_a_base(checkpoint, tmp_path, groups):
@@ -181,7 +181,7 @@ def test_blocks_that_span_rows_of_linears_to_be_joined(tmp_path):
     folder = quantize(write_checkpoint(tmp_path / "dense", settings), tmp_path / "nf4")
     with pytest.raises(UserError, match="Use --base bf16"):
         load(config_of(folder))
-    assert isinstance(load(config_of(folder, base="bf16")).model, KnownModel)
+    assert isinstance(load(config_of(folder, base="bf16")).model, FusedModel)
 
 
 @pytest.mark.parametrize(

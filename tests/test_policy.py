@@ -8,8 +8,8 @@ from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise,
 
 from grpo.policy import load_model
 from grpo.policy.adapter import adapter_files, load_adapter
-from grpo.policy.known import KnownModel, recognise
-from grpo.policy.plain import PlainModel
+from grpo.policy.fused import FusedModel, recognise
+from grpo.policy.generic import GenericModel
 
 
 def save_adapter(policy, folder):
@@ -31,7 +31,7 @@ def reference_model(config):
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
 def test_architectures_are_told_apart_by_what_they_compute(name, tiny_config):
     model = load_model(tiny_config(name), CPU, 64).model
-    assert isinstance(model, KnownModel if name in KNOWN else PlainModel)
+    assert isinstance(model, FusedModel if name in KNOWN else GenericModel)
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])

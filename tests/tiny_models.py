@@ -22,7 +22,7 @@ SIZES = dict(
     pad_token_id=0,
 )
 
-# Architectures by name: those that KnownModel must recognise, and some that it must not.
+# Architectures by name: those that FusedModel must recognise, and some that it must not.
 KNOWN = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
     "llama3-rope": lambda: transformers.LlamaConfig(

@@ -16,15 +16,15 @@ from transformers.utils import logging as transformers_logging
 from grpo.config import Config
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
-from grpo.policy import known, plain
-from grpo.policy.known import KnownModel
+from grpo.policy import fused, generic
+from grpo.policy.fused import FusedModel
+from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
-from grpo.policy.plain import PlainModel
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 
-Model = KnownModel | PlainModel
+Model = FusedModel | GenericModel
 
 UNLIMITED_CONTEXT = 2**20  # tokens
 
@@ -109,12 +109,12 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
     build = partial(_projection, config=config, dtype=dtype, device=device)
     stop_tokens = _stop_tokens(model)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
-    if known.recognise(model, longest):
-        store = known.fuse(model, build)
-        ours: Model = KnownModel(model, store, recompute).to(device)
+    if fused.recognise(model, longest):
+        store = fused.fuse(model, build)
+        ours: Model = FusedModel(model, store, recompute).to(device)
     else:
-        store = plain.fuse(model, build)
-        ours = PlainModel(model.to(device), recompute)
+        store = generic.fuse(model, build)
+        ours = GenericModel(model.to(device), recompute)
     store.initialise(config.lora_alpha, config.seed)
     gc.collect()
     return Loaded(ours, store, conv1d, stop_tokens, model_source(config.model))

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from grpo.policy import Policy
-from grpo.policy.known import KnownModel
-from grpo.policy.plain import PlainModel
+from grpo.policy.fused import FusedModel
+from grpo.policy.generic import GenericModel
 from grpo.rollout.canary import Canary
 from grpo.rollout.engine import completion_of, in_groups
-from grpo.task import mix_seed
+from grpo.seeds import mix_seed
 from grpo.types import Group, Prompt
 
 # Sequences written at once; more are done in turns.
@@ -125,7 +125,7 @@ class TorchEngine:
 
     def _decoder(self) -> Decoder:
         model = self.policy.model
-        return PackedDecoder(model) if isinstance(model, KnownModel) else PaddedDecoder(model)
+        return PackedDecoder(model) if isinstance(model, FusedModel) else PaddedDecoder(model)
 
 
 def float32_product(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class Decoder(Protocol):
 class PackedDecoder:
     """Prompts packed and read once each; then one token a sequence over a KeyValueCache."""
 
-    def __init__(self, model: KnownModel):
+    def __init__(self, model: FusedModel):
         self.model = model
 
     def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:
@@ -192,7 +192,7 @@ class PackedDecoder:
 class PaddedDecoder:
     """Any Hugging Face model: prompts padded at their start, its own cache."""
 
-    def __init__(self, model: PlainModel):
+    def __init__(self, model: GenericModel):
         self.model = model.model
 
     def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:

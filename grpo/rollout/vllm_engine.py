@@ -22,11 +22,11 @@ from transformers import AutoConfig
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
-from grpo.policy.known import KnownModel
+from grpo.policy.fused import FusedModel
 from grpo.rollout import vllm_compat
 from grpo.rollout.canary import Canary
 from grpo.rollout.engine import completion_of, in_groups
-from grpo.task import mix_seed
+from grpo.seeds import mix_seed
 from grpo.types import Group, Prompt
 
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
@@ -246,7 +246,7 @@ class SharedLink:
 
     lora_request = None
 
-    def __init__(self, policy: Policy, model: KnownModel):
+    def __init__(self, policy: Policy, model: FusedModel):
         from grpo.rollout import vllm_weights
 
         self.weights = vllm_weights
@@ -273,7 +273,7 @@ class SharedLink:
 
 def build_link(policy: Policy) -> Link:
     """Shared weights where the model's structure is known, else vLLM's own weights and LoRA."""
-    if isinstance(policy.model, KnownModel):
+    if isinstance(policy.model, FusedModel):
         return SharedLink(policy, policy.model)
     from grpo.rollout.vllm_adapter import AdapterLink
 

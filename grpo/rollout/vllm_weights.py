@@ -33,7 +33,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from grpo.errors import UserError
-from grpo.policy.known import KnownModel
+from grpo.policy.fused import FusedModel
 from grpo.policy.projections import Projection, ProjectionStore
 
 # The name under which vLLM knows the quantisation config and the loader.
@@ -53,12 +53,12 @@ PROJECTIONS = {
 class _Lender:
     """Whose weights are being lent: vLLM builds the hooks' classes itself, so there is no argument to pass it in."""
 
-    model: KnownModel | None = None
+    model: FusedModel | None = None
     store: ProjectionStore | None = None
 
 
 @contextmanager
-def lending(model: KnownModel, store: ProjectionStore) -> Iterator[None]:
+def lending(model: FusedModel, store: ProjectionStore) -> Iterator[None]:
     """Inside, a vLLM engine that is built takes this model's weights for its own."""
     model.pad_vocabulary(VOCABULARY_MULTIPLE)
     _Lender.model, _Lender.store = model, store
@@ -68,7 +68,7 @@ def lending(model: KnownModel, store: ProjectionStore) -> Iterator[None]:
         _Lender.model = _Lender.store = None
 
 
-def _lent() -> tuple[KnownModel, ProjectionStore]:
+def _lent() -> tuple[FusedModel, ProjectionStore]:
     assert _Lender.model is not None and _Lender.store is not None, "no model is being lent"
     return _Lender.model, _Lender.store
 
@@ -79,7 +79,7 @@ def layout_key(store: ProjectionStore) -> str:
     return hashlib.sha256(repr(lent).encode()).hexdigest()
 
 
-def check_shared(model: Any, lender: KnownModel, store: ProjectionStore) -> None:
+def check_shared(model: Any, lender: FusedModel, store: ProjectionStore) -> None:
     """Raise unless every projection, the embedding and the head of vLLM's model are the trainer's own memory."""
     layers = list(model.modules())
     built_on = {id(layer.quant_method.projection): layer for layer in layers if _is_shared(layer)}

@@ -10,7 +10,7 @@ from tiny_models import SIZES, VOCABULARY, build_policy, randomise, reference_lo
 
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.policy.plain import PlainModel
+from grpo.policy.generic import GenericModel
 from grpo.rollout import vllm_compat
 from grpo.rollout.vllm_adapter import AdapterLink, copies_of
 from grpo.rollout.vllm_engine import VllmEngine
@@ -86,7 +86,7 @@ def assert_samples_are_the_policys(built, seed):
 
 
 def test_zero_adapter(built):
-    assert isinstance(built.policy.model, PlainModel)
+    assert isinstance(built.policy.model, GenericModel)
     built.policy.store.initialise(built.config.lora_alpha, seed=0)
     built.engine.sync()
     batch = assert_samples_are_the_policys(built, seed=1)

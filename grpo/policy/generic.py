@@ -1,6 +1,6 @@
-"""PlainModel: any Hugging Face causal language model, its linears replaced by projections, its forward left as it is.
+"""GenericModel: any Hugging Face causal language model, its linears replaced by projections, its forward left as it is.
 
-Slower than KnownModel and never wrong: sequences are run one group at a time, padded at their end, each with its own
+Slower than FusedModel and never wrong: sequences are run one group at a time, padded at their end, each with its own
 copy of the prompt, because an unknown architecture cannot be trusted with packed or shared sequences.
 """
 
@@ -22,8 +22,8 @@ from grpo.types import Batch
 FUNCTIONAL_DROPOUT = {"attention_dropout", "attn_dropout_p", "dropout_p"}
 
 
-class PlainModel(nn.Module):
-    """The same calls as KnownModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
+class GenericModel(nn.Module):
+    """The same calls as FusedModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
 
     def __init__(self, model: Any, recompute: bool):
         super().__init__()

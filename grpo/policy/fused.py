@@ -1,8 +1,8 @@
-"""KnownModel: decoder-only transformers of the Llama family, their forward pass written over projections.
+"""FusedModel: decoder-only transformers of the Llama family, their forward pass written over projections.
 
-Which architectures are known is decided by structure and by trial, not by class name: a layer with q/k/v/o and
+Which architectures are fused is decided by structure and by trial, not by class name: a layer with q/k/v/o and
 gate/up/down linears and two norms is rebuilt here, and must give what Hugging Face's own layer gives on random input
-(`recognise`). Llama, Mistral, Qwen2 and Qwen3 pass; whatever does not is left to `PlainModel`.
+(`recognise`). Llama, Mistral, Qwen2 and Qwen3 pass; whatever does not is left to `GenericModel`.
 
 Everything is packed: hidden states are [N, D], whether N counts the tokens of packed groups or the one new token of
 each of S sequences. What attention does with them is the caller's choice.
@@ -40,7 +40,7 @@ FUSED = {
 }
 
 
-# Each norm's attribute of KnownLayer, and its Hugging Face name.
+# Each norm's attribute of FusedLayer, and its Hugging Face name.
 NORMS = {
     "input_norm": "input_layernorm",
     "mlp_norm": "post_attention_layernorm",
@@ -69,7 +69,7 @@ class NoNorm(nn.Module):
     epsilon = 0.0
 
 
-class KnownLayer(nn.Module):
+class FusedLayer(nn.Module):
     """One decoder layer over four projections."""
 
     def __init__(self, layer: Any, projections: dict[str, Any], index: int):
@@ -131,8 +131,8 @@ def half_angles(cos: Tensor, sin: Tensor) -> Angles:
     return cos[0, :, :half], sin[0, :, :half]
 
 
-class KnownModel(nn.Module):
-    """Embedding, known layers, final norm; the head is a plain weight that `linear_logprob` multiplies by."""
+class FusedModel(nn.Module):
+    """Embedding, fused layers, final norm; the head is a plain weight that `linear_logprob` multiplies by."""
 
     def __init__(self, model: Any, store: ProjectionStore, recompute: bool):
         super().__init__()
@@ -141,7 +141,7 @@ class KnownModel(nn.Module):
         self.rope = body.rotary_emb
         self.norm = Norm(body.norm)
         self.layers = nn.ModuleList(
-            KnownLayer(layer, {name: store[f"{index}.{name}"] for name in FUSED}, index)
+            FusedLayer(layer, {name: store[f"{index}.{name}"] for name in FUSED}, index)
             for index, layer in enumerate(body.layers)
         )
         self.head: Tensor = model.lm_head.weight  # [V, D]
@@ -222,7 +222,7 @@ def _recomputed(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> 
 
 
 def recognise(model: Any, longest: int) -> bool:
-    """Whether KnownModel computes what this Hugging Face model computes on sequences up to `longest` tokens.
+    """Whether FusedModel computes what this Hugging Face model computes on sequences up to `longest` tokens.
 
     By structure first, then by trial: a layer of each kind, and the way from token to logits without layers, on
     random input.
@@ -299,7 +299,7 @@ def _same_layer(model: Any, index: int) -> bool:
         return False
     theirs = layer(x[None], attention_mask=None, position_embeddings=(cos, sin))
     theirs = theirs[0] if theirs.ndim == 3 else theirs
-    ours = KnownLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
+    ours = FusedLayer(layer, {name: _Together(layer, parts) for name, parts in FUSED.items()}, index)
     return _agree(ours(x, half_angles(cos, sin), packed(GroupLayout.of([11]))) - x, theirs - x)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from grpo.policy.known import build_mlp
+from grpo.policy.fused import build_mlp
 from grpo.policy.projections import Projection
 
 
