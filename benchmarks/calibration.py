@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.build import build_engine, build_policy, build_questions
+from grpo.build import build_engine, build_policy
 from grpo.packing import lay_out
 from grpo.policy import Policy
+from grpo.questions import build_questions
 from grpo.rewards import score
 from grpo.task import load_task
 from grpo.types import Group

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from grpo.build import build_engine, build_evaluator, build_policy, build_questions
+from grpo.build import build_engine, build_evaluator, build_policy
 from grpo.embedded import MODEL_DIR
+from grpo.questions import build_questions
 from grpo.rollout.vllm_compat import is_installed
 from grpo.task import Row, Task
 

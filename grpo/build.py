@@ -1,7 +1,5 @@
 """Build: a task and a configuration -> the objects that the loop calls. Every choice of a run is made here.
 
-build_questions(task, config)        tokenizer, prompts and rewards: what needs no model
-preflight_rewards(...)               the rewards on gold answers, before any GPU is touched
 build_policy(config, questions)      the model over its projections
 build_run(...)                       a Run, ready to train or resumed
 """
@@ -11,11 +9,8 @@ from __future__ import annotations
 import random
 import resource
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,109 +19,25 @@ from grpo import generators
 from grpo.advantages import RULES
 from grpo.checkpoint import Progress, leave_later, load_checkpoint
 from grpo.config import Config
-from grpo.errors import UnsuitedEngine, UserError
+from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator
 from grpo.packing import build_packer
-from grpo.policy import Policy, load_model, load_tokenizer
+from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
-from grpo.policy.load import choose_device, context_length, vocabulary_size
+from grpo.policy.load import choose_device
+from grpo.questions import Questions
 from grpo.record import Recorder
-from grpo.rewards import Preflight, Reward, build_rewards, preflight
 from grpo.rollout import Engine
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import is_installed
 from grpo.seeds import Purpose, mix_seed
-from grpo.task import PromptStream, Task, build_prompts, load_rows
+from grpo.stream import PromptStream
+from grpo.task import Task
 from grpo.train import Run
-from grpo.types import Group, Prompt
-
-# Gold answers that every run tries its rewards on first; --check tries them all.
-PREFLIGHT_ROWS = 64
+from grpo.types import Group
 
 # What getrusage counts memory in: bytes on macOS, KiB on Linux.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
-
-
-@dataclass
-class Questions:
-    """What is asked and how answers are paid."""
-
-    tokenizer: Any
-    train: list[Prompt]
-    test: list[Prompt]
-    rewards: list[Reward]
-
-    @property
-    def longest(self) -> int:
-        """The longest prompt, in tokens."""
-        return max(len(prompt.tokens) for prompt in self.train + self.test)
-
-
-def build_questions(task: Task, config: Config, all_tests: bool = False) -> Questions:
-    """Prompts of both splits and the task's rewards. Held-out prompts are the first `eval_prompts` of the test split,
-    or all of them.
-
-    Raises:
-        UserError: the data, a prompt or a reward is not as it must be.
-    """
-    data = config.data or task.data
-    tokenizer = load_tokenizer(config.model)
-    room = context_length(config.model, config) - config.max_completion_tokens
-    if room < 1:
-        raise UserError(
-            f"--max-completion-tokens is {config.max_completion_tokens}, which leaves {room} tokens of the context of "
-            f"{config.model} for the prompt. Lower it."
-        )
-    train = build_prompts(task, load_rows(task, "train", data), tokenizer, room)
-    test_rows = load_rows(task, "test", data)
-    test = build_prompts(task, test_rows if all_tests else test_rows[: config.eval_prompts], tokenizer, room)
-    check_vocabulary(config.model, train + test)
-    rewards = build_rewards(
-        task.rewards,
-        columns=train[0].fields,
-        chat=train[0].messages is not None,
-        probe=(train[0], task.gold_text(train[0].fields)),
-        timeout=config.reward_timeout or None,
-    )
-    check_solved(task, rewards)
-    return Questions(tokenizer, train, test, rewards)
-
-
-def check_vocabulary(model: str, prompts: list[Prompt]) -> None:
-    """The tokenizer must be the model's own: a token without a row in the embedding cannot be read."""
-    largest, size = max(max(prompt.tokens) for prompt in prompts), vocabulary_size(model)
-    if largest >= size:
-        raise UserError(
-            f"The tokenizer of {model} makes the token {largest}, but the vocabulary in its config.json has only "
-            f"{size}. Get the tokenizer that belongs to the model."
-        )
-
-
-def check_solved(task: Task, rewards: list[Reward]) -> None:
-    """The reward that says whether an answer is right must be one of the task's."""
-    names = [reward.name for reward in rewards]
-    if task.solved[0] not in names:
-        raise UserError(
-            f"Task {task.name} says that `{task.solved[0]}` tells right from wrong, but its rewards are "
-            f"{', '.join(names)}. Change `solved` in the task file."
-        )
-
-
-def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Preflight:
-    """The rewards on gold answers of both splits, and on what is not an answer.
-
-    Raises:
-        UserError: a reward fails on a gold answer, or a gold answer does not count as right.
-    """
-    return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS))
-
-
-def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:
-    for split in (questions.train, questions.test):
-        for prompt in islice(split, limit):
-            gold = task.gold_text(prompt.fields)
-            task.vote(gold)  # an `answer` that fails does so here, not in the first evaluation
-            yield prompt, gold
 
 
 def build_policy(config: Config, questions: Questions) -> Policy:

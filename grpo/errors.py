@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,3 +57,9 @@ def in_words(error: BaseException) -> str:
     except Exception:  # an exception's __str__ is the user's code too
         text = "whose text cannot be shown"
     return f"{type(error).__name__} ({text or 'without a message'})"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean `answer`?" for a name that is nearly one of these; empty where none is near."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" Did you mean `{close[0]}`?" if close else ""

@@ -270,8 +270,8 @@ def describe(resolved: Resolved) -> Table:
 
 def check(resolved: Resolved) -> int:
     """--check: every gold answer of both splits through every reward."""
-    from grpo.build import build_questions, preflight_rewards
-    from grpo.rewards import preflight_table
+    from grpo.questions import build_questions, preflight_rewards
+    from grpo.rewards.preflight import preflight_table
 
     _announce(resolved)
     questions = build_questions(resolved.task, resolved.config, all_tests=True)
@@ -301,10 +301,11 @@ def check(resolved: Resolved) -> int:
 
 def evaluate_only(resolved: Resolved, target: str) -> int:
     """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
-    from grpo.build import build_engine, build_evaluator, build_policy, build_questions
+    from grpo.build import build_engine, build_evaluator, build_policy
     from grpo.checkpoint import best_checkpoint
     from grpo.evaluate import score_lines
     from grpo.policy.adapter import load_adapter
+    from grpo.questions import build_questions
 
     _announce(resolved)
     config = resolved.config
@@ -325,9 +326,10 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
 
 def start(resolved: Resolved, resume: str) -> int:
     """Train, from the start or from a checkpoint."""
-    from grpo.build import build_questions, build_run, preflight_rewards
+    from grpo.build import build_run
     from grpo.checkpoint import resume_folder, run_of
     from grpo.evaluate import comparison
+    from grpo.questions import build_questions, preflight_rewards
 
     _announce(resolved)
     checkpoint = resume_folder(Path(resume)) if resume else None

@@ -27,7 +27,7 @@ from grpo.record import Recorder
 from grpo.rewards import Reward, score
 from grpo.rollout import Engine
 from grpo.seeds import Purpose, mix_seed
-from grpo.task import PromptStream
+from grpo.stream import PromptStream
 from grpo.types import Group
 
 

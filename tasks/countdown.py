@@ -8,15 +8,7 @@ from random import Random
 from zlib import crc32
 
 from grpo import Config, Task
-from grpo.rewards import extract_answer, soft_xml
-
-SYSTEM = """Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
+from grpo.rewards import XML_FORMAT, extract_answer, soft_xml
 
 OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 EXPRESSION = re.compile(r"[0-9+\-*/() ]{1,100}")  # short enough that no nesting can exhaust the parser
@@ -41,7 +33,7 @@ def rows(split, data, count=1000):
 def prompt(row):
     numbers = ", ".join(map(str, row["numbers"]))
     question = f"Use each of the numbers {numbers} once, with + - * / and brackets, to make {row['target']}."
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return [{"role": "system", "content": XML_FORMAT}, {"role": "user", "content": question}]
 
 
 def reaches_target(completion: str, numbers: list[int], target: int) -> float:

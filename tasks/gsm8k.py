@@ -7,17 +7,9 @@ problems of the same kind from the generator that ships with the package.
 import re
 
 from grpo import Config, Task
+from grpo.data import read_rows
 from grpo.embedded import word_problems
-from grpo.rewards import correctness, integer, soft_xml, strict_xml, xml_count
-from grpo.task import read_rows
-
-SYSTEM = """Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
+from grpo.rewards import XML_FORMAT, correctness, integer, soft_xml, strict_xml, xml_count
 
 CALCULATOR = re.compile(r"<<.*?>>")  # "48/2=<<48/2=24>>24": the hub's solutions carry calculator calls
 
@@ -34,7 +26,7 @@ def rows(split, data, count=2000):
 
 
 def prompt(row):
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["question"]}]
+    return [{"role": "system", "content": XML_FORMAT}, {"role": "user", "content": row["question"]}]
 
 
 task = Task(

@@ -4,15 +4,7 @@ from random import Random
 from zlib import crc32
 
 from grpo import Config, Task
-from grpo.rewards import extract_answer, soft_xml
-
-SYSTEM = """Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>"""
+from grpo.rewards import XML_FORMAT, extract_answer, soft_xml
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -30,7 +22,7 @@ def rows(split, data, count=2000):
 
 def prompt(row):
     question = f"Write these letters from the last to the first: {row['letters']}"
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    return [{"role": "system", "content": XML_FORMAT}, {"role": "user", "content": question}]
 
 
 def reversed_letters(completion: str, answer: str) -> float:

@@ -21,14 +21,13 @@ from grpo.rewards import (
     correctness,
     exact_match,
     integer,
-    preflight,
-    preflight_table,
     resolve_reward,
     score,
     soft_xml,
     strict_xml,
     xml_count,
 )
+from grpo.rewards.preflight import preflight, preflight_table
 from grpo.types import Completion, Group, Prompt
 
 COLUMNS = ["question", "answer"]

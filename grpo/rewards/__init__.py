@@ -1,16 +1,27 @@
-"""Rewards: the ones that ship, and the machinery that calls any function as one."""
+"""Rewards: the ones that ship, and the machinery that calls any function as one.
+
+The machinery comes with torch, which a task file has no use for, so it is imported when it is first asked for. What
+tries the rewards before a run is in `grpo.rewards.preflight`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from grpo.rewards.correctness import correctness, final_answer, parse_number, same_answer
 from grpo.rewards.integer import integer
-from grpo.rewards.preflight import Preflight, RewardCheck, preflight, preflight_table
-from grpo.rewards.scoring import Reward, build_rewards, resolve_reward, score
 from grpo.rewards.text import exact_match, similarity
-from grpo.rewards.xml_format import extract_answer, soft_xml, strict_xml, xml_count
+from grpo.rewards.xml_format import XML_FORMAT, extract_answer, soft_xml, strict_xml, xml_count
+
+if TYPE_CHECKING:
+    from grpo.rewards.scoring import Reward, build_rewards, resolve_reward, score
+
+_IN_SCORING = ("Reward", "build_rewards", "resolve_reward", "score")
 
 __all__ = [
-    "Preflight",
+    "XML_FORMAT",
     "Reward",
-    "RewardCheck",
     "build_rewards",
     "correctness",
     "exact_match",
@@ -18,8 +29,6 @@ __all__ = [
     "final_answer",
     "integer",
     "parse_number",
-    "preflight",
-    "preflight_table",
     "resolve_reward",
     "same_answer",
     "score",
@@ -28,3 +37,9 @@ __all__ = [
     "strict_xml",
     "xml_count",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IN_SCORING:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module("grpo.rewards.scoring"), name)

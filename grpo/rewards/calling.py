@@ -13,7 +13,6 @@ names (all columns if it takes **kwargs), and with TRL's `trainer_state` (None),
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import signal
 import threading
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
-from grpo.errors import UserError
+from grpo.errors import UserError, nearest
 from grpo.types import Completion, Prompt
 
 
@@ -158,10 +157,8 @@ def _choose_sources(
     named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
     for key, parameter in named.items():
         if key not in available and parameter.default is parameter.empty:
-            nearest = difflib.get_close_matches(key, available, n=1, cutoff=0.5)
-            hint = f" Did you mean `{nearest[0]}`?" if nearest else ""
             raise UserError(
-                f"Reward `{name}` asks for `{key}`, and the data set has no such column.{hint} "
+                f"Reward `{name}` asks for `{key}`, and the data set has no such column.{nearest(key, available)} "
                 f"It can ask for: {', '.join(available)}."
             )
     if len(named) < len(parameters):

@@ -6,7 +6,6 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.errors import UserError
+from grpo.errors import UserError, nearest
 from grpo.rewards.calling import Samples, Start, is_async, starter, where
 from grpo.types import Completion, Group, Prompt
 
@@ -130,7 +129,7 @@ def resolve_reward(name: str) -> Callable:
     if attribute not in vars(module):
         functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise UserError(
-            f"Reward `{name}`: {module_name} has no `{attribute}`.{_nearest(attribute, functions)} "
+            f"Reward `{name}`: {module_name} has no `{attribute}`.{nearest(attribute, functions)} "
             f"It has: {', '.join(functions) or 'no functions'}."
         )
     return vars(module)[attribute]
@@ -140,16 +139,11 @@ def _installed_reward(name: str) -> Callable:
     installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name not in installed:
         raise UserError(
-            f"No installed package offers a reward `{name}`.{_nearest(name, installed)} "
+            f"No installed package offers a reward `{name}`.{nearest(name, installed)} "
             f"Installed: {', '.join(sorted(installed)) or 'none'}. "
             "A reward of your own is named `package.module:function`."
         )
     return installed[name].load()
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f" Did you mean `{nearest[0]}`?" if nearest else ""
 
 
 def _name_of(function: Callable) -> str:

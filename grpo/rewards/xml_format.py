@@ -1,4 +1,4 @@
-"""The <reasoning>/<answer> format: two rewards for the whole, one for its parts, and the answer inside.
+"""The <reasoning>/<answer> format: how to ask for it, two rewards for the whole, one for its parts, the answer inside.
 
 Knows nothing of what a right answer is. The format, whose reasoning may run over any number of lines:
 
@@ -13,6 +13,14 @@ Knows nothing of what a right answer is. The format, whose reasoning may run ove
 from __future__ import annotations
 
 import re
+
+XML_FORMAT = """Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>"""
 
 _STRICT = re.compile(r"<reasoning>\n(.*)\n</reasoning>\n<answer>\n(.*)\n</answer>\n?", re.DOTALL)
 _SOFT = re.compile(r"\s*<reasoning>(.*)</reasoning>\s*<answer>(.*)</answer>.*", re.DOTALL)
