@@ -19,16 +19,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.build import build_engine, build_policy
-from grpo.packing import lay_out
+from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.questions import build_questions
 from grpo.rewards import score
+from grpo.rollout.sampling import sample_groups
 from grpo.task import load_task
 from grpo.types import Group
 
@@ -68,12 +68,12 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> None:
         eval_prompts=arguments.prompts, eval_samples=arguments.samples, max_completion_tokens=160,
     )  # fmt: skip
     questions = build_questions(task, config)
-    policy = build_policy(config, questions)
-    engine = build_engine(config, policy, questions)
+    policy = build_policy(config, questions.longest_sequence)
+    engine = build_engine(config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence)
     print(f"{'engine':<8}{'seed':>5}{'pass@1':>9}{'surprise':>10}{'entropy':>10}{'z':>7}{'gap':>10}", flush=True)
     name, value = task.solved
     for seed in range(arguments.seeds):
-        groups = engine.rollout(questions.test, arguments.samples, seed)
+        groups = sample_groups(engine, questions.test, arguments.samples, config.max_completion_tokens, seed)
         score(groups, questions.rewards)
         right = torch.cat([group.parts[name] >= value for group in groups]).float().mean()
         surprise, entropy, gap = calibration(policy, groups)
@@ -86,16 +86,14 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> None:
     engine.close()
 
 
+@torch.no_grad()
 def calibration(policy: Policy, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
     """Of every sampled token, [n] each: -log p, the entropy of its distribution, |log p - the sampler's|."""
     rows: list[tuple[Tensor, ...]] = []
     for start in range(0, len(groups), GROUPS_AT_ONCE):
         part = groups[start : start + GROUPS_AT_ONCE]
-        for group in part:
-            group.advantages = torch.zeros(len(group.completions))
-        chosen: list[Any] = [(group, list(range(len(group.completions)))) for group in part]
-        batch = lay_out(chosen, lambda length: 0.0, policy.device)
-        logprobs, entropy = policy.score(batch)
+        batch = lay_out_to_read(part, policy.device)
+        logprobs, entropy = policy.logprobs(batch)
         sampled = batch.mask
         rows.append((-logprobs[sampled], entropy[sampled], (logprobs - batch.sampler_logprobs)[sampled].abs()))
     surprise, entropy, gap = (torch.cat(column).cpu() for column in zip(*rows, strict=True))

@@ -194,6 +194,7 @@ def measure_ours(kind: str, folder: Path, arguments: argparse.Namespace) -> dict
     from grpo.config import Config
     from grpo.policy import Policy
     from grpo.policy.load import choose_device, load_model
+    from grpo.rollout.sampling import sample_groups
     from grpo.rollout.vllm_engine import VllmEngine
     from grpo.types import Prompt
 
@@ -214,16 +215,16 @@ def measure_ours(kind: str, folder: Path, arguments: argparse.Namespace) -> dict
         return [Prompt(i, "", tokens, {}) for i, tokens in enumerate(prompts(seed, count, vocabulary))]
 
     start = time.perf_counter()
-    engine = VllmEngine(policy, NoText(), ask(0), config, longest)
+    engine = VllmEngine(policy, NoText(), [prompt.tokens for prompt in ask(0)], config, longest)
     startup = time.perf_counter() - start
     memory["with_engine_gib"] = used_gib() - before
     speeds = []
     for seed in (1, 2, 3):
-        seconds = timed(lambda seed=seed: engine.rollout(ask(seed), GROUP, seed))
+        seconds = timed(lambda seed=seed: sample_groups(engine, ask(seed), GROUP, arguments.tokens, seed))
         speeds.append(PROMPTS * GROUP * arguments.tokens / seconds)
     memory["after_rollouts_gib"] = used_gib() - before
     if arguments.profile:
-        profile(lambda: engine.rollout(ask(4), GROUP, 4), arguments.tokens)
+        profile(lambda: sample_groups(engine, ask(4), GROUP, arguments.tokens, 4), arguments.tokens)
 
     gaps = {"fresh": gap(engine, policy, ask(5, GAP_SEQUENCES))}
     generator = torch.Generator(policy.device).manual_seed(0)
@@ -245,7 +246,7 @@ def measure_ours(kind: str, folder: Path, arguments: argparse.Namespace) -> dict
         "sync_moved": synced["sync/moved"],
         "canary_bound": engine.canary.bound,
         "refresh_ms": round(1e3 * timed(policy.store.refresh, 10), 3),
-        "take_up_ms": round(1e3 * timed(engine._take_up, 10), 3),
+        "take_up_ms": round(1e3 * timed(engine.take_up, 10), 3),
         "sync_with_canary_ms": round(1e3 * timed(engine.canary.check, 10), 1),
         "release_ms": round(1e3 * release, 1),
         "restore_ms": round(1e3 * restore, 1),
@@ -255,13 +256,12 @@ def measure_ours(kind: str, folder: Path, arguments: argparse.Namespace) -> dict
 
 def gap(engine: Any, policy: Any, asked: list[Any]) -> float:
     """Mean |log p of the sampler - log p of the policy| over sampled tokens."""
-    from grpo.packing import lay_out
+    from grpo.packing import lay_out_to_read
+    from grpo.rollout.sampling import sample_groups
 
-    for_all = engine._write(asked, 1, GAP_TOKENS, seed=7)
-    for group in for_all:
-        group.advantages = torch.zeros(1)
-    batch = lay_out([(group, [0]) for group in for_all], lambda length: 0.0, policy.device)
-    difference = (policy.score(batch)[0] - batch.sampler_logprobs)[batch.mask]
+    for_all = sample_groups(engine, asked, 1, GAP_TOKENS, seed=7)
+    batch = lay_out_to_read(for_all, policy.device)
+    difference = (policy.logprobs(batch)[0].detach() - batch.sampler_logprobs)[batch.mask]
     return float(difference.abs().mean())
 
 

@@ -1,8 +1,8 @@
-"""Rewards of a step -> advantages, one function a rule. Knows nothing of tokens or models.
+"""Rewards of a step -> advantages, one function an estimator. Knows nothing of tokens or models.
 
-A rule takes the rewards of all groups of the step, `rewards [B, G]`, and returns `advantages [B, G]`. `gdpo` looks at
-the parts of the reward instead. Equal rewards give advantage 0 under every rule but lite_ppo's shared scale, which
-gives 0 too because the group mean is taken off first.
+An estimator takes the rewards of all groups of the step, `rewards [B, G]`, and returns `advantages [B, G]`. `gdpo`
+looks at the parts of the reward instead. Equal rewards give advantage 0 under every estimator but lite_ppo's shared
+scale, which gives 0 too because the group mean is taken off first.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from grpo.types import Group
 # Keeps a group of nearly equal rewards from being blown up; the size that the field uses.
 EPSILON = 1e-4
 
-Rule = Callable[[list[Group], dict[str, float]], Tensor]
+Estimator = Callable[[list[Group], dict[str, float]], Tensor]
 
 
-def assign_advantages(groups: list[Group], rule: Rule, weights: dict[str, float]) -> None:
+def assign_advantages(groups: list[Group], estimator: Estimator, weights: dict[str, float]) -> None:
     """Write `advantages [G]` into each group. weights: {reward name: weight}."""
-    for group, advantages in zip(groups, rule(groups, weights), strict=True):
+    for group, advantages in zip(groups, estimator(groups, weights), strict=True):
         group.advantages = advantages
 
 
@@ -82,4 +82,4 @@ def _normalized_where_known(part: Tensor) -> Tensor:
     return centered / (variance.sqrt() + EPSILON)
 
 
-RULES: dict[str, Rule] = {"grpo": grpo, "dr_grpo": dr_grpo, "lite_ppo": lite_ppo, "rloo": rloo, "gdpo": gdpo}
+ESTIMATORS: dict[str, Estimator] = {"grpo": grpo, "dr_grpo": dr_grpo, "lite_ppo": lite_ppo, "rloo": rloo, "gdpo": gdpo}

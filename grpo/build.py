@@ -1,6 +1,7 @@
 """Build: a task and a configuration -> the objects that the loop calls. Every choice of a run is made here.
 
-build_policy(config, questions)      the model over its projections
+build_policy(config, longest)        the model over its projections; without data
+build_engine(config, policy, ...)    who samples from it; without data but for a few prompts' tokens
 build_run(...)                       a Run, ready to train or resumed
 """
 
@@ -11,23 +12,26 @@ import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from grpo import generators
-from grpo.advantages import RULES
+from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, leave_later, load_checkpoint
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator
-from grpo.packing import build_packer
+from grpo.loss import build_loss
+from grpo.packing import build_packer, has_advantage
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
 from grpo.questions import Questions
 from grpo.record import Recorder
 from grpo.rollout import Engine
+from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import is_installed
 from grpo.seeds import Purpose, mix_seed
@@ -40,36 +44,48 @@ from grpo.types import Group
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def build_policy(config: Config, questions: Questions) -> Policy:
-    """The model of a configuration with a fresh adapter and its optimizer."""
-    device = choose_device(config)
-    longest = questions.longest + config.max_completion_tokens
-    return Policy(load_model(config, device, longest), config)
+def build_policy(config: Config, longest: int) -> Policy:
+    """The model of a configuration with a fresh adapter and its optimizer.
+
+    longest: prompt and completion together, in tokens, that will be run at most.
+    """
+    return Policy(load_model(config, choose_device(config), longest), config)
 
 
-def build_engine(config: Config, policy: Policy, questions: Questions, note: Callable[[str], object] = print) -> Engine:
+def build_engine(
+    config: Config,
+    policy: Policy,
+    tokenizer: Any,
+    canary_prompts: list[list[int]],
+    longest: int,
+    note: Callable[[str], object] = print,
+) -> Engine:
     """The rollout engine that a configuration asks for. Where the choice is ours and vLLM refuses the model, PyTorch's
     takes its place, and `note` is told.
+
+    canary_prompts: tokens [P] of a few prompts that engine and policy are compared on after every update.
+    longest: prompt and completion together, in tokens, that will be sampled at most.
 
     Raises:
         UserError: vLLM is asked for and cannot be had, or cannot sample from this policy.
     """
     if config.engine == "vllm":
-        return build_vllm_engine(config, policy, questions)
+        return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest)
     if config.engine == "auto" and suits_vllm(config, policy):
         try:
-            return build_vllm_engine(config, policy, questions)
+            return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest)
         except UnsuitedEngine as refusal:
             note(f"note: {refusal} --engine auto takes that one, which is slower.")
-    return TorchEngine(policy, questions.tokenizer, questions.train, config.max_completion_tokens, config.temperature)
+    return TorchEngine(policy, tokenizer, canary_prompts, config.temperature)
 
 
-def build_vllm_engine(config: Config, policy: Policy, questions: Questions) -> Engine:
+def build_vllm_engine(
+    config: Config, policy: Policy, tokenizer: Any, canary_prompts: list[list[int]], longest: int
+) -> Engine:
     """vLLM. Raises UserError where it cannot be had, UnsuitedEngine where it cannot sample from this policy."""
     from grpo.rollout.vllm_engine import VllmEngine  # not before it is wanted: vLLM takes seconds to import
 
-    longest = questions.longest + config.max_completion_tokens
-    return VllmEngine(policy, questions.tokenizer, questions.train, config, longest)
+    return VllmEngine(policy, tokenizer, canary_prompts, config, longest)
 
 
 def suits_vllm(config: Config, policy: Policy) -> bool:
@@ -87,6 +103,7 @@ def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluat
         answer=task.vote,
         samples=config.eval_samples,
         k=config.eval_k,
+        max_tokens=config.max_completion_tokens,
         seed=mix_seed(Purpose.EVALUATION, config.seed),
     )
 
@@ -100,10 +117,13 @@ def build_run(
     note: Callable[[str], object] = print,
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
-    policy = build_policy(config, questions)
+    policy = build_policy(config, questions.longest_sequence)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
-    engine = build_engine(config, policy, questions, note)
+    engine = build_engine(
+        config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, note
+    )
+    engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
         note(f"note: going on from step {progress.step}: later checkpoints are now {', '.join(map(str, left))}.")
@@ -123,12 +143,14 @@ def build_run(
         engine=engine,
         stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
         rewards=questions.rewards,
-        rule=RULES[config.advantage],
+        estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device),
+        loss=build_loss(config),
+        audit=Audit(policy, engine.canary.noise, progress.audit),
         evaluator=build_evaluator(task, config, questions),
         recorder=recorder,
         memory_peak=gpu_peak if policy.device.type == "cuda" else process_peak,
-        admits=has_different_rewards if config.dynamic_sampling else admit_all,
+        admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         generators_now=generators_now,
         generators=generators_now(),
@@ -147,11 +169,6 @@ def seed_globals(seed: int) -> None:
 def admit_all(group: Group) -> bool:
     """Without dynamic sampling every group is part of the step."""
     return True
-
-
-def has_different_rewards(group: Group) -> bool:
-    """Some completion did better than another, so there is something to learn."""
-    return bool(group.rewards.min() < group.rewards.max())
 
 
 def gpu_peak() -> float:

@@ -53,6 +53,8 @@ class Progress:
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
     last_scores: dict[str, float] = field(default_factory=dict)
     position: dict[str, int] = field(default_factory=dict)  # of metrics.jsonl and completions.jsonl, bytes
+    canary: dict[str, Any] = field(default_factory=dict)  # what was last proved of the rollout engine: Canary.state
+    audit: list[list[float]] = field(default_factory=list)  # the last steps' sums: Audit.state
 
 
 def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators: Generators, keep: int) -> Path:

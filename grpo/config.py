@@ -88,8 +88,10 @@ class Config:
     """cispo: the largest importance weight."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the base model (adapter off) in the loss."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """k1: log ratio, k2: half its square, k3: unbiased and never negative (Schulman 2020)."""
+    kl_estimator: Literal["weighted", "k1", "k2", "k3"] = "weighted"
+    """Of KL(policy || base). weighted: k3 times the importance ratio, right in value and gradient (DeepSeek-V3.2). k2:
+    half the squared log ratio, right in its gradient. k3: its gradient is that of KL(base || policy). k1: the log
+    ratio, whose expected gradient is 0 (Schulman 2020; docs/algorithm.md)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     top_entropy: float = 1.0

@@ -21,7 +21,8 @@ import torch
 
 from grpo.rewards import Reward, score
 from grpo.rollout import Engine
-from grpo.types import Group, Prompt
+from grpo.rollout.sampling import sample_groups
+from grpo.types import Group, Prompt, sampled_tokens
 
 Z_95 = 1.959964  # of the normal distribution, two-sided 95%
 
@@ -36,16 +37,16 @@ class Evaluator:
     answer: Callable[[str], str | None]  # what a completion votes for in majority@k; None abstains
     samples: int  # n
     k: int
+    max_tokens: int  # of a completion
     seed: int
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
-        groups = engine.rollout(self.prompts, self.samples, self.seed)
+        groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
         score(groups, self.rewards)
         name, value = self.solved
         right = [(group.parts[name] >= value).tolist() for group in groups]
         votes = [[self.answer(completion.text) for completion in group.completions] for group in groups]
-        lengths = [len(completion.tokens) for group in groups for completion in group.completions]
         return {
             **_named("eval/pass@1", [sum(row) / len(row) for row in right]),
             **_named(f"eval/pass@{self.k}", [pass_at_k(len(row), sum(row), self.k) for row in right]),
@@ -54,7 +55,7 @@ class Evaluator:
                 [majority_at_k(vote, row, self.k) for vote, row in zip(votes, right, strict=True)],
             ),
             "eval/reward": float(torch.cat([group.rewards for group in groups]).mean()),
-            "eval/length": sum(lengths) / len(lengths),
+            "eval/length": sampled_tokens(groups) / (len(groups) * self.samples),
             "eval/truncated": truncated_share(groups),
         }
 

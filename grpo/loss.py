@@ -1,7 +1,8 @@
 """The policy loss: log-probabilities and a batch -> one number to minimise, and metrics. Plain torch.
 
-    build_loss(config)  chooses ratio, objective, correction, masks and extra terms once; the Loss it returns has
-                        nothing left to decide.
+    Loss                what the update asks of any loss
+    build_loss(config)  chooses ratio, objective, correction, masks, extra terms and the passes that they need once; the
+                        PolicyLoss it returns has nothing left to decide.
 
 Notation, per sampled token t of completion i:
     p = policy_logprobs (with gradient)      o = old_logprobs, the policy that sampled, by the trainer's own numerics
@@ -19,6 +20,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +31,49 @@ from grpo.types import Batch
 # exp() of a larger log ratio would only ever be clipped or masked; the bound keeps it finite in float32.
 MAX_LOG_RATIO = 20.0
 
-# What a Loss sums over sampled tokens, beside the loss itself.
+# What a PolicyLoss sums over sampled tokens, beside the loss itself.
 METRICS = ("tokens", "policy/loss", "policy/entropy", "policy/clip_fraction", "policy/kept", "mismatch/kl",
            "mismatch/gap", "mismatch/correction")  # fmt: skip
+
+
+class Scorer(Protocol):
+    """What a loss's preparations need of a policy."""
+
+    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """log p and entropy of the sampled tokens, [N] each."""
+        ...
+
+    def reference_logprobs(self, batch: Batch) -> Tensor:
+        """log p with the adapter off, [N]."""
+        ...
+
+
+class Loss(Protocol):
+    """What the policy is taught by."""
+
+    @property
+    def differentiable_entropy(self) -> bool:
+        """Whether the entropy that it is called with needs a gradient."""
+        ...
+
+    def prepare(self, policy: Scorer, batches: list[Batch]) -> None:
+        """Passes without gradient over the batches of an optimizer step, before the first step is taken on any."""
+        ...
+
+    def prepare_step(self, policy: Scorer, batches: list[Batch]) -> None:
+        """The same right before each optimizer step on them."""
+        ...
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A batch's share of the loss of its optimizer step, and sums over its sampled tokens for the metrics.
+
+        logprobs: [N] with gradient. Sums, not means: those of all batches are added and divided once (`summarize`).
+        """
+        ...
+
+    def summarize(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The metrics of an update from the sums of its batches, of which there may be none."""
+        ...
 
 
 @dataclass
@@ -43,30 +85,46 @@ class Pass:
     old: Tensor  # o, no gradient
 
 
+Old = Callable[[Tensor, Batch], Tensor]  # p -> o, [N]
+Preparation = Callable[[Scorer, list[Batch]], None]
 Ratio = Callable[[Tensor, Batch], Tensor]  # log ratio [N] -> log ratio [N] that the objective sees
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]  # (log ratio, A, p) [N] -> token loss [N]
 Correction = Callable[[Tensor, Batch], Tensor]  # o - q [N] -> weight [N]
 Mask = Callable[[Pass, Batch], Tensor]  # -> [N] of 0 and 1
 Term = Callable[[Pass, Batch], Tensor]  # -> token loss [N], added
+Clips = Callable[[Tensor, Tensor], Tensor]  # (log ratio, A) [N] -> bool [N], where the objective is cut off
 
 
 @dataclass(frozen=True)
-class Loss:
-    """A policy loss with all choices made. Call it with a forward pass and its batch."""
+class PolicyLoss:
+    """A policy loss with all choices made."""
 
+    preparations: tuple[Preparation, ...]  # once a rollout
+    step_preparations: tuple[Preparation, ...]  # before each optimizer step
+    old: Old
     ratio: Ratio
     objective: Objective
+    clips: Clips
     correction: Correction
     masks: tuple[Mask, ...]
     terms: tuple[Term, ...]
-    clip_low: float
-    clip_high: float
+    differentiable_entropy: bool
 
-    def __call__(self, forward: Pass, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The batch's share of the step's loss, and sums over its sampled tokens for the metrics.
+    @torch.no_grad()
+    def prepare(self, policy: Scorer, batches: list[Batch]) -> None:
+        """See Loss.prepare."""
+        for preparation in self.preparations:
+            preparation(policy, batches)
 
-        Sums, not means: those of all batches of a step are added and divided once (`summarize`).
-        """
+    @torch.no_grad()
+    def prepare_step(self, policy: Scorer, batches: list[Batch]) -> None:
+        """See Loss.prepare_step."""
+        for preparation in self.step_preparations:
+            preparation(policy, batches)
+
+    def __call__(self, logprobs: Tensor, entropy: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """See Loss.__call__."""
+        forward = Pass(logprobs, entropy, self.old(logprobs, batch))
         log_ratio = self.ratio(forward.logprobs - forward.old, batch)
         gap = forward.old - batch.sampler_logprobs
         keep = math.prod((mask(forward, batch) for mask in self.masks), start=batch.mask.float())
@@ -78,15 +136,22 @@ class Loss:
             sums = self._sums(forward, batch, log_ratio, gap, keep)
         return loss, sums | {"policy/loss": loss.detach()}
 
+    def summarize(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """See Loss.summarize: token means, and the loss as it is.
+
+        A step that trained nothing has no sums: its loss is 0, and the means, of nothing, are NaN.
+        """
+        totals = {name: sum(float(one[name]) for one in sums) for name in METRICS}
+        tokens = totals.pop("tokens") or math.nan
+        loss = totals.pop("policy/loss")
+        return {"policy/loss": loss} | {name: total / tokens for name, total in totals.items()}
+
     def _sums(self, forward: Pass, batch: Batch, log_ratio: Tensor, gap: Tensor, keep: Tensor) -> dict[str, Tensor]:
         mask = batch.mask.float()
-        ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
-        lowered = (ratio < 1 - self.clip_low) & (batch.advantages < 0)
-        raised = (ratio > 1 + self.clip_high) & (batch.advantages > 0)
         return {
             "tokens": mask.sum(),
             "policy/entropy": (forward.entropy * mask).sum(),
-            "policy/clip_fraction": ((lowered | raised) * mask).sum(),
+            "policy/clip_fraction": (self.clips(log_ratio, batch.advantages) * mask).sum(),
             "policy/kept": (keep * mask).sum(),
             # k3 of KL(sampler || trainer) on the sampler's own tokens: never negative, 0 when they agree.
             "mismatch/kl": ((gap.clamp(max=MAX_LOG_RATIO).expm1() - gap) * mask).sum(),
@@ -95,15 +160,40 @@ class Loss:
         }
 
 
-def summarize(sums: list[dict[str, Tensor]]) -> dict[str, float]:
-    """The metrics of a step from the sums of its batches: token means, and the loss as it is.
+# ---- preparations: passes without gradient, before the update
 
-    A step that trained nothing has no sums: its loss is 0, and the means, of nothing, are NaN.
-    """
-    totals = {name: sum(float(one[name]) for one in sums) for name in METRICS}
-    tokens = totals.pop("tokens") or math.nan
-    loss = totals.pop("policy/loss")
-    return {"policy/loss": loss} | {name: total / tokens for name, total in totals.items()}
+
+def store_old_logprobs(policy: Scorer, batches: list[Batch]) -> None:
+    """o, where several optimizer steps are taken on a rollout."""
+    for batch in batches:
+        batch.old_logprobs = policy.logprobs(batch)[0]
+
+
+def store_reference_logprobs(policy: Scorer, batches: list[Batch]) -> None:
+    """f."""
+    for batch in batches:
+        batch.reference_logprobs = policy.reference_logprobs(batch)
+
+
+def store_entropy_floor(policy: Scorer, batches: list[Batch], *, share: float) -> None:
+    """The entropy that the top `share` of the optimizer step's sampled tokens reaches, by the policy as it is."""
+    entropies = torch.cat([policy.logprobs(batch)[1][batch.mask] for batch in batches]).sort(descending=True).values
+    floor = float(entropies[max(0, round(len(entropies) * share) - 1)])
+    for batch in batches:
+        batch.entropy_floor = floor
+
+
+# ---- old: the policy that sampled
+
+
+def same_pass(logprobs: Tensor, batch: Batch) -> Tensor:
+    """With one optimizer step a rollout the policy that sampled is the policy that is updated: no pass of its own."""
+    return logprobs.detach()
+
+
+def stored(logprobs: Tensor, batch: Batch) -> Tensor:
+    """As `store_old_logprobs` found it."""
+    return batch.old_logprobs
 
 
 # ---- ratio: what is compared with the clip range
@@ -133,9 +223,21 @@ def clipped(log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, low: flo
     return -torch.maximum(surrogate, floor)
 
 
+def outside(log_ratio: Tensor, advantages: Tensor, *, low: float, high: float, dual: float) -> Tensor:
+    """Where `clipped` is flat: the ratio has left the range on the side that the advantage pushes it to."""
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+    lowered = (ratio < 1 - low) | (ratio > dual)
+    return torch.where(advantages < 0, lowered, (ratio > 1 + high) & (advantages > 0))
+
+
 def cispo(log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, *, cap: float) -> Tensor:
     """-stop_gradient(min(r, cap)) A p: no token loses its gradient: MiniMax-M1 2025, arXiv 2506.13585, equation 4."""
     return -log_ratio.detach().clamp(max=math.log(cap)).exp() * advantages * logprobs
+
+
+def capped(log_ratio: Tensor, advantages: Tensor, *, cap: float) -> Tensor:
+    """Where `cispo` uses the cap in place of the importance weight."""
+    return log_ratio > math.log(cap)
 
 
 # ---- correction of the sampler's numerics, from gap = o - q
@@ -186,24 +288,34 @@ def entropy_on_top(forward: Pass, batch: Batch) -> Tensor:
 # ---- extra terms
 
 
-def kl_k1(log_ratio: Tensor) -> Tensor:
-    """p - f: unbiased, high variance. These three: Schulman 2020, joschu.net/blog/kl-approx.html."""
+def kl_k1(log_ratio: Tensor, drift: Tensor) -> Tensor:
+    """p - f: unbiased, high variance; as a loss its expected gradient is 0. k1 to k3: Schulman 2020,
+    joschu.net/blog/kl-approx.html, of which the gradients are worked out in docs/algorithm.md."""
     return log_ratio
 
 
-def kl_k2(log_ratio: Tensor) -> Tensor:
-    """(p - f)^2 / 2: biased, low variance; its gradient is that of the true KL."""
+def kl_k2(log_ratio: Tensor, drift: Tensor) -> Tensor:
+    """(p - f)^2 / 2: biased, low variance; its gradient is that of KL(policy || reference)."""
     return log_ratio**2 / 2
 
 
-def kl_k3(log_ratio: Tensor) -> Tensor:
-    """exp(f - p) - (f - p) - 1: unbiased and never negative."""
+def kl_k3(log_ratio: Tensor, drift: Tensor) -> Tensor:
+    """exp(f - p) - (f - p) - 1: unbiased and never negative; its gradient is that of KL(reference || policy)."""
     return (-log_ratio).clamp(max=MAX_LOG_RATIO).exp() + log_ratio - 1
 
 
-def kl_term(forward: Pass, batch: Batch, *, estimator: Callable[[Tensor], Tensor], coef: float) -> Tensor:
+def kl_weighted(log_ratio: Tensor, drift: Tensor) -> Tensor:
+    """exp(p - o) times k3: value and gradient are those of KL(policy || reference), also when the policy has moved
+    since it sampled: DeepSeek-V3.2 2025, arXiv 2512.02556, section 3.1 ("unbiased KL estimate")."""
+    return drift.clamp(max=MAX_LOG_RATIO).exp() * kl_k3(log_ratio, drift)
+
+
+KL_ESTIMATORS = {"weighted": kl_weighted, "k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def kl_term(forward: Pass, batch: Batch, *, estimator: Callable[[Tensor, Tensor], Tensor], coef: float) -> Tensor:
     """coef * KL estimate against the reference policy."""
-    return coef * estimator(forward.logprobs - batch.reference_logprobs)
+    return coef * estimator(forward.logprobs - batch.reference_logprobs, forward.logprobs - forward.old)
 
 
 def entropy_term(forward: Pass, batch: Batch, *, coef: float) -> Tensor:
@@ -230,8 +342,9 @@ def sequence_mean(values: Tensor, batch: Batch) -> Tensor:
 # ---- choosing
 
 
-def build_loss(config: Config) -> Loss:
-    """The Loss that a configuration asks for. Terms and masks that are off are not there at all."""
+def build_loss(config: Config) -> PolicyLoss:
+    """The loss that a configuration asks for. Terms, masks and passes that are off are not there at all."""
+    several_steps = config.mini_batches * config.epochs > 1
     corrections: dict[str, Correction] = {
         "none": no_correction,
         "token_tis": partial(token_tis, cap=config.correction_cap),
@@ -239,24 +352,34 @@ def build_loss(config: Config) -> Loss:
         "token_mask": partial(token_mask, floor=config.correction_floor, cap=config.correction_cap),
         "sequence_mask": partial(sequence_mask, floor=config.correction_floor, cap=config.correction_cap),
     }
-    clip = partial(clipped, low=config.clip_low, high=config.clip_high, dual=config.dual_clip)
-    estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl_estimator]
+    bounds = dict(low=config.clip_low, high=config.clip_high, dual=config.dual_clip)
+    cap = dict(cap=config.cispo_cap)
+    preparations: list[Preparation] = []
+    step_preparations: list[Preparation] = []
     masks: list[Mask] = []
+    terms: list[Term] = []
+    if several_steps:
+        preparations.append(store_old_logprobs)
     if config.off_policy_mask < math.inf:
         masks.append(partial(on_policy_enough, threshold=config.off_policy_mask))
     if config.top_entropy < 1:
+        step_preparations.append(partial(store_entropy_floor, share=config.top_entropy))
         masks.append(entropy_on_top)
-    terms: list[Term] = []
     if config.kl_coef:
-        terms.append(partial(kl_term, estimator=estimator, coef=config.kl_coef))
+        preparations.append(store_reference_logprobs)
+        terms.append(partial(kl_term, estimator=KL_ESTIMATORS[config.kl_estimator], coef=config.kl_coef))
     if config.entropy_coef:
         terms.append(partial(entropy_term, coef=config.entropy_coef))
-    return Loss(
+    is_cispo = config.objective == "cispo"
+    return PolicyLoss(
+        preparations=tuple(preparations),
+        step_preparations=tuple(step_preparations),
+        old=stored if several_steps else same_pass,
         ratio=sequence_ratio if config.objective == "gspo" else token_ratio,
-        objective=partial(cispo, cap=config.cispo_cap) if config.objective == "cispo" else clip,
+        objective=partial(cispo, **cap) if is_cispo else partial(clipped, **bounds),
+        clips=partial(capped, **cap) if is_cispo else partial(outside, **bounds),
         correction=corrections[config.correction],
         masks=tuple(masks),
         terms=tuple(terms),
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
+        differentiable_entropy=config.entropy_coef > 0,
     )

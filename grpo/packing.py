@@ -10,7 +10,7 @@ split between batches, each with its own copy of the prompt, which changes the c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -32,23 +32,28 @@ class Totals:
     max_completion_tokens: int
 
 
-Normalizer = Callable[[int, Totals], float]  # (T of the sequence, totals) -> weight of each of its tokens
+Normalizer = Callable[[int, Totals], float]  # (sampled tokens of the sequence, totals) -> weight of each of its tokens
 
 NORMALIZERS: dict[str, Normalizer] = {
     # Token mean over the step: Yu et al. 2025 (DAPO), arXiv 2503.14476, equation 8.
     "dapo": lambda length, totals: 1 / totals.sampled_tokens,
     # Mean over each sequence, then over sequences: Shao et al. 2024 (GRPO), arXiv 2402.03300, equation 3.
     "grpo": lambda length, totals: 1 / (length * totals.sequences),
-    # Token mean over what carries gradient (the "bnpo" of TRL).
+    # Token mean over the groups that are trained on. TRL's loss of this name divides by all tokens of a local batch.
     "bnpo": lambda length, totals: 1 / totals.trained_tokens,
     # Sum over tokens by a constant length: Liu et al. 2025 (Dr. GRPO), arXiv 2503.20783, section 3.2.
     "dr_grpo": lambda length, totals: 1 / (totals.sequences * totals.max_completion_tokens),
 }
 
 
-def has_gradient(group: Group) -> bool:
-    """False when all advantages are 0: such a group would be forward and backward passes for nothing."""
+def has_advantage(group: Group) -> bool:
+    """Whether some completion did better than another, so that there is something to learn from the rewards."""
     return bool((group.advantages != 0).any())
+
+
+def any_group(group: Group) -> bool:
+    """Terms of the loss that do not ask for the advantage, KL and entropy, have a gradient on every group."""
+    return True
 
 
 def counts_all(completion: Completion) -> bool:
@@ -66,6 +71,7 @@ class Packer:
     """The choices of packing, made once for a run."""
 
     normalizer: Normalizer
+    has_gradient: Callable[[Group], bool]  # without one a group would be forward and backward passes for nothing
     counts: Callable[[Completion], bool]
     mini_batches: int
     tokens_per_batch: int
@@ -81,7 +87,7 @@ class Packer:
 
     def trains(self, group: Group) -> bool:
         """Whether a group is in any batch: it has a gradient, and not all of its completions are masked."""
-        return has_gradient(group) and bool(self._members(group))
+        return self.has_gradient(group) and bool(self._members(group))
 
     def _optimizer_step(self, groups: list[Group]) -> list[Batch]:
         pieces = [(group, self._members(group)) for group in groups]
@@ -106,6 +112,7 @@ def build_packer(config: Config, device: torch.device) -> Packer:
     """The Packer that a configuration asks for."""
     return Packer(
         normalizer=NORMALIZERS[config.normalization],
+        has_gradient=any_group if config.kl_coef or config.entropy_coef else has_advantage,
         counts=counts_finished if config.mask_truncated else counts_all,
         mini_batches=config.mini_batches,
         tokens_per_batch=config.tokens_per_batch,
@@ -141,7 +148,7 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
 
 
 def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.device) -> Batch:
-    """One batch of these pieces. weight: T of a completion -> loss weight of each of its tokens."""
+    """One batch of these pieces. weight: sampled tokens of a completion -> loss weight of each of them."""
     layout = GroupLayout.of(
         [len(group.prompt.tokens) for group, _ in pieces],
         [[len(group.completions[member].tokens) for member in members] for group, members in pieces],
@@ -150,12 +157,12 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
     tokens = [token for group, _ in pieces for token in group.prompt.tokens]
     previous = [max(place - 1, 0) for place in range(len(tokens))]
     ends_of_prompts = [end - 1 for end in accumulate(layout.prompt_lengths)]
-    num_prompt_tokens = len(tokens)
     # The columns of sampled tokens only; the prompts' part is added below.
     sequence: list[int] = []
     sampler_logprobs: list[float] = []
     advantages: list[float] = []
     weights: list[float] = []
+    mask: list[bool] = []
     num_sequences = 0
     for (group, members), end_of_prompt in zip(pieces, ends_of_prompts, strict=True):
         for member in members:
@@ -165,8 +172,10 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
             previous += [end_of_prompt, *range(start, start + length - 1)]
             sequence += [num_sequences] * length
             sampler_logprobs += completion.sampler_logprobs
-            advantages += [float(group.advantages[member])] * length
-            weights += [weight(length)] * length
+            advantage, share = float(group.advantages[member]), weight(completion.num_sampled)
+            advantages += [advantage * sampled for sampled in completion.mask]
+            weights += [share * sampled for sampled in completion.mask]
+            mask += completion.mask
             num_sequences += 1
 
     def column(values: list, dtype: torch.dtype) -> Tensor:
@@ -178,12 +187,18 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
         positions=layout.positions(),
         previous=column(previous, torch.int64),
         sequence=column(sequence, torch.int64),
-        mask=torch.arange(len(tokens), device=device) >= num_prompt_tokens,
+        mask=column(mask, torch.bool),
         sampler_logprobs=column(sampler_logprobs, torch.float32),
         advantages=column(advantages, torch.float32),
         weights=column(weights, torch.float32),
     )
 
 
+def lay_out_to_read(groups: list[Group], device: torch.device) -> Batch:
+    """One batch of all completions of these groups, for their log-probabilities alone: no part of any loss."""
+    unscored = [replace(group, advantages=torch.zeros(len(group.completions))) for group in groups]
+    return lay_out([(group, list(range(len(group.completions)))) for group in unscored], lambda length: 0.0, device)
+
+
 def _count_tokens(pieces: list[Piece]) -> int:
-    return sum(len(group.completions[member].tokens) for group, members in pieces for member in members)
+    return sum(group.completions[member].num_sampled for group, members in pieces for member in members)

@@ -25,6 +25,9 @@ from grpo.types import Prompt
 # Gold answers that every run tries its rewards on first; --check tries them all.
 PREFLIGHT_ROWS = 64
 
+# Prompts that the rollout engine is compared with the policy on.
+CANARY_PROMPTS = 4
+
 
 @dataclass
 class Questions:
@@ -34,11 +37,22 @@ class Questions:
     train: list[Prompt]
     test: list[Prompt]
     rewards: list[Reward]
+    max_completion_tokens: int
 
     @property
     def longest(self) -> int:
         """The longest prompt, in tokens."""
         return max(len(prompt.tokens) for prompt in self.train + self.test)
+
+    @property
+    def longest_sequence(self) -> int:
+        """The longest prompt and completion together, in tokens."""
+        return self.longest + self.max_completion_tokens
+
+    @property
+    def canary_prompts(self) -> list[list[int]]:
+        """Tokens of the prompts that the rollout engine is compared with the policy on."""
+        return [prompt.tokens for prompt in self.train[:CANARY_PROMPTS]]
 
 
 def build_questions(task: Task, config: Config, all_tests: bool = False) -> Questions:
@@ -68,7 +82,7 @@ def build_questions(task: Task, config: Config, all_tests: bool = False) -> Ques
         timeout=config.reward_timeout or None,
     )
     check_solved(task, rewards)
-    return Questions(tokenizer, train, test, rewards)
+    return Questions(tokenizer, train, test, rewards, config.max_completion_tokens)
 
 
 def check_vocabulary(model: str, prompts: list[Prompt]) -> None:

@@ -311,12 +311,14 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
     config = resolved.config
     questions = build_questions(resolved.task, config)
     with memory_in_words(config):
-        policy = build_policy(config, questions)
+        policy = build_policy(config, questions.longest_sequence)
         if _saved_run(target):
             checkpoint = best_checkpoint(Path(target))
             load_adapter(policy, checkpoint)
             say(f"adapter of {checkpoint}")
-        engine = build_engine(config, policy, questions, say)
+        engine = build_engine(
+            config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, say
+        )
         scores = build_evaluator(resolved.task, config, questions)(engine)
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):

@@ -1,34 +1,37 @@
 """The loop, and nothing that the loop calls.
 
-    prompts -> rollout -> score -> advantages -> pack -> update -> sync -> record        (a step)
+    prompts -> rollout -> audit -> score -> advantages -> pack -> update -> sync -> record        (a step)
                                                          then evaluate and save, when due
 
-Every choice (engine, loss, advantage rule, precision) was made when the `Run` was built (grpo/build.py).
+Every choice (engine, loss, estimator, precision) was made when the `Run` was built (grpo/build.py).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from grpo.advantages import Rule, assign_advantages
+from grpo.advantages import Estimator, assign_advantages
 from grpo.checkpoint import Progress, save_checkpoint
+from grpo.clock import Clock
 from grpo.config import Config
 from grpo.evaluate import Evaluator, truncated_share
 from grpo.generators import Generators
-from grpo.packing import Packer, has_gradient
+from grpo.loss import Loss
+from grpo.packing import Packer, has_advantage
 from grpo.policy import Policy
+from grpo.policy.optimizer import learning_rate
 from grpo.record import Recorder
 from grpo.rewards import Reward, score
 from grpo.rollout import Engine
+from grpo.rollout.audit import Audit
+from grpo.rollout.sampling import sample_groups
 from grpo.seeds import Purpose, mix_seed
 from grpo.stream import PromptStream
-from grpo.types import Group
+from grpo.types import Group, sampled_tokens
 
 
 @dataclass
@@ -41,8 +44,10 @@ class Run:
     engine: Engine
     stream: PromptStream
     rewards: list[Reward]
-    rule: Rule
+    estimator: Estimator
     pack: Packer
+    loss: Loss
+    audit: Audit
     evaluator: Evaluator
     recorder: Recorder
     memory_peak: Callable[[], float]  # GiB
@@ -58,16 +63,15 @@ class Run:
 def train(run: Run) -> None:
     """Train from where the run is to its last step, or until somebody asks it to stop."""
     config = run.config
-    weights = {reward.name: reward.weight for reward in run.rewards}
     finish_step(run)  # the score before training, or one that the run was stopped in
 
     for step in range(run.progress.step, config.steps):
         clock = Clock()
         groups, rolled_out = sample(run, step, clock)
-        assign_advantages(groups, run.rule, weights)
         with clock("update"):
             run.engine.release()
-            update = run.policy.update(run.pack(groups), step)
+            update = run.policy.update(run.pack(groups), run.loss, learning_rate(step, config), config.epochs)
+            run.audit.check_gap(update["mismatch/gap"])
         with clock("sync"):
             sync = run.engine.sync()
         metrics = rolled_out | step_metrics(groups, rolled_out["groups/rolled_out"], run.pack.trains) | update | sync
@@ -87,36 +91,45 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
     """
-    wanted, groups, scored, logged = run.config.prompts_per_step, [], [], {}
+    config = run.config
+    seed, weights = mix_seed(Purpose.ROLLOUT, config.seed, step), {each.name: each.weight for each in run.rewards}
+    groups: list[Group] = []
+    scored: list[Group] = []
+    told: dict[str, float] = {}
     num_rolled_out = 0
-    for attempt in range(run.max_rollouts):
+    for _ in range(run.max_rollouts):
         with clock("rollout"):
-            prompts = run.stream.take(wanted - len(groups))
-            scored = run.engine.rollout(
-                prompts, run.config.group_size, mix_seed(Purpose.ROLLOUT, run.config.seed, step, attempt)
+            prompts = run.stream.take(config.prompts_per_step - len(groups))
+            scored = sample_groups(
+                run.engine, prompts, config.group_size, config.max_completion_tokens, seed, num_rolled_out
             )
+        with clock("audit"):
+            told |= run.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
         with clock("score"):
-            logged = score(scored, run.rewards)
+            told |= score(scored, run.rewards)
         num_rolled_out += len(scored)
+        assign_advantages(scored, run.estimator, weights)
         groups += filter(run.admits, scored)
-        if len(groups) == wanted:
+        if len(groups) == config.prompts_per_step:
             break
     # Nothing worth training on after all: the step shows what it last saw, and trains nothing.
-    return groups or scored, logged | {"groups/rolled_out": num_rolled_out}
+    groups = groups or scored
+    # Anew over all groups of the step: some estimators scale by its spread.
+    assign_advantages(groups, run.estimator, weights)
+    return groups, told | {"groups/rolled_out": num_rolled_out}
 
 
 def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
     """What the groups of a step look like, before any update. trains: whether a group is part of it."""
     rewards = torch.cat([group.rewards for group in groups])
     parts = {f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts}
-    lengths = [len(completion.tokens) for group in groups for completion in group.completions]
     return {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std()),
         **{name: float(mean) for name, mean in parts.items()},
-        "completion/length": sum(lengths) / len(lengths),
+        "completion/length": sampled_tokens(groups) / len(rewards),
         "completion/truncated": truncated_share(groups),
-        "groups/zero_variance": 1 - sum(map(has_gradient, groups)) / num_rolled_out,
+        "groups/zero_variance": 1 - sum(map(has_advantage, groups)) / num_rolled_out,
         "groups/trained": sum(map(trains, groups)),
     }
 
@@ -147,6 +160,7 @@ def remember_place(run: Run) -> None:
     """What a checkpoint of `progress` needs of the world around it, before anything moves on."""
     run.generators = run.generators_now()
     run.progress.position = run.recorder.position()
+    run.progress.canary, run.progress.audit = run.engine.canary.state(), run.audit.state()
 
 
 def is_unsaved(run: Run) -> bool:
@@ -159,28 +173,3 @@ def save(run: Run) -> None:
     run.recorder.sync()
     save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
     run.saved = (run.progress.step, run.progress.evaluated)
-
-
-class Clock:
-    """Seconds of each stage of a step."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def metrics(self, groups: list[Group]) -> dict[str, float]:
-        """time/<stage> in seconds, and sampled tokens a second of the whole step and of the rollout alone."""
-        total = time.perf_counter() - self.start
-        tokens = sum(len(completion.tokens) for group in groups for completion in group.completions)
-        return {
-            **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
-            "time/step": total,
-            "speed/tokens_per_second": tokens / total,
-            "speed/rollout_tokens_per_second": tokens / self.seconds["rollout"],
-        }

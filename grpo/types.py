@@ -1,4 +1,4 @@
-"""The nouns: Prompt, Completion, Group, Batch. Plain data, no behaviour beyond what is derived from it.
+"""The nouns: Prompt, Request, Completion, Group, Batch. Plain data, no behaviour beyond what is derived from it.
 
 Axes used everywhere:
     B prompts in a step    G completions of a group    P prompt tokens    T completion tokens
@@ -15,7 +15,7 @@ Three conventions:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from grpo_kernels.attention import GroupLayout
@@ -39,12 +39,29 @@ class Prompt:
     messages: list[Message] | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked for: to go on after `context`. The seed alone decides what is drawn."""
+
+    context: list[int]  # [P] tokens
+    seed: int  # 63 bits
+    max_tokens: int
+
+
+class Span(NamedTuple):
+    """Tokens start <= t < end of a completion."""
+
+    start: int
+    end: int
+
+
 @dataclass
 class Completion:
-    """What the engine sampled after a prompt.
+    """What came after a prompt: what the engine sampled and, between turns of a conversation, what others wrote.
 
     `tokens` includes the stop token, so the policy is trained to stop; `text` does not show it.
-    `sampler_logprobs` are those of the distribution sampled from, i.e. at the sampling temperature.
+    `sampler_logprobs` are those of the distribution sampled from, i.e. at the sampling temperature; 0 where others
+    wrote.
     """
 
     tokens: list[int]  # [T]
@@ -52,6 +69,20 @@ class Completion:
     text: str
     finish: Literal["stop", "length"]
     policy_version: int
+    others: tuple[Span, ...] = ()  # in order and apart: a tool's or a user's words, which are read and never trained on
+
+    @property
+    def mask(self) -> list[bool]:
+        """[T], True = sampled by the policy."""
+        mask = [True] * len(self.tokens)
+        for start, end in self.others:
+            mask[start:end] = [False] * (end - start)
+        return mask
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.tokens) - sum(end - start for start, end in self.others)
 
 
 @dataclass
@@ -86,7 +117,7 @@ class Batch:
     sampler_logprobs: Tensor  # [N] float32, 0 where not sampled
     advantages: Tensor  # [N] float32, 0 where not sampled
     weights: Tensor  # [N] float32, 0 where the token has no part in the loss
-    # Filled before the first optimizer step of a rollout by the passes that the loss asks for; empty otherwise.
+    # Filled by the passes that the loss asks for before its optimizer steps; empty otherwise.
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
     reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, adapter off
     entropy_floor: float = float("-inf")  # tokens of lower entropy are left out when only the top share trains
@@ -95,3 +126,8 @@ class Batch:
     def num_sequences(self) -> int:
         """S, the number of completions."""
         return sum(map(len, self.layout.completion_lengths))
+
+
+def sampled_tokens(groups: list[Group]) -> int:
+    """How many tokens the policy sampled in these groups."""
+    return sum(completion.num_sampled for group in groups for completion in group.completions)

@@ -15,6 +15,7 @@ from tiny_models import CPU, SIZES, build_policy, one_batch, reference_logprobs,
 
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.loss import build_loss
 from grpo.policy import load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
@@ -144,7 +145,7 @@ def test_a_layer_that_computes_something_else_is_still_told_apart(checkpoint, tm
 def test_an_update_moves_the_adapter_over_such_a_base(checkpoint, tmp_path, groups):
     config = config_of(quantize(checkpoint("qwen2"), tmp_path, bnb_4bit_use_double_quant=True))
     policy = build_policy(config)
-    metrics = policy.update([[one_batch(groups, config)]], 0)
+    metrics = policy.update([[one_batch(groups, config)]], build_loss(config), config.learning_rate)
     assert metrics["optim/grad_norm"] > 0
     assert all(b.abs().max() > 0 for _, _, b in policy.store.factors())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.config import Config
-from grpo.loss import Pass, build_loss, summarize
+from grpo.loss import Pass, build_loss, stored
 from grpo.packing import build_packer
 
 CPU = torch.device("cpu")
@@ -26,6 +26,12 @@ def forward_pass(batch, seed=0, spread=0.4):
     old = batch.sampler_logprobs + noise(0.3)
     batch.reference_logprobs = batch.sampler_logprobs + noise(0.3)
     return Pass(logprobs, entropy.requires_grad_(), old)
+
+
+def loss_of(config, forward, batch):
+    """The loss of a configuration with the old log-probabilities of this pass."""
+    batch.old_logprobs = forward.old
+    return replace(build_loss(config), old=stored)(forward.logprobs, forward.entropy, batch)
 
 
 def expected_loss(config, forward, batch):
@@ -59,7 +65,8 @@ def expected_loss(config, forward, batch):
             keep = float(not (advantage < 0 and drift > config.off_policy_mask))
             keep *= float(entropy[t] >= batch.entropy_floor) if config.top_entropy < 1 else 1.0
             d = p[t] - f[t]
-            kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) + d - 1}[config.kl_estimator]
+            k3 = math.exp(-d) + d - 1
+            kl = {"k1": d, "k2": d * d / 2, "k3": k3, "weighted": math.exp(p[t] - o[t]) * k3}[config.kl_estimator]
             loss = keep * weight * value + config.kl_coef * kl - config.entropy_coef * entropy[t]
             total += float(batch.weights[t]) * loss
     return total
@@ -77,6 +84,7 @@ VARIANTS = {
     "k1": dict(kl_coef=0.3, kl_estimator="k1"),
     "k2": dict(kl_coef=0.3, kl_estimator="k2"),
     "k3": dict(kl_coef=0.3, kl_estimator="k3"),
+    "weighted KL": dict(kl_coef=0.3),
     "entropy bonus": dict(entropy_coef=0.2),
     "off-policy mask": dict(off_policy_mask=0.02),
     "top entropy": dict(top_entropy=0.4),
@@ -93,7 +101,7 @@ def test_loss_is_its_formula(name, groups):
     forward = forward_pass(batch)
     if config.top_entropy < 1:
         batch.entropy_floor = forward.entropy[batch.mask].median().item()
-    loss, _ = build_loss(config)(forward, batch)
+    loss, _ = loss_of(config, forward, batch)
     assert loss.item() == pytest.approx(expected_loss(config, forward, batch), rel=2e-5, abs=1e-7)
 
 
@@ -105,7 +113,7 @@ def test_gradient_is_that_of_the_formula(name, groups):
     forward = forward_pass(batch)
     if config.top_entropy < 1:
         batch.entropy_floor = forward.entropy[batch.mask].median().item()
-    loss, _ = build_loss(config)(forward, batch)
+    loss, _ = loss_of(config, forward, batch)
     loss.backward()
     sampled = batch.mask.nonzero().squeeze(1).tolist()
     base = forward.logprobs.detach().double()
@@ -131,7 +139,7 @@ def test_prompt_tokens_and_equal_reward_groups_have_no_gradient(groups):
     [[batch]] = build_packer(config, CPU)(groups)
     assert batch.layout.prompt_lengths == (7, 12)  # the middle group is not even there
     forward = forward_pass(batch)
-    loss, _ = build_loss(config)(forward, batch)
+    loss, _ = loss_of(config, forward, batch)
     loss.backward()
     assert torch.equal(forward.logprobs.grad[~batch.mask], torch.zeros(19))
     assert forward.logprobs.grad[batch.mask].abs().max() > 0
@@ -157,17 +165,17 @@ def test_on_policy_and_equal_engines_the_gradient_is_reinforce(groups):
     [[batch]] = build_packer(Config(), CPU)(groups)
     logprobs = batch.sampler_logprobs.clone().requires_grad_()
     forward = Pass(logprobs, torch.zeros_like(logprobs), logprobs.detach())
-    loss, sums = build_loss(Config())(forward, batch)
+    loss, sums = loss_of(Config(), forward, batch)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, -batch.weights * batch.advantages)
-    metrics = summarize([sums])
+    metrics = build_loss(Config()).summarize([sums])
     assert metrics["mismatch/kl"] == 0
     assert metrics["policy/clip_fraction"] == 0
 
 
 def test_a_step_that_trained_nothing_has_no_means():
     """An entropy of 0 would look like a collapse."""
-    metrics = summarize([])
+    metrics = build_loss(Config()).summarize([])
     assert metrics.pop("policy/loss") == 0
     assert metrics
     assert all(math.isnan(value) for value in metrics.values())
@@ -178,7 +186,7 @@ def test_metrics_are_token_means_over_all_batches(groups):
     [batches] = build_packer(config, CPU)(groups)
     assert len(batches) > 2
     forwards = [forward_pass(batch, seed) for seed, batch in enumerate(batches)]
-    metrics = summarize([build_loss(config)(f, b)[1] for f, b in zip(forwards, batches, strict=True)])
+    metrics = build_loss(config).summarize([loss_of(config, f, b)[1] for f, b in zip(forwards, batches, strict=True)])
     p, o, q, advantages, entropy = (
         torch.cat([getattr(source, name)[batch.mask].detach().double() for source, batch in pairs])
         for name, pairs in [
@@ -202,7 +210,7 @@ def test_extreme_ratios_stay_finite(groups):
     config = Config(kl_coef=0.1, objective="grpo", correction="sequence_mask")
     [[batch]] = build_packer(config, CPU)(groups)
     forward = forward_pass(batch, spread=200.0)
-    loss, sums = build_loss(config)(forward, batch)
+    loss, sums = loss_of(config, forward, batch)
     loss.backward()
     assert loss.isfinite()
     assert forward.logprobs.grad.isfinite().all()

@@ -5,7 +5,7 @@ import torch
 from tiny_models import CPU, build_policy, randomise
 
 from grpo.config import Config
-from grpo.loss import summarize
+from grpo.loss import build_loss
 from grpo.packing import build_packer
 from grpo.train import step_metrics
 
@@ -70,8 +70,10 @@ def gradient_of(config, groups):
     policy = build_policy(config)
     randomise(policy)
     [batches] = build_packer(config, CPU)(groups)
-    policy.prepare(batches)
-    metrics = summarize([policy.backward(batch) for batch in batches])
+    loss = build_loss(config)
+    loss.prepare(policy, batches)
+    loss.prepare_step(policy, batches)
+    metrics = loss.summarize([policy.backward(batch, loss) for batch in batches])
     return [parameter.grad for parameter in policy.store.parameters()], metrics
 
 
@@ -133,7 +135,7 @@ def test_a_step_of_equal_rewards_trains_nothing(groups, tiny_config):
     config = tiny_config()
     policy = build_policy(config)
     before = [p.detach().clone() for p in policy.store.parameters()]
-    metrics = policy.update(build_packer(config, CPU)(groups), 0)
+    metrics = policy.update(build_packer(config, CPU)(groups), build_loss(config), 1e-3)
     assert metrics["optim/grad_norm"] == 0
     assert policy.version == 0
     assert all(torch.equal(b, p) for b, p in zip(before, policy.store.parameters(), strict=True))

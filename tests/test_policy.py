@@ -6,6 +6,7 @@ import torch
 import transformers
 from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise, reference_logprobs
 
+from grpo.loss import build_loss
 from grpo.policy import load_model
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.fused import FusedModel, recognise
@@ -44,14 +45,14 @@ def test_they_are_told_apart_in_bf16_and_with_freshly_initialised_weights_too(na
 
 @pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
 def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups, tmp_path):
-    config = tiny_config(name, temperature=0.7, entropy_coef=0.1)
+    config = tiny_config(name, temperature=0.7)
     policy = build_policy(config)
     randomise(policy)
     theirs = peft_model(policy, reference_model(config), tmp_path)
     batch = one_batch(groups, config)
     weights = torch.randn(int(batch.mask.sum()), generator=torch.Generator().manual_seed(2))
 
-    logprobs, entropy = (x[batch.mask] for x in policy.logprobs(batch))
+    logprobs, entropy = (x[batch.mask] for x in policy.logprobs(batch, differentiable_entropy=True))
     expected_logprobs, expected_entropy = reference_logprobs(theirs, groups, 0.7)
     torch.testing.assert_close(logprobs.double(), expected_logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, atol=1e-5, rtol=1e-5)
@@ -137,10 +138,10 @@ def test_the_reference_policy_is_the_model_without_adapter(tiny_config, groups):
     config = tiny_config()
     policy = build_policy(config)
     batch = one_batch(groups, config)
-    fresh = policy.score(batch)[0]
+    fresh = policy.logprobs(batch)[0].detach()
     randomise(policy)
-    assert not torch.allclose(policy.score(batch)[0], fresh, atol=1e-3)
-    torch.testing.assert_close(policy.score_reference(batch), fresh)
+    assert not torch.allclose(policy.logprobs(batch)[0], fresh, atol=1e-3)
+    torch.testing.assert_close(policy.reference_logprobs(batch), fresh)
 
 
 def test_old_logprobs_are_those_before_the_first_optimizer_step(tiny_config, groups):
@@ -149,11 +150,11 @@ def test_old_logprobs_are_those_before_the_first_optimizer_step(tiny_config, gro
     policy = build_policy(config)
     randomise(policy)
     batch = one_batch(groups, config)
-    before = policy.score(batch)[0]
-    metrics = policy.update([[batch]], 0)
+    before = policy.logprobs(batch)[0]
+    metrics = policy.update([[batch]], build_loss(config), config.learning_rate, config.epochs)
     torch.testing.assert_close(batch.old_logprobs, before, atol=0, rtol=0)
     assert policy.version == 2
-    assert not torch.allclose(policy.score(batch)[0], before, atol=1e-2)
+    assert not torch.allclose(policy.logprobs(batch)[0], before, atol=1e-2)
     # No ratio is clipped at the first step, where it is 1; at the second many are.
     assert 0.1 < metrics["policy/clip_fraction"] <= 0.5
 

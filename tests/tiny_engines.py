@@ -3,6 +3,7 @@
 import torch
 from tiny_models import VOCABULARY, one_batch, randomise
 
+from grpo.rollout.sampling import sample_groups
 from grpo.types import Prompt
 
 
@@ -21,6 +22,16 @@ def prompts(count=5):
         Prompt(i, "", torch.randint(3, VOCABULARY, (n,), generator=generator).tolist(), {})
         for i, n in enumerate(lengths)
     ]
+
+
+def contexts(asked):
+    """The tokens of prompts."""
+    return [prompt.tokens for prompt in asked]
+
+
+def rollout(engine, asked, group_size, seed, max_tokens=None):
+    """A group of completions for each prompt."""
+    return sample_groups(engine, asked, group_size, max_tokens or engine.policy.config.max_completion_tokens, seed)
 
 
 def batch_of(groups, config):
@@ -53,7 +64,8 @@ def surprise_z(groups, policy, config):
     """How far -log p of what was sampled is from the entropy on average, in standard errors: a standard normal number
     where the tokens were drawn from the policy, whatever the log-probabilities that came with them."""
     batch = batch_of(groups, config)
-    logprobs, entropy = policy.score(batch)
+    with torch.no_grad():
+        logprobs, entropy = policy.logprobs(batch)
     return z_of((-logprobs - entropy)[batch.mask])
 
 

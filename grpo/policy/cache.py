@@ -26,15 +26,16 @@ class KeyValueCache:
         self._mask = torch.empty(0)
         self._place = torch.empty(0)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: int, room: int) -> None:
-        """Start from packed prompts: k and v [N, K, E]; each prompt is copied for its `copies` completions."""
+    def fill(self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: list[int], room: int) -> None:
+        """Start from packed prompts: k and v [N, K, E]; each prompt is there `copies` times."""
+        times = torch.tensor(copies, device=k.device)
         for slabs, packed in ((self.keys, k), (self.values, v)):
             padded = pad_sequence(list(packed.split(prompts)), batch_first=True).transpose(1, 2)
-            padded = padded.repeat_interleave(copies, dim=0)
+            padded = padded.repeat_interleave(times, dim=0)
             slab = padded.new_zeros(*padded.shape[:2], max(prompts) + room, padded.shape[3])
             slab[:, :, : padded.shape[2]] = padded
             slabs[layer] = slab
-        self.lengths = [length for length in prompts for _ in range(copies)]
+        self.lengths = [length for length, count in zip(prompts, copies, strict=True) for _ in range(count)]
 
     def advance(self) -> None:
         """Make place for one more token of each sequence; call once before the layers append."""

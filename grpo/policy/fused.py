@@ -152,8 +152,10 @@ class FusedModel(nn.Module):
         """Final hidden states of a packed batch, [N, D]."""
         return self._run(batch.tokens, batch.positions, packed(batch.layout))
 
-    def prefill(self, tokens: Tensor, layout: GroupLayout, copies: int, room: int) -> tuple[Tensor, KeyValueCache]:
-        """Packed prompts [N] -> hidden states [N, D] and a cache with each prompt `copies` times."""
+    def prefill(
+        self, tokens: Tensor, layout: GroupLayout, copies: list[int], room: int
+    ) -> tuple[Tensor, KeyValueCache]:
+        """Packed prompts [N] -> hidden states [N, D] and a cache with each prompt `copies` times, a number for each."""
         attention = packed(layout)
         cache = KeyValueCache(len(self.layers))
 

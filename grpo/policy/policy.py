@@ -1,28 +1,29 @@
-"""Policy: the trained model. Log-probabilities of packed batches, and the update. Knows nothing of rewards or engines.
+"""Policy: the trained model. Log-probabilities of packed batches, and the update. Knows nothing of rewards or engines,
+nor of what it is taught by: the loss comes from outside.
 
-logprobs(batch)          log p and entropy of every sampled token, with gradient
-update(batches, step)    passes that the loss needs -> forward, loss, backward -> one optimizer step each
+logprobs(batch)              log p and entropy of every sampled token, with gradient where torch records one
+update(steps, loss, rate)    for each optimizer step: what the loss prepares -> forward, loss, backward of each batch
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from grpo_kernels import linear_logprob
 from torch import Tensor
 
 from grpo.config import Config
-from grpo.loss import Pass, build_loss, summarize
+from grpo.loss import Loss
 from grpo.policy.load import Loaded
-from grpo.policy.optimizer import build_optimizer, clip_gradient, learning_rate
+from grpo.policy.optimizer import build_optimizer, clip_gradient
 from grpo.types import Batch
 
-Preparation = Callable[[list[Batch]], None]
+# Rows whose distributions over the whole vocabulary exist at once: 78 MB of float32 at 152,000 tokens.
+ROWS_AT_ONCE = 128
 
 
 class Policy:
-    """A model over a ProjectionStore, its optimizer, and the choices of its loss.
+    """A model over a ProjectionStore, and its optimizer.
 
     `version` counts optimizer updates: completions carry the version that sampled them.
     """
@@ -32,76 +33,84 @@ class Policy:
         self.stop_tokens, self.source, self.conv1d = loaded.stop_tokens, loaded.source, loaded.conv1d
         self.config = config
         self.version = 0
-        self.loss = build_loss(config)
         self.optimizer = build_optimizer(self.store.parameters(), config)
-        takes_several_steps = config.mini_batches * config.epochs > 1
-        self.old_logprobs = _stored if takes_several_steps else _same_pass
-        self.preparations = self._choose_preparations(takes_several_steps)
 
     @property
     def device(self) -> torch.device:
         return self.model.head.device
 
-    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def logprobs(self, batch: Batch, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """log p(token | what came before) and the entropy of that distribution, both [N] float32, at the sampling
         temperature, 0 where nothing was sampled.
 
-        Only sampled tokens reach the head, whose logits never exist for all of them at once.
+        Only sampled tokens reach the head, whose logits never exist for all of them at once. The entropy has a gradient
+        where that is asked for.
         """
-        hidden = self.model.hidden(batch)  # [N, D]
-        sampled = batch.mask.nonzero().squeeze(1)
-        # The one shift: a token is predicted at the token before it.
+        hidden, sampled = self._before_sampled(batch)
         logprobs, entropy = linear_logprob(
-            hidden[batch.previous[sampled]],
+            hidden,
             self.model.head,
             batch.tokens[sampled],
             self.config.temperature,
             self.model.softcap,
-            differentiable_entropy=self.config.entropy_coef > 0,
+            differentiable_entropy=differentiable_entropy,
         )
         zeros = torch.zeros(batch.tokens.shape, device=hidden.device)
         return zeros.index_copy(0, sampled, logprobs), zeros.index_copy(0, sampled, entropy)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`logprobs` without gradient."""
-        return self.logprobs(batch)
-
-    @torch.no_grad()
-    def score_reference(self, batch: Batch) -> Tensor:
+    def reference_logprobs(self, batch: Batch) -> Tensor:
         """log p under the base model, adapter off, [N]."""
         with self.store.reference():
             return self.logprobs(batch)[0]
 
-    def update(self, optimizer_steps: list[list[Batch]], step: int) -> dict[str, float]:
-        """One optimizer step for each non-empty list of batches, `epochs` times over. Returns the step's metrics.
-
-        Where every group had equal rewards nothing is trained, and the adapter stays as it is.
+    @torch.no_grad()
+    def ranks(self, batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of the n sampled tokens of a batch, [n] float32 each: log p; its rank, the probability of likelier
+        tokens and, times its number of `draws` [n] in [0, 1), of those as likely; and 1 - the largest probability
+        there was.
         """
-        rate = learning_rate(step, self.config)
+        hidden, sampled = self._before_sampled(batch)
+        rows = zip(hidden.split(ROWS_AT_ONCE), batch.tokens[sampled].split(ROWS_AT_ONCE), strict=True)
+        parts = [self._rank(states, tokens) for states, tokens in rows]
+        logprobs, above, equal, largest = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logprobs, above + draws.to(above) * equal, 1 - largest
+
+    def distribution(self, hidden: Tensor, temperature: float) -> Tensor:
+        """log p of every token after these final hidden states, float32: [S, D] -> [S, V]."""
+        logits = float32_product(hidden, self.model.head)
+        if self.model.softcap is not None:
+            logits = self.model.softcap * torch.tanh(logits / self.model.softcap)
+        return F.log_softmax(logits / temperature, dim=-1)
+
+    def update(self, optimizer_steps: list[list[Batch]], loss: Loss, rate: float, epochs: int = 1) -> dict[str, float]:
+        """One optimizer step at learning rate `rate` for each non-empty list of batches, `epochs` times over. Returns
+        the metrics.
+
+        Where all lists are empty nothing is trained, and the adapter stays as it is.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         optimizer_steps = [batches for batches in optimizer_steps if batches]
         for batches in optimizer_steps:
-            self.prepare(batches)
+            loss.prepare(self, batches)
         norms: list[float] = []
         sums: list[dict[str, Tensor]] = []
-        for batches in optimizer_steps * self.config.epochs:
-            sums += [self.backward(batch) for batch in batches]
+        for batches in optimizer_steps * epochs:
+            loss.prepare_step(self, batches)
+            sums += [self.backward(batch, loss) for batch in batches]
             norms.append(self._optimizer_step())
-        metrics = summarize(sums)
-        return metrics | {"optim/grad_norm": max(norms, default=0.0), "optim/learning_rate": rate}
+        return loss.summarize(sums) | {"optim/grad_norm": max(norms, default=0.0), "optim/learning_rate": rate}
 
-    def prepare(self, batches: list[Batch]) -> None:
-        """Run the no-gradient passes that the loss needs over the batches of one optimizer step."""
-        for preparation in self.preparations:
-            preparation(batches)
+    def backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
+        """Add the gradient of a batch's share of the loss to the masters; returns the sums of its metrics.
 
-    def backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Add the gradient of a batch's share of the loss to the masters; returns the sums of its metrics."""
-        logprobs, entropy = self.logprobs(batch)
-        loss, sums = self.loss(Pass(logprobs, entropy, self.old_logprobs(logprobs, batch)), batch)
-        loss.backward()
+        Nothing is added before all of it is there: a batch that failed half-way can be tried again.
+        """
+        masters = self.store.parameters()
+        value, sums = loss(*self.logprobs(batch, loss.differentiable_entropy), batch)
+        for master, gradient in zip(masters, torch.autograd.grad(value, masters, allow_unused=True), strict=True):
+            _add_gradient(master, gradient)
         return sums
 
     def _optimizer_step(self) -> float:
@@ -113,35 +122,28 @@ class Policy:
         self.store.refresh()
         return norm
 
-    def _choose_preparations(self, takes_several_steps: bool) -> tuple[Preparation, ...]:
-        """The no-gradient passes that the loss needs before the first optimizer step."""
-        chosen: list[tuple[bool, Preparation]] = [
-            (takes_several_steps, self._store_old_logprobs),
-            (self.config.kl_coef > 0, self._store_reference_logprobs),
-            (self.config.top_entropy < 1, self._store_entropy_floor),
-        ]
-        return tuple(preparation for needed, preparation in chosen if needed)
+    def _before_sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The hidden states that predict the n sampled tokens, [n, D], and the tokens' places in the batch, [n]."""
+        sampled = batch.mask.nonzero().squeeze(1)
+        # The one shift: a token is predicted at the token before it.
+        return self.model.hidden(batch)[batch.previous[sampled]], sampled
 
-    def _store_old_logprobs(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            batch.old_logprobs = self.score(batch)[0]
-
-    def _store_reference_logprobs(self, batches: list[Batch]) -> None:
-        for batch in batches:
-            batch.reference_logprobs = self.score_reference(batch)
-
-    def _store_entropy_floor(self, batches: list[Batch]) -> None:
-        """The entropy that the top share of the optimizer step's sampled tokens reaches."""
-        entropies = torch.cat([self.score(batch)[1][batch.mask] for batch in batches]).sort(descending=True).values
-        floor = float(entropies[max(0, round(len(entropies) * self.config.top_entropy) - 1)])
-        for batch in batches:
-            batch.entropy_floor = floor
+    def _rank(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden [S, D], tokens [S] -> log p, the probability above and of the same, and the largest, [S] each."""
+        logprobs = self.distribution(hidden, self.config.temperature)
+        own = logprobs.gather(1, tokens[:, None])
+        p = logprobs.exp()
+        above, equal = (p * (logprobs > own)).sum(1), (p * (logprobs == own)).sum(1)
+        return own.squeeze(1), above, equal, p.amax(1)
 
 
-def _same_pass(logprobs: Tensor, batch: Batch) -> Tensor:
-    """With one optimizer step a rollout the policy that sampled is the policy that is updated: no pass of its own."""
-    return logprobs.detach()
+def _add_gradient(master: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:  # an expert that no token of the batch was sent to has none
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
 
-def _stored(logprobs: Tensor, batch: Batch) -> Tensor:
-    return batch.old_logprobs
+def float32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [S, D] times weight [V, D], accumulated and returned in float32 as in `linear_logprob`."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T

@@ -1,102 +1,216 @@
-"""The canary: a fixed batch scored by engine and policy after every sync, to prove that they are the same model.
+"""The canary: fixed completions whose log-probabilities engine and policy are compared on after every sync, to prove
+that they are the same model. Knows nothing of how an engine samples.
 
-"The engine silently kept the base policy" is this field's most reported bug. Two numbers tell:
+"The engine silently kept the base policy" is this field's most reported bug. Two questions are asked after a sync:
 
-    gap     mean |log p of the engine - log p of the policy|: under a bound that is calibrated at the start
-    moved   mean |log p of the engine now - at the last sync|: more than noise whenever the policy's own has moved
+    gap      do they agree? The root mean square of log p of the engine - log p of the policy is at most GAP_GROWTH
+             times what it was before any update: the noise of two ways to compute the same.
+    follows  did the engine move with the policy, or stand still? Movement is counted from the last version at which
+             this was proved, so that small steps add up until they can be told from noise; until then nothing is said.
 
-The first finds wrong weights; the second an engine that stands still while updates are too small for the first.
-
-It is small (one or two short completions, as the engine chooses), so it costs little and runs at every sync.
+With x the policy's movement over M tokens and d the engine's, both noisy by sqrt(2) noise a token, the slope <x, d> /
+|x|^2 is 0 on average for an engine that stood still, with deviation sqrt(2) noise / |x|. For one that followed it is
+at least s = 1 - 2 M noise^2 / |x|^2, since noise may be all that part of x. The two are told apart by whether the
+slope is above s / 2, once s / 2 is DEVIATIONS deviations; before that, neither is said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.packing import lay_out
+from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
-from grpo.types import Batch, Completion, Group, Prompt
+from grpo.seeds import Purpose, mix_seed
+from grpo.types import Completion, Group, Prompt, Request
 
-Score = Callable[[list[list[int]], list[list[int]]], list[list[float]]]
+LogProbs = Callable[[list[list[int]], list[list[int]]], list[list[float]]]  # (contexts, completions) -> log p
 
-# The gap may grow to this many times what it was at the first sync ...
+# Completions of so many tokens are written after each context, and the most uncertain of them kept: a token that is
+# certain tells nothing.
+TOKENS, CANDIDATES, KEPT = 8, 6, 2
+# Noise is measured on this many repetitions: some kernels give other sums for other neighbours.
+REPETITIONS = 3
+# The gap may grow to this many times the noise.
 GAP_GROWTH = 4.0
-# ... and is never asked to be smaller than this share of a log-probability, by the precision of the computation.
-SMALLEST_BOUND = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Noise is never taken to be less than this, by the precision of the computation.
+SMALLEST_NOISE = {torch.float32: 2.5e-5, torch.float16: 2.5e-3, torch.bfloat16: 1.25e-2}
+# Noise that no difference of kernels explains: then the engine computes another model from the outset.
+LARGEST_NOISE = {torch.float32: 1e-3, torch.float16: 0.15, torch.bfloat16: 0.5}
+# How far both hypotheses are from the line between them.
+DEVIATIONS = 7.0
 
-# A gap at the start that no difference of kernels explains: then the engine computes another model from the outset.
-LARGEST_NOISE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 
-# A mean movement of the policy's log-probabilities that rounding alone cannot explain, by the same precision.
-STIR = {torch.float32: 1e-5, torch.float16: 5e-4, torch.bfloat16: 2e-3}
-# An engine that moved less than this share of what the policy moved has not taken the update up.
-STANDSTILL = 0.1
+class Samples(Protocol):
+    """What a canary needs of an engine."""
+
+    def sample(self, requests: list[Request]) -> list[Completion]: ...
+
+    def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]: ...
+
+    def take_up(self) -> None: ...
+
+
+class Measured(NamedTuple):
+    """log p of every canary token, [M] float32 each, at a version of the policy."""
+
+    version: int
+    engine: Tensor
+    policy: Tensor
+
+
+def build_canary(engine: Samples, policy: Policy, contexts: list[list[int]]) -> Canary:
+    """A canary on completions after each of these contexts.
+
+    They are written by the base model, so that a resumed run has the canary of the uninterrupted one.
+    """
+    limit = min(TOKENS, policy.config.max_completion_tokens)
+    requests = [
+        Request(context, mix_seed(Purpose.CANARY, row, member), limit)
+        for row, context in enumerate(contexts)
+        for member in range(CANDIDATES)
+    ]
+    with policy.store.reference():
+        engine.take_up()
+        written = engine.sample(requests)
+    engine.take_up()
+    groups = [written[start : start + CANDIDATES] for start in range(0, len(written), CANDIDATES)]
+    kept = [
+        (context, completion.tokens)
+        for context, group in zip(contexts, groups, strict=True)
+        for completion in sorted(group, key=_surprise, reverse=True)[:KEPT]
+    ]
+    return Canary(policy, engine.logprobs, [context for context, _ in kept], [tokens for _, tokens in kept])
+
+
+def _surprise(completion: Completion) -> float:
+    return -sum(completion.sampler_logprobs) / len(completion.sampler_logprobs)
 
 
 class Canary:
-    """A fixed batch, the engine's and the policy's log-probabilities of it at the last sync, and the bound."""
+    """Fixed completions, the noise between engine and policy on them, and the last version at which both moved
+    together."""
 
-    def __init__(self, policy: Policy, score: Score, prompts: list[Prompt], completions: list[list[int]]):
-        """completions: [T] tokens after each prompt."""
-        self.policy, self.score, self.completions = policy, score, completions
-        self.prompts = [prompt.tokens for prompt in prompts]
-        self.batch = _batch(prompts, self.completions, policy.device)
-        self.engine_before, self.policy_before = self._measure()
-        self.noise = _distance(self.engine_before, self.policy_before)
-        dtype = policy.store.compute_dtype
-        self.bound = max(GAP_GROWTH * self.noise, SMALLEST_BOUND[dtype])
-        self.stir = STIR[dtype]
-        if not self.noise <= LARGEST_NOISE[dtype]:
-            raise UserError(
-                f"The rollout engine is not the policy: before any update their log-probabilities differ by "
-                f"{self.noise:.2g} on average, where different kernels explain at most {LARGEST_NOISE[dtype]:.2g}. "
-                "This model cannot be sampled from by this engine. Please report this with the model's name."
-            )
-        self.repeat_noise = _distance(self.engine_before, self._measure()[0])
-
-    def check(self) -> dict[str, float]:
-        """`sync/gap` and `sync/moved`.
+    def __init__(self, policy: Policy, logprobs: LogProbs, contexts: list[list[int]], completions: list[list[int]]):
+        """completions: [T] tokens after each context.
 
         Raises:
-            UserError: the gap is over the bound, or the engine stood still while the policy moved.
+            UserError: engine and policy are not the same model to begin with.
         """
-        engine, policy = self._measure()
-        gap = _distance(engine, policy)
-        moved, should_move = _distance(engine, self.engine_before), _distance(policy, self.policy_before)
-        self.engine_before, self.policy_before = engine, policy
+        self.policy, self.logprobs, self.contexts, self.completions = policy, logprobs, contexts, completions
+        groups = [
+            Group(Prompt(row, "", context, {}), [Completion(tokens, [0.0] * len(tokens), "", "stop", 0)])
+            for row, (context, tokens) in enumerate(zip(contexts, completions, strict=True))
+        ]
+        self.batch = lay_out_to_read(groups, policy.device)
+        measured = [self._measure() for _ in range(REPETITIONS)]
+        dtype = policy.store.compute_dtype
+        gap = _rms(torch.cat([each.engine - each.policy for each in measured]))
+        self.noise = max(gap, SMALLEST_NOISE[dtype])
+        self.last = self.proved = measured[0]
+        if not gap <= LARGEST_NOISE[dtype]:
+            raise UserError(
+                f"The rollout engine is not the policy: before any update their log-probabilities differ by "
+                f"{gap:.2g} (root mean square), where different kernels explain at most {LARGEST_NOISE[dtype]:.2g}. "
+                "This model cannot be sampled from by this engine. Please report this with the model's name."
+            )
+
+    @property
+    def bound(self) -> float:
+        """The largest gap that is allowed."""
+        return GAP_GROWTH * self.noise
+
+    def check(self) -> dict[str, float]:
+        """Metrics: sync/gap and sync/moved (since the last sync), means of absolute differences in nats;
+        sync/unproved, the number of updates since the engine was last proved to move with the policy, 0 where it was
+        just now.
+
+        Raises:
+            UserError: the policy is not finite any more, the gap is over the bound, or the engine stood still while the
+                policy moved.
+        """
+        now, before = self._measure(), self.last
+        self._check_finite(now)
+        self._check_gap(now)
+        noise = max(self.noise, _rms(self.proved.engine - self.proved.policy))
+        moved, engine_moved = now.policy - self.proved.policy, now.engine - self.proved.engine
+        verdict = follows(moved, engine_moved, noise)
+        if verdict is False:
+            raise UserError(
+                f"The rollout engine stood still: from version {self.proved.version} to {now.version} the policy's "
+                f"log-probabilities moved by {_rms(moved):.2g} (root mean square), and of that the engine's show "
+                f"{slope(moved, engine_moved):.0%}, where noise is {noise:.2g}. It is sampling from an older policy. "
+                "Please report this."
+            )
+        self.last = now
+        self.proved = now if verdict else self.proved
+        return {
+            "sync/gap": _mean(now.engine - now.policy),
+            "sync/moved": _mean(now.engine - before.engine),
+            "sync/unproved": now.version - self.proved.version,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know to go on as the uninterrupted one."""
+        return {
+            "noise": self.noise,
+            "version": self.proved.version,
+            "engine": self.proved.engine.tolist(),
+            "policy": self.proved.policy.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`; a state of other completions (another model or engine) is not taken."""
+        if len(state.get("engine", ())) == len(self.proved.engine):
+            self.noise = state["noise"]
+            self.proved = Measured(state["version"], torch.tensor(state["engine"]), torch.tensor(state["policy"]))
+
+    def _check_finite(self, now: Measured) -> None:
+        if not now.policy.isfinite().all():
+            raise UserError(
+                f"After the update to version {now.version} the policy's log-probabilities are no numbers any more: "
+                "the training has diverged. Go on from the last checkpoint with a lower --learning-rate."
+            )
+
+    def _check_gap(self, now: Measured) -> None:
+        gap = _rms(now.engine - now.policy)
         if not gap <= self.bound:
             raise UserError(
-                f"The rollout engine is not the policy: after the sync to version {self.policy.version} their "
-                f"log-probabilities differ by {gap:.2g} on average, where {self.bound:.2g} is allowed and "
-                f"{self.noise:.2g} was measured at the start. The weights did not reach the engine as they should; "
-                "nothing was trained on its completions since. Please report this."
+                f"The rollout engine is not the policy: after the sync to version {now.version} their "
+                f"log-probabilities differ by {gap:.2g} (root mean square), where {self.bound:.2g} is allowed and the "
+                f"noise measured at the start is {self.noise:.2g}. The weights did not reach the engine as they "
+                "should; nothing was trained on its completions since. Please report this."
             )
-        if should_move > self.stir and moved <= self.repeat_noise + STANDSTILL * should_move:
-            raise UserError(
-                f"The rollout engine stood still: at version {self.policy.version} the policy's log-probabilities "
-                f"moved by {should_move:.2g} on average, the engine's by {moved:.2g}, where repeating itself makes "
-                f"{self.repeat_noise:.2g}. It is sampling from an older policy. Please report this."
-            )
-        return {"sync/gap": gap, "sync/moved": moved}
 
-    def _measure(self) -> tuple[Tensor, Tensor]:
-        """The engine's and the policy's log p of every canary token, [M] each."""
-        engine = torch.tensor([p for row in self.score(self.prompts, self.completions) for p in row])
-        return engine, self.policy.score(self.batch)[0][self.batch.mask].cpu()
+    @torch.no_grad()
+    def _measure(self) -> Measured:
+        engine = torch.tensor([p for row in self.logprobs(self.contexts, self.completions) for p in row])
+        policy = self.policy.logprobs(self.batch)[0][self.batch.mask].cpu()
+        return Measured(self.policy.version, engine, policy)
 
 
-def _distance(left: Tensor, right: Tensor) -> float:
-    return float((left - right).abs().mean())
+def follows(policy: Tensor, engine: Tensor, noise: float) -> bool | None:
+    """Whether movements [M] of the engine follow the policy's; None where noise, the root mean square of the gap
+    between the two at equal weights, does not let it be told (see above)."""
+    length = float(policy.norm())
+    certain = length**2 - 2 * len(policy) * noise**2
+    if certain < 2 * DEVIATIONS * 2**0.5 * noise * length:
+        return None
+    return slope(policy, engine) > certain / length**2 / 2
 
 
-def _batch(prompts: list[Prompt], completions: list[list[int]], device: torch.device) -> Batch:
-    groups = [
-        Group(prompt, [Completion(tokens, [0.0] * len(tokens), "", "stop", 0)], advantages=torch.zeros(1))
-        for prompt, tokens in zip(prompts, completions, strict=True)
-    ]
-    return lay_out([(group, [0]) for group in groups], lambda length: 0.0, device)
+def slope(policy: Tensor, engine: Tensor) -> float:
+    """The share of the policy's movement [M] that the engine's shows."""
+    return float(policy @ engine / (policy @ policy))
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.abs().mean())

@@ -1,27 +1,35 @@
 """Engine: the protocol of whoever samples completions, and what all of them do alike.
-Knows nothing of rewards or gradients.
+Knows nothing of prompts' rows, groups, rewards or gradients.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-from grpo.types import Completion, Group, Prompt
+from grpo.rollout.canary import Canary
+from grpo.types import Completion, Request
 
 
 class Engine(Protocol):
     """Samples from the policy, and says so with the policy's version on every completion."""
 
-    def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
-        """A group of completions for each prompt, at the engine's temperature; the same ones for the same seed."""
+    canary: Canary
+
+    def sample(self, requests: list[Request]) -> list[Completion]:
+        """A completion for each request, at the engine's temperature. What is drawn for a request follows from its
+        seed, whoever else is asked for in the same call."""
         ...
 
-    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        """log p of given completions [T] after given prompts [P], computed the way the engine samples."""
+    def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """log p of given completions [T] after given contexts [P], computed the way the engine samples."""
+        ...
+
+    def take_up(self) -> None:
+        """Sample from the policy's present weights from now on, and forget what is cached from older ones."""
         ...
 
     def sync(self) -> dict[str, float]:
-        """Take up the policy's present weights and prove it (grpo/rollout/canary.py). Returns `sync/...` metrics.
+        """`take_up`, and the proof of it (grpo/rollout/canary.py). Returns `sync/...` metrics.
 
         Raises:
             UserError: engine and policy are not the same model.
@@ -29,7 +37,7 @@ class Engine(Protocol):
         ...
 
     def release(self) -> None:
-        """Let go of memory that the update can use; the next rollout or score takes it again."""
+        """Let go of memory that the update can use; the next call takes it again."""
         ...
 
     def close(self) -> None:
@@ -46,11 +54,3 @@ def completion_of(tokens: list[int], logprobs: list[float], stopped: bool, token
         finish="stop" if stopped else "length",
         policy_version=version,
     )
-
-
-def in_groups(prompts: list[Prompt], group_size: int, completions: list[Completion]) -> list[Group]:
-    """Completions that lie prompt after prompt, `group_size` for each."""
-    return [
-        Group(prompt, completions[index * group_size : (index + 1) * group_size])
-        for index, prompt in enumerate(prompts)
-    ]

@@ -9,6 +9,7 @@ of each sequence, [S, D]; the engine turns it into tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -19,17 +20,13 @@ from transformers import DynamicCache
 from grpo.policy import Policy
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
-from grpo.rollout.canary import Canary
-from grpo.rollout.engine import completion_of, in_groups
-from grpo.seeds import mix_seed
-from grpo.types import Group, Prompt
+from grpo.rollout.canary import build_canary
+from grpo.rollout.engine import completion_of
+from grpo.seeds import uniforms
+from grpo.types import Completion, Request
 
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
-
-# Each token of a canary completion is a step of its own, and a small model's step is mostly overhead. Two are enough
-# to go through prompt, cache and head once: this engine multiplies by the policy's own tensors.
-CANARY_PROMPTS, CANARY_TOKENS = 1, 2
 
 # Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
@@ -38,123 +35,118 @@ DROP_SHARE = 0.25
 class TorchEngine:
     """Samples from a Policy in this process; its weights are the policy's, so a sync has nothing to copy."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        tokenizer: Any,
-        prompts: list[Prompt],
-        max_completion_tokens: int,
-        temperature: float,
-    ):
-        """prompts: where the canary's are taken from."""
-        self.policy, self.tokenizer = policy, tokenizer
-        self.max_completion_tokens, self.temperature = max_completion_tokens, temperature
+    def __init__(self, policy: Policy, tokenizer: Any, canary_prompts: list[list[int]], temperature: float):
+        """canary_prompts: tokens [P] of prompts that the canary's completions are written after."""
+        self.policy, self.tokenizer, self.temperature = policy, tokenizer, temperature
         self.stop_tokens = set(policy.stop_tokens)
-        chosen = prompts[:CANARY_PROMPTS]
-        # Written by the base model, so that a resumed run has the canary of the uninterrupted one.
-        with policy.store.reference():
-            groups = self._write(chosen, 1, min(CANARY_TOKENS, max_completion_tokens), seed=0)
-        self.canary = Canary(policy, self.score, chosen, [group.completions[0].tokens for group in groups])
+        self.canary = build_canary(self, policy, canary_prompts)
 
-    def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
-        """See Engine.rollout."""
-        at_once = max(1, MAX_SEQUENCES // group_size)
-        groups: list[Group] = []
-        for start in range(0, len(prompts), at_once):
-            part = prompts[start : start + at_once]
-            groups += self._write(part, group_size, self.max_completion_tokens, mix_seed(seed, start))
-        return groups
+    def sample(self, requests: list[Request]) -> list[Completion]:
+        """See Engine.sample."""
+        return [
+            completion
+            for start in range(0, len(requests), MAX_SEQUENCES)
+            for completion in self._write(requests[start : start + MAX_SEQUENCES])
+        ]
 
     @torch.no_grad()
-    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        """See Engine.score. Goes through the cache token by token, as sampling does."""
+    def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """See Engine.logprobs. Goes through the cache token by token, as sampling does."""
         longest = max(map(len, completions))
         decoder = self._decoder()
-        hidden = decoder.start(prompts, 1, longest)
+        hidden = decoder.start(contexts, [1] * len(contexts), longest)
         scored = []
         for place in range(longest):
             # A sequence that is already at its end is fed its first token again; what comes out is not looked at.
             tokens = torch.tensor([c[place] if place < len(c) else c[0] for c in completions], device=hidden.device)
-            scored.append(self._logprobs(hidden).gather(1, tokens[:, None]).squeeze(1))
+            scored.append(self._distribution(hidden).gather(1, tokens[:, None]).squeeze(1))
             hidden = decoder.step(tokens) if place + 1 < longest else hidden
         rows = torch.stack(scored, dim=1).tolist()
         return [row[: len(completion)] for row, completion in zip(rows, completions, strict=True)]
+
+    def take_up(self) -> None:
+        """See Engine.take_up. The weights are the policy's, and nothing is cached between calls."""
 
     def sync(self) -> dict[str, float]:
         """See Engine.sync."""
         return self.canary.check()
 
     def release(self) -> None:
-        """See Engine.release. Nothing is held between rollouts."""
+        """See Engine.release. Nothing is held between calls."""
 
     def close(self) -> None:
         """See Engine.close."""
 
     @torch.no_grad()
-    def _write(self, prompts: list[Prompt], group_size: int, max_tokens: int, seed: int) -> list[Group]:
-        """Sample until every completion has stopped or is `max_tokens` long."""
-        generator = torch.Generator(self.policy.device).manual_seed(seed)
+    def _write(self, requests: list[Request]) -> list[Completion]:
+        """Sample until every completion has stopped or is as long as it may be. A context is read once for the requests
+        of it that follow each other."""
+        contexts = [(context, len(list(same))) for context, same in groupby(request.context for request in requests)]
+        longest = max(request.max_tokens for request in requests)
         decoder = self._decoder()
-        hidden = decoder.start([prompt.tokens for prompt in prompts], group_size, max_tokens)
-        drafts = [_Draft() for _ in range(len(prompts) * group_size)]
-        rows = list(drafts)  # the draft that each row of the decoder writes
-        for place in range(max_tokens):
-            logprobs = self._logprobs(hidden)  # [rows, V]
-            tokens = torch.multinomial(logprobs.exp(), 1, generator=generator)
-            chosen = logprobs.gather(1, tokens).squeeze(1).tolist()
-            for draft, token, logprob in zip(rows, tokens.squeeze(1).tolist(), chosen, strict=True):
-                draft.append(token, logprob, self.stop_tokens)
-            going = [row for row, draft in enumerate(rows) if not draft.stopped]
-            if not going or place + 1 == max_tokens:
+        hidden = decoder.start([context for context, _ in contexts], [copies for _, copies in contexts], longest)
+        draws = torch.from_numpy(uniforms([request.seed for request in requests], longest)).to(hidden.device)
+        drafts = [_Draft(request.max_tokens) for request in requests]
+        rows = list(range(len(drafts)))  # the draft that each row of the decoder writes
+        for place in range(longest):
+            logprobs = self._distribution(hidden)  # [rows, V]
+            tokens = draw(logprobs, draws[rows, place])
+            chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
+            for row, token, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
+                drafts[row].append(token, logprob, self.stop_tokens)
+            going = [at for at, row in enumerate(rows) if not drafts[row].is_done]
+            if not going:
                 break
             if len(going) <= (1 - DROP_SHARE) * len(rows):
                 decoder.keep(going)
-                rows, tokens = [rows[row] for row in going], tokens[going]
-            hidden = decoder.step(tokens.squeeze(1))
+                rows, tokens = [rows[at] for at in going], tokens[going]
+            hidden = decoder.step(tokens)
         version = self.policy.version
-        completions = [completion_of(d.tokens, d.logprobs, d.stopped, self.tokenizer, version) for d in drafts]
-        return in_groups(prompts, group_size, completions)
+        return [completion_of(d.tokens, d.logprobs, d.stopped, self.tokenizer, version) for d in drafts]
 
-    def _logprobs(self, hidden: Tensor) -> Tensor:
+    def _distribution(self, hidden: Tensor) -> Tensor:
         """log p at the sampling temperature of every token, float32: [S, D] -> [S, V]."""
-        model = self.policy.model
-        logits = float32_product(hidden, model.head)
-        if model.softcap is not None:
-            logits = model.softcap * torch.tanh(logits / model.softcap)
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        return self.policy.distribution(hidden, self.temperature)
 
     def _decoder(self) -> Decoder:
         model = self.policy.model
         return PackedDecoder(model) if isinstance(model, FusedModel) else PaddedDecoder(model)
 
 
-def float32_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [S, D] times weight [V, D], accumulated and returned in float32 as in `linear_logprob`."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T
+def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """A token of each distribution [S, V] by a number in [0, 1) of each [S]: the first whose cumulated probability is
+    above the number. One number a token, so that who else is sampled changes nothing."""
+    cumulated = logprobs.double().exp().cumsum(dim=1)
+    aim = uniform[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, aim, right=True).squeeze(1).clamp(max=logprobs.shape[1] - 1)
 
 
 @dataclass
 class _Draft:
-    """A completion being written. What is sampled after its stop token is thrown away."""
+    """A completion being written. What is sampled after its end is thrown away."""
 
+    max_tokens: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
 
     def append(self, token: int, logprob: float, stop_tokens: set[int]) -> None:
-        if not self.stopped:
+        if not self.is_done:
             self.tokens.append(token)
             self.logprobs.append(logprob)
             self.stopped = token in stop_tokens
+
+    @property
+    def is_done(self) -> bool:
+        return self.stopped or len(self.tokens) == self.max_tokens
 
 
 class Decoder(Protocol):
     """The state of S sequences being written."""
 
-    def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:
-        """Read the prompts, each for `copies` sequences of at most `room` tokens; the last hidden states [S, D]."""
+    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
+        """Read the prompts, each for its number of `copies`, S sequences in all that get at most `room` more tokens;
+        the last hidden states [S, D]."""
         ...
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -172,13 +164,13 @@ class PackedDecoder:
     def __init__(self, model: FusedModel):
         self.model = model
 
-    def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:
+    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
         """See Decoder.start."""
         device = self.model.head.device
         layout = GroupLayout.of([len(prompt) for prompt in prompts], device=device)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         hidden, self.cache = self.model.prefill(tokens, layout, copies, room)
-        return hidden[layout.prompts[1:].long() - 1].repeat_interleave(copies, dim=0)
+        return hidden[layout.prompts[1:].long() - 1].repeat_interleave(torch.tensor(copies, device=device), dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
         """See Decoder.step."""
@@ -195,11 +187,11 @@ class PaddedDecoder:
     def __init__(self, model: GenericModel):
         self.model = model.model
 
-    def start(self, prompts: list[list[int]], copies: int, room: int) -> Tensor:
+    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
         """See Decoder.start."""
         device = self.model.device
         longest = max(map(len, prompts))
-        rows = [prompt for prompt in prompts for _ in range(copies)]
+        rows = [prompt for prompt, count in zip(prompts, copies, strict=True) for _ in range(count)]
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         self.mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         self.cache = DynamicCache(config=self.model.config)

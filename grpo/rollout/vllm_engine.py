@@ -2,8 +2,8 @@
 
     build      the policy's weights are linked into vLLM (`SharedLink`), or its adapter is (`AdapterLink`, for models
                whose structure is not known); the canary proves it
-    rollout    token ids in; token ids and log-probabilities at the sampling temperature out
-    release    the KV cache's memory goes back to PyTorch for the update; the next rollout takes it again
+    sample     token ids in; token ids and log-probabilities at the sampling temperature out
+    release    the KV cache's memory goes back to PyTorch for the update; the next call takes it again
     sync       the link brings what it must, cached prefixes are dropped, the canary proves it again
 
 What belongs to vLLM's inside is in vllm_compat.py.
@@ -24,16 +24,12 @@ from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
 from grpo.policy.fused import FusedModel
 from grpo.rollout import vllm_compat
-from grpo.rollout.canary import Canary
-from grpo.rollout.engine import completion_of, in_groups
-from grpo.seeds import mix_seed
-from grpo.types import Group, Prompt
+from grpo.rollout.canary import build_canary
+from grpo.rollout.engine import completion_of
+from grpo.types import Completion, Request
 
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
 MAX_SEQUENCES = 512
-
-# The canary's completions; all their tokens are scored in one step.
-CANARY_PROMPTS, CANARY_TOKENS = 2, 8
 
 # Tokens of prompts read in one step: bounds the memory of activations. Twice as many were no faster (8B, H100).
 MAX_BATCHED_TOKENS = 4096
@@ -78,8 +74,9 @@ class Link(Protocol):
 class VllmEngine:
     """Samples from a Policy by vLLM."""
 
-    def __init__(self, policy: Policy, tokenizer: Any, prompts: list[Prompt], config: Config, longest: int):
-        """prompts: where the canary's are taken from; longest: prompt and completion together, in tokens.
+    def __init__(self, policy: Policy, tokenizer: Any, canary_prompts: list[list[int]], config: Config, longest: int):
+        """canary_prompts: tokens [P] of prompts that the canary's completions are written after; longest: prompt and
+        completion together, in tokens.
 
         Raises:
             UserError: vLLM cannot be had, cannot sample from this policy or at this temperature, or has too little
@@ -105,29 +102,38 @@ class VllmEngine:
             self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
-                self.canary = self._build_canary(prompts[:CANARY_PROMPTS])
+                self.canary = build_canary(self, policy, canary_prompts)
         except BaseException:
             self.close()
             raise
 
-    def rollout(self, prompts: list[Prompt], group_size: int, seed: int) -> list[Group]:
-        """See Engine.rollout."""
-        return self._write(prompts, group_size, self.config.max_completion_tokens, seed)
+    def sample(self, requests: list[Request]) -> list[Completion]:
+        """See Engine.sample."""
+        params = [self._params(request.max_tokens, request.seed) for request in requests]
+        written, version = self._run([request.context for request in requests], params), self.policy.version
+        return [completion_of(w.tokens, w.logprobs, w.stopped, self.tokenizer, version) for w in written]
 
-    def score(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        """See Engine.score. A request for each token, which is asked for by name after what comes before it."""
+    def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """See Engine.logprobs. A request for each token, which is asked for by name after what comes before it."""
         cases = [
-            (prompt + completion[:place], token)
-            for prompt, completion in zip(prompts, completions, strict=True)
+            (context + completion[:place], token)
+            for context, completion in zip(contexts, completions, strict=True)
             for place, token in enumerate(completion)
         ]
         params = [self._params(1, seed=0, logprob_token_ids=[token]) for _, token in cases]
         answers = iter(self._run([tokens for tokens, _ in cases], params))
         return [[next(answers).logprob_of(token) for token in completion] for completion in completions]
 
+    def take_up(self) -> None:
+        """See Engine.take_up."""
+        self._wake()
+        with self.on_stream():
+            self.link.push()
+            self.llm.reset_prefix_cache()
+
     def sync(self) -> dict[str, float]:
         """See Engine.sync."""
-        self._take_up()
+        self.take_up()
         return self.canary.check()
 
     def release(self) -> None:
@@ -144,13 +150,6 @@ class VllmEngine:
                 self.__dict__.pop(name, None)
             vllm_compat.shut_down(self.__dict__.pop("llm"))
 
-    def _take_up(self) -> None:
-        """The policy's weights as they are now, and nothing cached from older ones."""
-        self._wake()
-        with self.on_stream():
-            self.link.push()
-            self.llm.reset_prefix_cache()
-
     def _wake(self) -> None:
         if not self.awake:
             with self.on_stream():
@@ -163,14 +162,6 @@ class VllmEngine:
         with self.on_stream(), torch.random.fork_rng(devices=[]):
             return self.run(prompts, params, self.link.lora_request)
 
-    def _write(self, prompts: list[Prompt], group_size: int, max_tokens: int, seed: int) -> list[Group]:
-        """A group for each prompt. Every completion has its own seed, so it does not depend on its neighbours'."""
-        owners = [prompt for prompt in prompts for _ in range(group_size)]
-        params = [self._params(max_tokens, mix_seed(seed, number)) for number in range(len(owners))]
-        written, version = self._run([prompt.tokens for prompt in owners], params), self.policy.version
-        completions = [completion_of(w.tokens, w.logprobs, w.stopped, self.tokenizer, version) for w in written]
-        return in_groups(prompts, group_size, completions)
-
     def _params(self, max_tokens: int, seed: int, **asked: Any) -> Any:
         return self.new_params(
             max_tokens=max_tokens,
@@ -180,14 +171,6 @@ class VllmEngine:
             detokenize=False,
             **(asked or {"logprobs": 0, "flat_logprobs": True}),
         )
-
-    def _build_canary(self, prompts: list[Prompt]) -> Canary:
-        """Its completions are written by the base model, as TorchEngine's are."""
-        with self.policy.store.reference():
-            self._take_up()
-            groups = self._write(prompts, 1, min(CANARY_TOKENS, self.config.max_completion_tokens), seed=0)
-        self._take_up()
-        return Canary(self.policy, self.score, prompts, [group.completions[0].tokens for group in groups])
 
     def _can_release(self) -> bool:
         return self.config.release_kv_cache and self.device.type == "cuda"

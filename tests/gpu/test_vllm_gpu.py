@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 from test_run_gpu import train, write_checkpoint
-from tiny_engines import z_of
+from tiny_engines import contexts, rollout, z_of
 
 from grpo.config import Config
-from grpo.packing import lay_out
+from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.policy.load import load_model
 from grpo.types import Prompt
@@ -43,11 +43,10 @@ class NoText:
 def gap(engine, policy, seed):
     """Mean |log p of the sampler - log p of the policy| over 16 completions of at most 64 tokens. They must be drawn
     from the policy: then the mean of -log p is the entropy."""
-    groups = engine.rollout(ask(seed), 4, seed)
-    for group in groups:
-        group.advantages = torch.zeros(4)
-    batch = lay_out([(group, [0, 1, 2, 3]) for group in groups], lambda length: 0.0, policy.device)
-    logprobs, entropy = policy.score(batch)
+    groups = rollout(engine, ask(seed), 4, seed)
+    batch = lay_out_to_read(groups, policy.device)
+    with torch.no_grad():
+        logprobs, entropy = policy.logprobs(batch)
     assert abs(z_of((-logprobs - entropy)[batch.mask])) < 4
     return float((logprobs - batch.sampler_logprobs)[batch.mask].abs().mean())
 
@@ -85,7 +84,7 @@ def test_sampler_and_policy_agree_through_updates_and_sleep(base, tmp_path):
         eval_prompts=4, kv_cache_gib=2.0,
     )  # fmt: skip
     policy = Policy(load_model(config, torch.device("cuda"), 256), config)
-    engine = VllmEngine(policy, NoText(), ask(0), config, 256)
+    engine = VllmEngine(policy, NoText(), contexts(ask(0)), config, 256)
     try:
         fresh = gap(engine, policy, 1)
         change_adapter(policy, 1)

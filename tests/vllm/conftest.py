@@ -1,7 +1,7 @@
 """Fixtures of the tests on real vLLM, which run in a process of their own: `make test-vllm`."""
 
 import pytest
-from tiny_engines import Letters, prompts
+from tiny_engines import Letters, contexts, prompts
 from tiny_models import KNOWN, build_policy, randomise, write_checkpoint
 
 from grpo.config import Config
@@ -45,7 +45,7 @@ def open_engine():
         close()
         policy = build_policy(config)
         randomise(policy)
-        opened.append(VllmEngine(policy, Letters(), asked or prompts(), config, LONGEST))
+        opened.append(VllmEngine(policy, Letters(), contexts(asked or prompts()), config, LONGEST))
         return policy, opened[-1]
 
     yield build

@@ -5,11 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from tiny_engines import batch_of, learn, prompts
+from tiny_engines import batch_of, learn, prompts, rollout
 from tiny_models import SIZES, VOCABULARY, build_policy, randomise, reference_logprobs, write_checkpoint
 
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.loss import build_loss
 from grpo.policy.generic import GenericModel
 from grpo.rollout import vllm_compat
 from grpo.rollout.vllm_adapter import AdapterLink, copies_of
@@ -78,9 +79,9 @@ def granite(open_engine, adapter_config):
 
 def assert_samples_are_the_policys(built, seed):
     """The log-probabilities that a rollout brings are the policy's of the same tokens."""
-    groups = built.engine.rollout(prompts(), 4, seed)
+    groups = rollout(built.engine, prompts(), 4, seed)
     batch = batch_of(groups, built.config)
-    logprobs, _ = built.policy.score(batch)
+    logprobs, _ = built.policy.logprobs(batch)
     torch.testing.assert_close(batch.sampler_logprobs, logprobs, atol=1e-4, rtol=0)
     return batch
 
@@ -90,14 +91,14 @@ def test_zero_adapter(built):
     built.policy.store.initialise(built.config.lora_alpha, seed=0)
     built.engine.sync()
     batch = assert_samples_are_the_policys(built, seed=1)
-    torch.testing.assert_close(built.policy.score(batch)[0], built.policy.score_reference(batch))
+    torch.testing.assert_close(built.policy.logprobs(batch)[0], built.policy.reference_logprobs(batch))
 
 
 def test_large_random_adapter(built):
     learn(built.policy, seed=2, size=0.3)
     assert built.engine.sync()["sync/gap"] < 1e-4
     batch = assert_samples_are_the_policys(built, seed=2)
-    assert (built.policy.score(batch)[0] - built.policy.score_reference(batch)).abs().mean() > 0.1
+    assert (built.policy.logprobs(batch)[0] - built.policy.reference_logprobs(batch)).abs().mean() > 0.1
 
 
 def test_updates(built):
@@ -105,7 +106,7 @@ def test_updates(built):
     built.engine.sync()
     for step in range(3):
         batch = assert_samples_are_the_policys(built, seed=step)
-        built.policy.update([[batch]], step)
+        built.policy.update([[batch]], build_loss(built.config), built.config.learning_rate)
         measured = built.engine.sync()
         assert measured["sync/gap"] < 1e-4
         assert measured["sync/moved"] > 1e-3
@@ -162,8 +163,8 @@ def test_the_canary_trips_when_one_linear_is_not_copied(granite, monkeypatch):
 def test_scale_zero_samples_from_the_base_model(granite):
     learn(granite.policy, seed=13)
     with granite.policy.store.reference():
-        granite.engine._take_up()
-        groups = granite.engine.rollout(prompts(), 2, seed=0)
+        granite.engine.take_up()
+        groups = rollout(granite.engine, prompts(), 2, seed=0)
     batch = batch_of(groups, granite.config)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(granite.config.model).eval()
     expected, _ = reference_logprobs(theirs, groups, granite.config.temperature)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny_engines import batch_of, learn, prompts
+from tiny_engines import batch_of, learn, prompts, rollout
 from tiny_models import VOCABULARY
 
 from grpo.errors import UserError
+from grpo.loss import build_loss
 from grpo.rollout import vllm_compat
 from grpo.types import Prompt
 
@@ -30,7 +31,7 @@ def honest(opened):
     """Policy and engine in agreement."""
     policy, engine = opened
     learn(policy, 1)
-    engine._take_up()
+    engine.take_up()
     engine.canary.check()
     return policy, engine
 
@@ -38,10 +39,10 @@ def honest(opened):
 def test_silent_over_fifty_honest_updates(honest):
     policy, engine = honest
     for step in range(50):
-        groups = engine.rollout(prompts(2), 4, seed=step)
+        groups = rollout(engine, prompts(2), 4, seed=step)
         batch = batch_of(groups, policy.config)
         batch.advantages = torch.where(batch.mask, torch.randn(1), batch.advantages)
-        policy.update([[batch]], step)
+        policy.update([[batch]], build_loss(policy.config), 1e-4)
         measured = engine.sync()
         assert measured["sync/gap"] < 1e-5
         assert measured["sync/moved"] > 0
@@ -60,9 +61,9 @@ def test_only_the_prompts_in_the_cache_are_stale(honest):
     """What the last test found is the cache alone: prompts that fill no block are scored by the new weights."""
     policy, engine = honest
     learn(policy, 3)
-    groups = engine.rollout(prompts(), 2, seed=0)
+    groups = rollout(engine, prompts(), 2, seed=0)
     batch = batch_of(groups, policy.config)
-    torch.testing.assert_close(batch.sampler_logprobs, policy.score(batch)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.sampler_logprobs, policy.logprobs(batch)[0], atol=1e-4, rtol=0)
 
 
 def layers_of(engine):

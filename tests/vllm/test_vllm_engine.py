@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from grpo_kernels import NF4
-from tiny_engines import Letters, batch_of, check_ends, learn, prompts, surprise_z, tokens_of
+from tiny_engines import Letters, batch_of, check_ends, contexts, learn, prompts, rollout, surprise_z, tokens_of
 from tiny_models import KNOWN, build_policy, write_checkpoint
 from torch import Tensor
 
@@ -70,11 +70,13 @@ def test_every_weight_of_vllm_is_the_trainers(built):
 
 def sampled_and_scored(built, seed):
     """log p of a rollout's tokens: as they were sampled, as the policy scores them, as the engine scores them."""
-    groups = built.engine.rollout(prompts(), 4, seed)
+    groups = rollout(built.engine, prompts(), 4, seed)
     batch = batch_of(groups, built.config)
-    rows = built.engine.score([group.prompt.tokens for group in groups for _ in group.completions], tokens_of(groups))
+    rows = built.engine.logprobs(
+        [group.prompt.tokens for group in groups for _ in group.completions], tokens_of(groups)
+    )
     by_engine = torch.tensor([p for row in rows for p in row])
-    return batch.sampler_logprobs[batch.mask], built.policy.score(batch)[0][batch.mask], by_engine
+    return batch.sampler_logprobs[batch.mask], built.policy.logprobs(batch)[0][batch.mask], by_engine
 
 
 def assert_agree(built, seed):
@@ -86,7 +88,7 @@ def assert_agree(built, seed):
 
 def test_tokens_are_drawn_from_the_policy(built):
     for seed in range(2):
-        assert abs(surprise_z(built.engine.rollout(prompts(), 64, seed), built.policy, built.config)) < 4
+        assert abs(surprise_z(rollout(built.engine, prompts(), 64, seed), built.policy, built.config)) < 4
 
 
 @pytest.mark.parametrize("size", [0.1, 0.5])
@@ -122,31 +124,31 @@ def test_what_the_trainer_writes_in_place_is_in_the_next_sample(built):
 
 def test_greedy_tokens_are_those_of_the_torch_engine(built, monkeypatch):
     limit = built.config.max_completion_tokens
-    theirs = TorchEngine(built.policy, Letters(), prompts(), limit, built.config.temperature)
+    theirs = TorchEngine(built.policy, Letters(), contexts(prompts()), built.config.temperature)
     theirs.temperature = 1e-4  # it knows no 0, which is vLLM's greedy; vLLM samples at none between 0 and 0.01
     monkeypatch.setattr(built.engine, "config", SimpleNamespace(max_completion_tokens=limit, temperature=0.0))
-    assert tokens_of(built.engine.rollout(prompts(), 1, seed=0)) == tokens_of(theirs.rollout(prompts(), 1, seed=0))
+    assert tokens_of(rollout(built.engine, prompts(), 1, seed=0)) == tokens_of(rollout(theirs, prompts(), 1, seed=0))
 
 
 def test_completions_end_with_the_stop_token_or_at_the_limit(built):
     learn(built.policy, 4)
     built.engine.sync()
-    groups = built.engine.rollout(prompts(), 8, seed=0)
+    groups = rollout(built.engine, prompts(), 8, seed=0)
     check_ends(groups, built.config.max_completion_tokens)
     assert {c.policy_version for group in groups for c in group.completions} == {built.policy.version}
 
 
 def test_a_completion_depends_on_the_seed_and_not_on_who_shares_the_batch(built):
-    first, again, other = (tokens_of(built.engine.rollout(prompts(), 4, seed)) for seed in (5, 5, 6))
+    first, again, other = (tokens_of(rollout(built.engine, prompts(), 4, seed)) for seed in (5, 5, 6))
     assert first == again != other
     assert len(set(map(tuple, first))) > 15  # of 20
-    assert tokens_of(built.engine.rollout(prompts(2), 4, seed=5)) == first[:8]
+    assert tokens_of(rollout(built.engine, prompts(2), 4, seed=5)) == first[:8]
 
 
 def test_vllms_front_door_gives_what_its_core_gives(built, monkeypatch):
     def everything():
-        groups = built.engine.rollout(prompts(), 3, seed=8)
-        scores = built.engine.score([g.prompt.tokens for g in groups], [g.completions[0].tokens for g in groups])
+        groups = rollout(built.engine, prompts(), 3, seed=8)
+        scores = built.engine.logprobs([g.prompt.tokens for g in groups], [g.completions[0].tokens for g in groups])
         return [(c.tokens, c.finish, c.sampler_logprobs) for g in groups for c in g.completions], scores
 
     monkeypatch.setattr(built.engine, "run", vllm_compat._CoreRunner(built.engine.llm.llm_engine).run)
@@ -172,7 +174,7 @@ def test_the_smallest_cache_that_is_taken_is_enough(vllm_config, open_engine):
         open_engine(vllm_config("qwen3", base="nf4", kv_cache_gib=1e-4))
     least = float(re.search(r"needs (\S+) GiB", str(refused.value))[1])
     _, engine = open_engine(vllm_config("qwen3", base="nf4", kv_cache_gib=1.03 * least))
-    assert len(tokens_of(engine.rollout(prompts(), 2, seed=0))) == 10
+    assert len(tokens_of(rollout(engine, prompts(), 2, seed=0))) == 10
 
 
 def test_heads_that_vllm_has_no_attention_for_are_refused_in_words(tmp_path, open_engine):
@@ -197,8 +199,7 @@ def test_where_the_choice_is_free_pytorch_takes_over_what_vllm_refuses(tmp_path,
     settings.hidden_size, settings.head_dim = 128, 16
     source = str(write_checkpoint(tmp_path, settings))
     config = Config(model=source, base="float32", device="cpu", lora_rank=3, max_completion_tokens=23)
-    questions = build.Questions(Letters(), prompts(), prompts(), [])
     notes = []
-    engine = build.build_engine(config, build_policy(config), questions, notes.append)
+    engine = build.build_engine(config, build_policy(config), Letters(), contexts(prompts()), 60, notes.append)
     assert isinstance(engine, TorchEngine)
     assert len(notes) == 1 and "head" in notes[0] and "auto" in notes[0]

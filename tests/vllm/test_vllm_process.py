@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_engines import Letters, prompts
+from tiny_engines import Letters, contexts, prompts, rollout
 from tiny_models import build_policy
 
 from grpo.rollout import vllm_compat
@@ -41,10 +41,10 @@ def test_building_and_sampling_leave_the_process_as_it_was(vllm_config):
     torch.set_float32_matmul_precision("high")
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     before = state_of_the_process()
-    engine = VllmEngine(policy, Letters(), prompts(), config, 60)
+    engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 60)
     assert state_of_the_process() == before
-    engine.rollout(prompts(), 3, seed=1)
-    engine.score([[5, 6]], [[7, 8]])
+    rollout(engine, prompts(), 3, seed=1)
+    engine.logprobs([[5, 6]], [[7, 8]])
     engine.sync()
     assert state_of_the_process() == before
     engine.close()
@@ -60,8 +60,8 @@ def test_ten_engines_opened_and_closed_leave_nothing(vllm_config):
     policy = build_policy(config)
     memory, threads, gone = [], [], []
     for seed in range(10):
-        engine = VllmEngine(policy, Letters(), prompts(), config, 60)
-        engine.rollout(prompts(), 3, seed)
+        engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 60)
+        rollout(engine, prompts(), 3, seed)
         gone += [weakref.ref(engine.llm), weakref.ref(vllm_compat.inner_model(engine.llm))]
         engine.close()
         gc.collect()
@@ -82,7 +82,7 @@ class Compiled(VllmEngine):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_is_forgotten_too(vllm_config):
     config = vllm_config()
-    engine = Compiled(build_policy(config), Letters(), prompts(), config, 60)
+    engine = Compiled(build_policy(config), Letters(), contexts(prompts()), config, 60)
     model = weakref.ref(vllm_compat.inner_model(engine.llm).model)
     assert not model().do_not_compile
     engine.close()
