@@ -19,7 +19,7 @@ from toy_task import SMALL, TASK
 
 from grpo.checkpoint import list_checkpoints
 from grpo.embedded import MODEL_DIR
-from grpo.record.recorder import TIMING_PREFIXES
+from grpo.metrics import TIMING_PREFIXES
 from grpo.run import main, resolve
 
 

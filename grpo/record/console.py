@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import IO
 
+from rich.cells import cell_len
 from rich.console import Console as Terminal
 from rich.console import Group as Stack
 from rich.panel import Panel
@@ -25,65 +26,72 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from grpo.metrics import METRICS, Column
+from grpo.record.names import in_lines, printable, shortened, told_apart
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
 _WIDEST = 150
 _SPEED_OVER_SECONDS = 1800.0  # the time left is judged by the steps of the last half hour
-_LONGEST_WORD = 7  # of a reward's name
+_WIDEST_TITLE, _COMFORTABLE_TITLE = 12, 9  # cells of a title's line
+_FIRST_REWARDS = 5  # that stay longer than the other numbers when the terminal is narrow; further ones go first
+_WIDEST_NAME, _STAGE_WIDTH = 24, 10  # cells of the task's name and of the stage beside the progress bar
 _WIDEST_SAMPLE = 100
 _PROMPT_TAIL = 400  # characters of the prompt, and of the completion, in a sample's frame
 _COMPLETION_HEAD = 1600
+_SAMPLE_LINES = 40  # of each of them
 
 
 @dataclass(frozen=True)
-class Column:
-    """A number of the step line. `rank` says what goes first when the terminal is narrow: the highest."""
+class Shown:
+    """A column of the step line: a metric under its title."""
 
-    title: str  # up to two words, one above the other
+    title: tuple[str, ...]  # one word or more a line
     metric: str
-    spec: str  # of format(), without a width
-    width: int  # that the numbers need
-    rank: int
+    how: Column
 
     @property
-    def words(self) -> tuple[str, str]:
-        first, _, second = self.title.partition(" ")
-        return first, second
-
-    @property
-    def full_width(self) -> int:
-        return max(self.width, *map(len, self.words))
+    def width(self) -> int:
+        """Cells."""
+        return max(self.how.width, *map(cell_len, self.title))
 
     def cell(self, metrics: Mapping[str, float]) -> str:
-        # A metric that is missing or not a number shows as a dash.
-        text = format(metrics.get(self.metric, math.nan), self.spec)
-        return text.replace("nan%", "-").replace("nan", "-").rjust(self.full_width)
+        """The number. One that is missing, or is none, shows as a dash; one too large for its column, by its power."""
+        value = metrics.get(self.metric, math.nan)
+        texts = [format(value, spec).replace("nan%", "-").replace("nan", "-") for spec in (self.how.spec, ".1e", ".0e")]
+        return next(filter(self._fits, texts), texts[-1]).rjust(self.width)
+
+    def _fits(self, text: str) -> bool:
+        return len(text) <= self.width
 
 
-def columns_for(reward_names: Iterable[str]) -> list[Column]:
-    """All columns of a step line, in the order in which they are printed."""
-    parts = [Column(_two_words(name), f"reward/{name}", ".2f", 6, 3 + place) for place, name in enumerate(reward_names)]
+def columns_for(reward_names: Sequence[str]) -> list[Shown]:
+    """All columns of a step line, in the order in which they are printed: that of the table of metrics."""
+    columns = []
+    for metric in METRICS:
+        if metric.column and metric.column.title:
+            columns.append(Shown(tuple(metric.column.title.split(" ", 1)), metric.name, metric.column))
+        elif metric.column:
+            columns += _reward_columns(reward_names, metric.column)
+    return columns
+
+
+def _reward_columns(names: Sequence[str], column: Column) -> list[Shown]:
+    titles = told_apart([in_lines(name, _WIDEST_TITLE, _COMFORTABLE_TITLE, fewest=2, most=3) for name in names])
     return [
-        Column("mean reward", "reward/mean", ".3f", 7, 0),
-        *parts,
-        Column("held-out pass@1", "eval/pass@1", ".1%", 6, 1),
-        Column("mean length", "completion/length", ".0f", 5, 2),
-        Column("cut off", "completion/truncated", ".0%", 4, 100),
-        Column("zero var.", "groups/zero_variance", ".0%", 4, 101),
-        Column("entropy nats", "policy/entropy", ".3f", 6, 103),
-        Column("mismatch KL", "mismatch/kl", ".1e", 7, 104),
-        Column("gradient norm", "optim/grad_norm", ".3f", 7, 105),
-        Column("learning rate", "optim/learning_rate", ".1e", 7, 106),
-        Column("tokens /s", "speed/tokens_per_second", ",.0f", 7, 102),
-        Column("memory GiB", "memory/peak_gib", ".1f", 6, 107),
+        Shown(
+            title,
+            f"reward/{name}",
+            replace(column, rank=column.rank + place + (100 if place >= _FIRST_REWARDS else 0)),
+        )
+        for place, (name, title) in enumerate(zip(names, titles, strict=True))
     ]
 
 
-def columns_that_fit(columns: list[Column], step_width: int, width: int) -> list[Column]:
-    """The columns, in their order, less those of the highest rank until a line fits in `width` characters."""
-    kept = sorted(columns, key=lambda column: column.rank)
-    while kept and step_width + sum(2 + column.full_width for column in kept) > width:
+def columns_that_fit(columns: list[Shown], step_width: int, width: int) -> list[Shown]:
+    """The columns, in their order, less those of the highest rank until a line fits in `width` cells."""
+    kept = sorted(columns, key=lambda column: column.how.rank)
+    while kept and step_width + sum(2 + column.width for column in kept) > width:
         kept.pop()
     return [column for column in columns if column in kept]
 
@@ -96,18 +104,19 @@ class Console:
         total_steps: int,
         start_step: int,
         task_name: str,
-        reward_names: list[str],
+        reward_names: Sequence[str],
         file: IO[str] | None = None,
     ):
         self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
         self._columns = columns_for(reward_names)
-        self._shown: list[Column] = []
+        self._shown: list[Shown] = []
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
         self._total_steps = total_steps
         self._lines = 0
         # `disable` makes the bar a thing that shows nothing: the same calls serve a terminal and a log file.
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
+            TextColumn("{task.fields[stage]}", markup=False, style="dim"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -118,7 +127,8 @@ class Console:
             speed_estimate_period=_SPEED_OVER_SECONDS,
             disable=not self._terminal.is_interactive,
         )
-        self._bar = self._progress.add_task(task_name, total=total_steps, completed=start_step)
+        name = shortened(printable(task_name).replace("\n", " "), _WIDEST_NAME)
+        self._bar = self._progress.add_task(name, total=total_steps, completed=start_step, stage=" " * _STAGE_WIDTH)
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -130,6 +140,10 @@ class Console:
         self._line(label, [column.cell(metrics) for column in self._shown])
         self._progress.update(self._bar, completed=step + 1)
 
+    def stage(self, name: str) -> None:
+        """What the run is doing now, beside the progress bar."""
+        self._progress.update(self._bar, stage=name.ljust(_STAGE_WIDTH))
+
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """The held-out scores in one line, each with its 95% interval in brackets where `scores` has one."""
         names = [name for name in scores if "@" in name and not name.endswith(("/low", "/high"))]
@@ -137,7 +151,8 @@ class Console:
         self.message(f"held-out after {step} steps:  {told}", style="bold")
 
     def message(self, text: str, style: str = "") -> None:
-        self._terminal.print(Text(text, style=style), soft_wrap=True)
+        """A line, as it is but for what a terminal would take as an order."""
+        self._terminal.print(Text(_encodable(printable(text), self._terminal.encoding), style=style), soft_wrap=True)
 
     def sample(self, step: int, group: Group, index: int = 0) -> None:
         """One completion of a group in a frame, with what it earned."""
@@ -150,13 +165,16 @@ class Console:
 
     def _header(self) -> None:
         self._shown = columns_that_fit(self._columns, self._step_width, _width())
-        for line, step_title in enumerate(("", "step")):
-            cells = [column.words[line].rjust(column.full_width) for column in self._shown]
-            self._line(step_title.rjust(self._step_width), cells, style="bold")
+        lines = max((len(column.title) for column in self._shown), default=1)
+        titles = [(*[""] * (lines - len(column.title)), *column.title) for column in self._shown]
+        for line in range(lines):
+            cells = [_right(title[line], column.width) for title, column in zip(titles, self._shown, strict=True)]
+            label = "step" if line == lines - 1 else ""
+            self._line(label.rjust(self._step_width), cells, style="bold")
 
     def _line(self, label: str, cells: list[str], style: str = "") -> None:
-        text = Text("  ".join([label, *cells]), style=style, no_wrap=True)
-        self._terminal.print(text, soft_wrap=True)
+        line = _encodable("  ".join([label, *cells]), self._terminal.encoding)
+        self._terminal.print(Text(line, style=style, no_wrap=True), soft_wrap=True)
 
 
 def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") -> Panel:
@@ -165,18 +183,22 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
     asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
     earned = [f"{name} {values[index].item():g}" for name, values in group.parts.items()]
     total = f"reward {group.rewards[index].item():.3f}   advantage {group.advantages[index].item():+.3f}"
-    said = Text(_printable(completion.text[:_COMPLETION_HEAD], encoding))
+
+    def shown(lines: list[str], style: str = "") -> Text:
+        return Text(_encodable("\n".join(lines), encoding), style=style)
+
+    said = shown(printable(completion.text[:_COMPLETION_HEAD]).split("\n")[:_SAMPLE_LINES])
     said.append(f"  [{len(completion.tokens)} tokens, {_FINISHES[completion.finish]}]", style="dim")
     return Panel(
         Stack(
-            Text(_printable(asked[-_PROMPT_TAIL:], encoding), style="dim"),
+            shown(printable(asked[-_PROMPT_TAIL:]).split("\n")[-_SAMPLE_LINES:], style="dim"),
             "",
             said,
             "",
-            Text("   ".join(earned), style="cyan"),
+            shown([printable("   ".join(earned)).replace("\n", " ")], style="cyan"),
             Text(total, style="bold"),
         ),
-        title=f"a completion of step {step + 1}, row {prompt.index}",
+        title=Text(f"a completion of step {step + 1}, row {prompt.index}"),
         title_align="left",
         border_style="dim",
     )
@@ -185,15 +207,13 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
 _FINISHES = {"stop": "stopped by itself", "length": "cut off"}
 
 
-def _printable(text: str, encoding: str) -> str:
-    # A model may sample anything: escape codes for the terminal, letters that a log file cannot hold.
-    shown = "".join(character for character in text if character.isprintable() or character == "\n")
-    return shown.encode(encoding, errors="replace").decode(encoding)
+def _encodable(text: str, encoding: str) -> str:
+    # A log file may be of an encoding that cannot hold every letter.
+    return text.encode(encoding, errors="replace").decode(encoding)
 
 
-def _two_words(name: str) -> str:
-    first, _, rest = name.partition("_")
-    return f"{first[:_LONGEST_WORD]} {rest[:_LONGEST_WORD]}".rstrip()
+def _right(text: str, width: int) -> str:
+    return " " * (width - cell_len(text)) + text
 
 
 def _score_in_words(name: str, scores: Mapping[str, float]) -> str:

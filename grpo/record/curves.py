@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from grpo.record.jsonl import read_lines
+from grpo.record.names import in_lines, told_apart
 
 _INK = "#22262e"
 _MAIN, _SECOND = "#1f5fbf", "#d9622b"
@@ -41,7 +43,9 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 
-_LONGEST_LABEL = 16  # characters of a reward's name beside its curve
+_WIDEST_LABEL = 16  # cells of a line of a reward's name beside its curve
+_DASHES = ("-", "--", ":")  # solid until the colours are used up
+_LEGEND_LINES = 13  # that fit beside a panel at the usual size
 
 Curves = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # {metric: (steps [n], values [n])}
 
@@ -62,7 +66,10 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             draw(axes, curves)
         partial = out_png.with_name(out_png.name + ".partial")
-        figure.savefig(partial, format="png", dpi=130)
+        with warnings.catch_warnings():
+            # A letter that the font lacks is drawn as a box; that is no news in the middle of a run.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(partial, format="png", dpi=130)
     os.replace(partial, out_png)
 
 
@@ -78,9 +85,9 @@ def _read_curves(metrics_path: Path) -> Curves:
 
 def _draw_reward(axes: Axes, curves: Curves) -> None:
     names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
-    for place, name in enumerate(names):
-        label = name.removeprefix("reward/").replace("_", " ")[:_LONGEST_LABEL]
-        _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4)
+    for place, (name, label) in enumerate(zip(names, labels(names), strict=True)):
+        dashes = _DASHES[place // len(_PARTS) % len(_DASHES)]
+        _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4, dashes=dashes)
     _line(axes, curves, "reward/mean", _MAIN, label="total", width=2.4)
     axes.set_title("Reward, mean of a step")
     _legend_beside(axes)
@@ -133,16 +140,35 @@ def _legend_beside(axes: Axes) -> None:
     """A legend to the right of the axes, where it hides nothing, in the order in which the lines end."""
     lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     lines.sort(key=lambda line: -np.nan_to_num(np.asarray(line.get_ydata())[-1]))
-    axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4)
+    rows = sum(str(line.get_label()).count("\n") + 1 for line in lines)
+    size = _STYLE["legend.fontsize"] * min(1.0, _LEGEND_LINES / max(1, rows))
+    axes.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.0, 1.02), handlelength=1.4, fontsize=size)
 
 
-def _line(axes: Axes, curves: Curves, metric: str, colour: str, label: str | None = None, width: float = 2.0) -> None:
+def labels(metrics: Sequence[str]) -> list[str]:
+    """What stands beside the curves of these rewards: their names, on two lines where they are long, all different."""
+    names = [metric.removeprefix("reward/") for metric in metrics]
+    told = told_apart([in_lines(name, _WIDEST_LABEL, _WIDEST_LABEL, fewest=1, most=2) for name in names])
+    # A pair of dollar signs would be read as a formula.
+    return ["\n".join(lines).replace("$", r"\$") for lines in told]
+
+
+def _line(
+    axes: Axes,
+    curves: Curves,
+    metric: str,
+    colour: str,
+    label: str | None = None,
+    width: float = 2.0,
+    dashes: str = "-",
+) -> None:
     """The values as they are, faint, and their running mean over a tenth of the run."""
     if metric not in curves:
         return
     steps, values = curves[metric]
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, _running_mean(values, len(values) // 20), color=colour, linewidth=width, label=label)
+    smooth = _running_mean(values, len(values) // 20)
+    axes.plot(steps, smooth, dashes, color=colour, linewidth=width, label=label)
 
 
 def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:

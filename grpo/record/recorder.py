@@ -1,15 +1,7 @@
 """All that a run writes down: the step line, metrics.jsonl, completions.jsonl, TensorBoard, curves.png.
 
-Knows nothing of how a metric is computed. The numbers of a step are written under these names:
-
-    reward/mean  reward/std  reward/<name>            completion/length  completion/truncated
-    eval/pass@1  eval/pass@K  eval/majority@K         (each with /low and /high, its 95% interval)
-    groups/zero_variance                              policy/entropy  policy/loss  policy/clip_fraction
-    mismatch/kl                                       optim/grad_norm  optim/learning_rate
-    sync/gap  sync/moved                              speed/...  time/<stage>  memory/peak_gib
-
-Names that begin with speed/, time/ or memory/ may differ between two runs that are otherwise equal. Steps
-count from 0: `step` is the number of updates behind the policy that sampled, in an evaluation too.
+Knows nothing of how a metric is computed; their names and meanings are in grpo/metrics.py. Steps count from 0: `step`
+is the number of updates behind the policy that sampled, in an evaluation too.
 """
 
 from __future__ import annotations
@@ -26,7 +18,6 @@ from grpo.record.curves import draw_curves
 from grpo.record.jsonl import JsonLines, finite, read_lines
 from grpo.types import Group
 
-TIMING_PREFIXES = ("time/", "speed/", "memory/")
 STEPS_BETWEEN_SAMPLES = 10
 
 
@@ -78,6 +69,10 @@ class Recorder:
         self._completions.write([record for group in groups for record in _records(step, group)])
         if step % STEPS_BETWEEN_SAMPLES == 0:
             self._console.sample(step, groups[step // STEPS_BETWEEN_SAMPLES % len(groups)])
+
+    def stage(self, name: str) -> None:
+        """What the run is doing now: shown beside the progress bar."""
+        self._console.stage(name)
 
     def message(self, text: str) -> None:
         """A line on the screen, above the progress bar."""

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
-from grpo.record.recorder import TIMING_PREFIXES
+from grpo.metrics import TIMING_PREFIXES
 from grpo.run import main
 
 GSM8K = Path(__file__).parents[2] / "tasks" / "gsm8k.py"

@@ -1,0 +1,126 @@
+"""Metrics: every number that a run writes down, once: its name, what it means, its unit, where it should be.
+
+Knows nothing of how one is computed. The step line's columns are made from this table, and docs/metrics.md is written
+from it (scripts/write_metrics_table.py). In a name, <...> stands for what a run puts there: a reward, k, a stage.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+# Metrics of these kinds may differ between two runs that are otherwise equal.
+TIMING_PREFIXES = ("time/", "speed/", "memory/")
+
+_STANDS_FOR = {"<reward>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """How the step line shows a metric. `rank` says what goes first when the terminal is narrow: the highest."""
+
+    title: str  # its words stand one above the other; empty: the metric's own name
+    spec: str  # of format(), without a width
+    width: int  # that the numbers need
+    rank: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table."""
+
+    name: str
+    meaning: str
+    unit: str
+    healthy: str = ""  # where it should be, if that can be said of every run
+    interval: bool = False  # <name>/low and <name>/high, its 95% interval, are written with it
+    optional: bool = False  # some runs have nothing to write under it
+    column: Column | None = None
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What the names match that a run writes this metric under."""
+        ends = "(/low|/high)?" if self.interval else ""
+        words = (_STANDS_FOR.get(word, re.escape(word)) for word in re.split("(<[^>]+>)", self.name))
+        return re.compile("".join(words) + ends, re.DOTALL)
+
+
+# In the order in which the step line shows those that have a column.
+METRICS = (
+    Metric("reward/mean", "Weighted sum of the rewards, mean of the step's completions.", "reward", "rises",
+           column=Column("mean reward", ".3f", 7, 0)),
+    Metric("reward/<reward>", "What one reward gave, without its weight: mean of the completions that it applies to.",
+           "reward", column=Column("", ".2f", 6, 3)),
+    Metric("reward/std", "Standard deviation of the weighted sum over the step's completions.", "reward", "above 0"),
+    Metric("eval/pass@1", "Held-out: share of completions that are right.", "share", "rises", interval=True,
+           optional=True, column=Column("held-out pass@1", ".1%", 6, 1)),
+    Metric("eval/pass@<k>", "Held-out: probability that at least one of k completions is right.", "share",
+           interval=True, optional=True),
+    Metric("eval/majority@<k>", "Held-out: probability that the answer given most often by k completions is right.",
+           "share", interval=True, optional=True),
+    Metric("eval/reward", "Held-out: weighted sum of the rewards, mean of the completions; with its interval where a "
+           "task says of no answer that it is right.", "reward", "rises", interval=True),
+    Metric("eval/length", "Held-out: mean length of a completion.", "tokens"),
+    Metric("eval/truncated", "Held-out: share of completions cut off by the token limit.", "share", "below 10%"),
+    Metric("completion/length", "Mean length of a completion.", "tokens",
+           column=Column("mean length", ".0f", 5, 2)),
+    Metric("completion/truncated", "Share of completions cut off by --max-completion-tokens.", "share", "below 10%",
+           column=Column("cut off", ".0%", 4, 20)),
+    Metric("groups/zero_variance", "Share of groups whose rewards teach nothing, because all advantages are 0.",
+           "share", "below 80%", column=Column("zero var.", ".0%", 4, 21)),
+    Metric("groups/trained", "Groups that have a part in the update.", "groups", "above 0"),
+    Metric("groups/rolled_out", "Groups sampled for the step: more than it trains on with --dynamic-sampling.",
+           "groups"),
+    Metric("policy/entropy", "Mean entropy of the policy where it sampled, at the sampling temperature.",
+           "nats a token", "falls slowly, stays above 0", column=Column("entropy nats", ".3f", 6, 23)),
+    Metric("policy/loss", "The loss of the step's update. Its size says nothing: the gradient does.", "1"),
+    Metric("policy/clip_fraction", "Share of sampled tokens whose ratio the objective clips; 0 with one optimizer step "
+           "a rollout.", "share", "below 20%"),
+    Metric("policy/kept", "Share of sampled tokens that --off-policy-mask and --top-entropy leave in the loss.",
+           "share"),
+    Metric("mismatch/kl", "KL divergence from sampler to trainer, estimated on the sampled tokens (k3): how far the "
+           "engine's numerics are from the policy's.", "nats a token", "about 1e-13 in float32, below 1e-2 in bf16",
+           column=Column("mismatch KL", ".1e", 7, 24)),
+    Metric("mismatch/gap", "Mean |log p of the trainer - log p of the sampler| of the sampled tokens.",
+           "nats a token", "below 0.1"),
+    Metric("mismatch/correction", "Mean factor by which --correction weighs a token.", "1", "about 1"),
+    Metric("mismatch/rank", "Where the sampled tokens stand among all that could have come, likeliest first: 0.5 where "
+           "they are drawn from the policy.", "share of probability", "about 0.5", optional=True),
+    Metric("optim/grad_norm", "Norm of the gradient before it is clipped: the largest of the step's optimizer steps.",
+           "1", "above 0, no lasting rise", column=Column("gradient norm", ".3f", 7, 25)),
+    Metric("optim/learning_rate", "AdamW's learning rate.", "1", column=Column("learning rate", ".1e", 7, 26)),
+    Metric("sync/gap", "Mean |log p of the engine - log p of the policy| on the canary after the update.",
+           "nats a token", "no larger than at the start"),
+    Metric("sync/moved", "How far the engine's log-probabilities of the canary moved with the update.",
+           "nats a token", "above 0 where something was trained"),
+    Metric("sync/unproved", "Updates since the canary last showed that the engine follows the policy.", "updates",
+           optional=True),
+    Metric("speed/tokens_per_second", "Sampled tokens over the time of the whole step.", "tokens/s",
+           column=Column("tokens /s", ",.0f", 7, 22)),
+    Metric("speed/rollout_tokens_per_second", "Sampled tokens over the time of the rollout alone.", "tokens/s"),
+    Metric("time/step", "Time of the whole step, without evaluation and checkpoint.", "s"),
+    Metric("time/<stage>", "Time of one stage: rollout, score, update, sync.", "s"),
+    Metric("memory/peak_gib", "Most memory held so far: of the GPU, or of the process on a CPU.", "GiB",
+           column=Column("memory GiB", ".1f", 6, 27)),
+    Metric("logged/<name>", "What a reward told `log_metric`.", "its own", optional=True),
+)  # fmt: skip
+
+
+@cache
+def find(name: str) -> Metric | None:
+    """The row of the table that a name is written under; a name spelled out goes before a pattern."""
+    return next((metric for metric in METRICS if metric.name == name), None) or next(
+        (metric for metric in METRICS if metric.pattern.fullmatch(name)), None
+    )
+
+
+def markdown() -> str:
+    """The table for the documents."""
+    lines = ["| metric | meaning | unit | healthy |", "|---|---|---|---|"]
+    for metric in METRICS:
+        ends = ", `/low`, `/high`" if metric.interval else ""
+        name = metric.name.replace("|", r"\|")
+        meaning = metric.meaning.replace("|", r"\|")
+        lines.append(f"| `{name}`{ends} | {meaning} | {metric.unit} | {metric.healthy} |")
+    return "\n".join(lines)
