@@ -167,9 +167,8 @@ class Console:
         self._shown = columns_that_fit(self._columns, self._step_width, _width())
         lines = max((len(column.title) for column in self._shown), default=1)
         titles = [(*[""] * (lines - len(column.title)), *column.title) for column in self._shown]
-        for line in range(lines):
+        for line, label in enumerate([*[""] * (lines - 1), "step"]):
             cells = [_right(title[line], column.width) for title, column in zip(titles, self._shown, strict=True)]
-            label = "step" if line == lines - 1 else ""
             self._line(label.rjust(self._step_width), cells, style="bold")
 
     def _line(self, label: str, cells: list[str], style: str = "") -> None:
