@@ -100,7 +100,7 @@ METRICS = (
            column=Column("tokens /s", ",.0f", 7, 22)),
     Metric("speed/rollout_tokens_per_second", "Sampled tokens over the time of the rollout alone.", "tokens/s"),
     Metric("time/step", "Time of the whole step, without evaluation and checkpoint.", "s"),
-    Metric("time/<stage>", "Time of one stage: rollout, score, update, sync.", "s"),
+    Metric("time/<stage>", "Time of one stage: rollout, audit, score, update, sync.", "s"),
     Metric("memory/peak_gib", "Most memory held so far: of the GPU, or of the process on a CPU.", "GiB",
            column=Column("memory GiB", ".1f", 6, 27)),
     Metric("logged/<name>", "What a reward told `log_metric`.", "its own", optional=True),

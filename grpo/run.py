@@ -349,6 +349,8 @@ def start(resolved: Resolved, resume: str) -> int:
         with run.recorder, stops_gently(run):
             _train_and_keep(run)
     run.engine.close()
+    for warning in run.recorder.warnings():
+        say(f"warning: {warning}")
     if run.progress.step < resolved.config.steps:
         say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with")
         say(f"  python -m grpo.run --resume {folder}")

@@ -66,7 +66,7 @@ def train(run: Run) -> None:
     finish_step(run)  # the score before training, or one that the run was stopped in
 
     for step in range(run.progress.step, config.steps):
-        clock = Clock()
+        clock = Clock(run.recorder.stage)
         groups, rolled_out = sample(run, step, clock)
         with clock("update"):
             run.engine.release()
@@ -146,6 +146,7 @@ def finish_step(run: Run) -> None:
 
 def evaluate(run: Run) -> None:
     """Score the policy on the held-out prompts and remember whether it is the best so far."""
+    run.recorder.stage("evaluation")
     scores = run.evaluator(run.engine)
     progress = run.progress
     run.recorder.evaluation(progress.step, scores)
@@ -170,6 +171,7 @@ def is_unsaved(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it was after its last whole step, also when the next one has failed."""
+    run.recorder.stage("checkpoint")
     run.recorder.sync()
     save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
     run.saved = (run.progress.step, run.progress.evaluated)

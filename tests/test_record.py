@@ -17,6 +17,7 @@ from grpo.record.console import columns_for, columns_that_fit
 from grpo.record.curves import _running_mean, labels
 from grpo.record.jsonl import JsonLines, finite, read_lines
 from grpo.record.names import in_lines
+from grpo.record.untrained import explain
 from grpo.types import Completion, Group, Prompt
 
 NAMES = ["correctness", "integer", "strict_xml", "soft_xml", "xml_count"]
@@ -363,6 +364,11 @@ def test_a_log_file_that_holds_ascii_only_stops_no_run():
         [{"step": 0, "eval/pass@1": 0.5}],
         [{"step": 0, "reward/mean": None, "reward/a": 1.0, "policy/entropy": None, "mismatch/kl": -1e-5}],
         [{"step": step, "reward/mean": step, **{f"reward/{part}": 1 for part in range(12)}} for step in range(50)],
+        [
+            {"step": step, "reward/mean": sign * 1e308, "reward/答_$x$_{": 1, "policy/entropy": sign * 10**400}
+            for step, sign in enumerate([1, -1, 1])
+        ],
+        [{"step": 0, "reward/mean": 1}, {"step": 1, "reward/mean": 1, "reward/new": 2, "eval/pass@1": 1}],
     ],
 )
 def test_curves_are_drawn_of_whatever_there_is(tmp_path, lines):
@@ -372,6 +378,103 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path, lines):
         picture.load()
         assert len(set(picture.convert("L").getdata())) > 10
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ('{"step": 1, "reward/mean": 1.0', "line 2 is not JSON"),
+        ("[1, 2]", "line 2 is not an object"),
+        ('{"reward/mean": 1.0}', "line 2 is not a step and its numbers"),
+        ('{"step": 1, "reward/mean": "high"}', "line 2 is not a step and its numbers"),
+        ("[" * 100_000, "line 2 is not JSON"),
+    ],
+)
+def test_a_damaged_line_is_told_on_resume_and_nothing_is_cut(tmp_path, damage, words):
+    with Recorder(tmp_path, 6, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 2)
+        position = recorder.position()
+        record_steps(recorder, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    position["metrics.jsonl"] += len(damage) + 1 - len(second)
+    path.write_text("".join([first, damage + "\n", *rest]))
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "completions.jsonl")}
+    with pytest.raises(UserError, match=f"metrics.jsonl is damaged: {words}"):
+        Recorder(tmp_path, 6, 2, "toy", NAMES, position)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+
+def test_a_shorter_file_or_one_of_other_lines_is_told_before_any_is_cut(tmp_path):
+    with Recorder(tmp_path, 6, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 2)
+        position = recorder.position()
+        record_steps(recorder, 2, 3)
+    metrics, completions = (tmp_path / name for name in ("metrics.jsonl", "completions.jsonl"))
+    before = metrics.read_bytes()
+    whole = completions.read_bytes()
+    completions.write_bytes(whole[: position["completions.jsonl"] - 1])
+    with pytest.raises(UserError, match=r"completions.jsonl has \d+ bytes"):
+        Recorder(tmp_path, 6, 2, "toy", NAMES, position)
+    completions.write_bytes(b" " + whole)
+    with pytest.raises(UserError, match=r"completions.jsonl is damaged: no line ends at byte"):
+        Recorder(tmp_path, 6, 2, "toy", NAMES, position)
+    assert metrics.read_bytes() == before
+
+
+def test_a_file_that_is_damaged_while_the_run_goes_on_stops_nothing(tmp_path, capsys):
+    with Recorder(tmp_path, 6, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 2)
+        with (tmp_path / "metrics.jsonl").open("ab") as file:
+            file.write(b"no line of ours" * 1000 + b"\n")
+        recorder.evaluation(2, scores_of(2))
+    assert "note: curves.png is not drawn" in capsys.readouterr().out
+
+
+EMPTY = {"groups/rolled_out": 8, "groups/trained": 0, "groups/zero_variance": 1.0, "completion/truncated": 0.0,
+         "completion/length": 7.0, "reward/mean": 0.5, "reward/std": 0.0, "optim/grad_norm": 0.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({}, ["all completions earned the same, 0.5 for all", "--group-size"]),
+        ({"reward/std": 0.5}, ["earned the same, so there", "--dynamic-sampling"]),
+        ({"completion/truncated": 1.0}, ["cut off after 7 tokens", "equal in every group", "--max-completion-tokens"]),
+        (
+            {"completion/truncated": 1.0, "groups/zero_variance": 0.0},
+            ["every completion was cut off after 7 tokens. "],
+        ),
+        ({"completion/truncated": 0.5, "groups/zero_variance": 0.25}, ["in 2 of 8 groups", "--mask-truncated"]),
+        ({"groups/trained": 8, "groups/zero_variance": 0, "policy/kept": 0.0}, ["8 of them", "--off-policy-mask"]),
+        ({"groups/trained": 8, "groups/zero_variance": 0, "mismatch/correction": 0.0}, ["--correction", "mismatch/kl"]),
+        ({"groups/trained": 8, "groups/zero_variance": 1.0}, ["earned the same"]),  # KL pulls nowhere at the start
+        ({"groups/trained": 8, "groups/zero_variance": 0.0}, ["the gradient of their loss is 0"]),
+        ({"groups/rolled_out": None, "groups/zero_variance": math.nan}, ["the gradient of their loss is 0"]),
+    ],
+)
+def test_a_step_that_trains_nothing_says_why_and_what_to_do(numbers, words):
+    told = explain(EMPTY | numbers)
+    for word in words:
+        assert word in told
+
+
+def test_steps_that_train_nothing_are_told_as_they_come_and_at_the_end(tmp_path, capsys):
+    trained = EMPTY | {"groups/trained": 3, "optim/grad_norm": 0.5}
+    with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:
+        for step in range(2):
+            recorder.step(step, trained | EMPTY)
+        assert recorder.warnings() == []
+        position = recorder.position()
+    with Recorder(tmp_path, 9, 2, "toy", NAMES, position) as recorder:
+        for step, metrics in enumerate([EMPTY, trained, EMPTY], 2):
+            recorder.step(step, metrics)
+        (warning,) = recorder.warnings()
+    said = capsys.readouterr().out
+    assert said.count("Step 1 trained nothing: in every group") == said.count("Step 5 trained nothing: in every") == 1
+    assert "Step 3 trained nothing either, 3 in a row: in every group" in said
+    assert "Step 4 trained" not in said
+    assert warning.startswith("4 of the 5 steps trained nothing, 3 of them in a row (to step 3). In the last of th")
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):

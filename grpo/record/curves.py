@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
-from grpo.record.jsonl import read_lines
+from grpo.record.jsonl import read_metrics
 from grpo.record.names import in_lines, told_apart
 
 _INK = "#22262e"
@@ -44,6 +44,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 _WIDEST_LABEL = 16  # cells of a line of a reward's name beside its curve
+_LARGEST_DRAWN = 1e30  # a larger number is left out: no axis can be made for it
 _DASHES = ("-", "--", ":")  # solid until the colours are used up
 _LEGEND_LINES = 13  # that fit beside a panel at the usual size
 
@@ -75,10 +76,10 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
 
 def _read_curves(metrics_path: Path) -> Curves:
     points: dict[str, list[tuple[float, float]]] = {}
-    for record in read_lines(metrics_path):
-        step = record.pop("step")
+    for step, record in read_metrics(metrics_path):
         for name, value in record.items():
-            points.setdefault(name, []).append((step, np.nan if value is None else value))
+            drawn = np.nan if value is None or abs(value) > _LARGEST_DRAWN else value
+            points.setdefault(name, []).append((step, drawn))
     columns = {name: np.array(pairs, dtype=np.float64).T for name, pairs in points.items()}
     return {name: (steps, values) for name, (steps, values) in columns.items()}
 
@@ -106,8 +107,8 @@ def _draw_held_out(axes: Axes, curves: Curves) -> None:
         label = name.removeprefix("eval/")
         axes.plot(steps, values, dashes, color=colour, linewidth=width, marker="o", markersize=4, label=label)
     if {"eval/pass@1/low", "eval/pass@1/high"} <= curves.keys():
-        steps, low = curves["eval/pass@1/low"]
-        axes.fill_between(steps, low, curves["eval/pass@1/high"][1], color=_MAIN, alpha=0.15, linewidth=0)
+        (steps, low), (_, high) = curves["eval/pass@1/low"], curves["eval/pass@1/high"]
+        axes.fill_between(steps, low, high, color=_MAIN, alpha=0.15, linewidth=0)
     _legend_beside(axes)
 
 

@@ -15,6 +15,31 @@ from typing import Any
 from grpo.errors import UserError
 
 
+def check_position(path: Path, position: int | None) -> None:
+    """Whether a file may be opened as a JsonLines at this position: it must be new (None), or at least so long. To be
+    asked for all files of a run before the first of them is cut.
+
+    Raises:
+        UserError: it exists, or is shorter.
+    """
+    if position is None and path.exists():
+        raise UserError(
+            f"{path} exists already, and a run never overwrites another. Choose a new run folder, or go on "
+            "with that run by --resume."
+        )
+    size = path.stat().st_size if path.exists() else 0
+    if position is not None and size < position:
+        raise UserError(
+            f"{path} has {size} bytes, but the checkpoint was saved when it had {position}: something has "
+            "cut it or taken it away since. Restore the file, or start a new run."
+        )
+    if position and _byte(path, position - 1) != b"\n":
+        raise UserError(
+            f"{path} is damaged: no line ends at byte {position}, where one ended when the checkpoint was saved. "
+            "Restore the file, or start a new run."
+        )
+
+
 class JsonLines:
     """Appends to `path`. Opened at `position` bytes, it drops what was written after them.
 
@@ -23,7 +48,10 @@ class JsonLines:
 
     def __init__(self, path: Path, position: int | None):
         self.path = path
-        self._file = _open_new(path) if position is None else _open_cut(path, position)
+        check_position(path, position)
+        # Opened at 0 only to make the file where nothing had been written: cutting at 0 is then right too.
+        self._file = path.open("xb" if position is None else "ab", buffering=1 << 20)
+        self._file.truncate(position or 0)
 
     def write(self, records: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
@@ -42,16 +70,40 @@ class JsonLines:
         self._file.close()
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file. A last line without its newline is still being written, and is left out.
+def read_lines(path: Path, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a file, or of its first `end` bytes. A last line without its newline is still being written: it is
+    left out.
 
     Raises:
         UserError: another line is not an object.
     """
     with path.open("rb") as file:
+        left = math.inf if end is None else end
         for number, line in enumerate(file, 1):
+            left -= len(line)
+            if left < 0:
+                break
             if line.endswith(b"\n"):
                 yield _object(path, number, line)
+
+
+def read_metrics(path: Path, end: int | None = None) -> Iterator[tuple[int, dict[str, float | None]]]:
+    """(step, its numbers) of each line of metrics.jsonl, or of its first `end` bytes.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    for number, record in enumerate(read_lines(path, end), 1):
+        step = record.pop("step", None)
+        if not isinstance(step, int) or not all(map(_is_number, record.values())):
+            raise UserError(
+                f"{path} is damaged: line {number} is not a step and its numbers. Put the file back, or start anew."
+            )
+        yield step, record
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -62,7 +114,7 @@ def finite(values: Mapping[str, float]) -> dict[str, float | None]:
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         read = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: line {number} is not JSON. Put the file back, or start a new run."
         ) from error
@@ -71,24 +123,7 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return read
 
 
-def _open_new(path: Path):
-    try:
-        return path.open("xb", buffering=1 << 20)
-    except FileExistsError as error:
-        raise UserError(
-            f"{path} exists already, and a run never overwrites another. Choose a new run folder, or go on "
-            "with that run by --resume."
-        ) from error
-
-
-def _open_cut(path: Path, position: int):
-    size = path.stat().st_size if path.exists() else 0
-    if size < position:
-        raise UserError(
-            f"{path} has {size} bytes, but the checkpoint was saved when it had {position}: something has "
-            "cut it or taken it away since. Restore the file, or start a new run."
-        )
-    # Opened at 0 only to make the file where nothing had been written: cutting at 0 is then right too.
-    file = path.open("ab", buffering=1 << 20)
-    file.truncate(position)
-    return file
+def _byte(path: Path, at: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(1)

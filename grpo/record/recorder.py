@@ -13,9 +13,11 @@ from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+from grpo.errors import UserError
 from grpo.record.console import Console
 from grpo.record.curves import draw_curves
-from grpo.record.jsonl import JsonLines, finite, read_lines
+from grpo.record.jsonl import JsonLines, check_position, finite, read_metrics
+from grpo.record.untrained import Untrained
 from grpo.types import Group
 
 STEPS_BETWEEN_SAMPLES = 10
@@ -39,11 +41,16 @@ class Recorder:
     ):
         self._run_dir = Path(run_dir)
         at = position or {}
-        self._metrics = JsonLines(self._run_dir / "metrics.jsonl", at.get("metrics.jsonl"))
-        self._completions = JsonLines(self._run_dir / "completions.jsonl", at.get("completions.jsonl"))
+        paths = [self._run_dir / name for name in ("metrics.jsonl", "completions.jsonl")]
+        for path in paths:
+            check_position(path, at.get(path.name))
+        # Read before anything is cut: a damaged file stays as it is.
+        recorded = list(read_metrics(paths[0], at.get(paths[0].name))) if paths[0].exists() else []
+        self._metrics, self._completions = (JsonLines(path, at.get(path.name)) for path in paths)
         self._events = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=start_step, flush_secs=10)
         self._held_out: dict[str, float] = {}
-        self._restore(start_step)
+        self._untrained = Untrained()
+        self._restore(recorded, start_step)
         self._console = Console(total_steps, start_step, task_name, reward_names)
 
     def __enter__(self) -> Self:
@@ -56,13 +63,15 @@ class Recorder:
         """The numbers of one training step, everywhere."""
         self._write(step, metrics)
         self._console.step(step, self._held_out | dict(metrics))
+        for sentence in self._untrained.seen(step, metrics):
+            self._console.message(sentence)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """The held-out scores of the policy after `step` updates, under eval/ names; draws the curves."""
         self._write(step, scores)
         self._held_out = dict(scores)
         self._console.evaluation(step, scores)
-        draw_curves(self._metrics.path, self._run_dir / "curves.png")
+        self._draw()
 
     def completions(self, step: int, groups: list[Group]) -> None:
         """One line a completion in completions.jsonl; now and then one of them on the screen."""
@@ -92,7 +101,18 @@ class Recorder:
         with ExitStack() as stack:
             for sink in (self._metrics, self._completions, self._events, self._console):
                 stack.callback(sink.close)
+            self._draw()
+
+    def warnings(self) -> list[str]:
+        """What the end of the run should say again."""
+        return list(self._untrained.warnings())
+
+    def _draw(self) -> None:
+        # A picture is no reason to stop: it can be drawn again at any time.
+        try:
             draw_curves(self._metrics.path, self._run_dir / "curves.png")
+        except UserError as error:
+            self._console.message(f"note: curves.png is not drawn. {error}")
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._metrics.write([{"step": step, **finite(metrics)}])
@@ -102,14 +122,15 @@ class Recorder:
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
 
-    def _restore(self, start_step: int) -> None:
-        """After a resume: the held-out score to show, and its events where the purge hides them."""
-        for record in read_lines(self._metrics.path):
-            step = record.pop("step")
-            if "eval/pass@1" in record:
-                self._held_out = record
+    def _restore(self, recorded: list[tuple[int, dict[str, float | None]]], start_step: int) -> None:
+        """After a resume: the held-out score to show, its events where the purge hides them, what trained nothing."""
+        for step, record in recorded:
+            if any(name.startswith("eval/") for name in record):
+                self._held_out = {name: value for name, value in record.items() if value is not None}
                 if step >= start_step:
-                    self._add_events(step, record)
+                    self._add_events(step, self._held_out)
+            else:
+                list(self._untrained.seen(step, record))
 
 
 def _records(step: int, group: Group) -> list[dict[str, Any]]:
