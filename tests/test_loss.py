@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grpo.config import Config
-from grpo.loss import Pass, build_loss, stored
+from grpo.loss import KL_ESTIMATORS, Pass, build_loss, stored
 from grpo.packing import build_packer
 
 CPU = torch.device("cpu")
@@ -215,3 +215,70 @@ def test_extreme_ratios_stay_finite(groups):
     assert loss.isfinite()
     assert forward.logprobs.grad.isfinite().all()
     assert all(value.isfinite() for value in sums.values())
+
+
+def expectation(estimator, shift=0.0):
+    """Value and gradient with respect to the policy's logits of E[estimator] over exactly enumerated tokens, drawn from
+    the policy as it was (shift 0: as it is): 7 tokens, float64. -> (value, gradient, and those of both KLs)"""
+    generator = torch.Generator().manual_seed(3)
+    logits, base, drift = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(3))
+    logits.requires_grad_()
+    p, f = logits.log_softmax(0), base.log_softmax(0)
+    o = (logits.detach() - shift * drift).log_softmax(0)
+    value = (o.exp() * estimator(p - f, p - o)).sum()
+    forward, backward = (p.exp() * (p - f)).sum(), (f.exp() * (f - p)).sum()
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (value, forward, backward)]
+    return value.item(), gradients[0], (forward.item(), gradients[1]), (backward.item(), gradients[2])
+
+
+def test_what_the_expected_gradient_of_each_kl_estimator_is():
+    """k1 teaches nothing; k3 alone pulls by the other divergence; weighted is right in both, off the policy too."""
+    value, gradient, (kl, _), _ = expectation(KL_ESTIMATORS["k1"])
+    assert value == pytest.approx(kl)
+    torch.testing.assert_close(gradient, torch.zeros(7, dtype=torch.float64))
+    _, gradient, (_, right), _ = expectation(KL_ESTIMATORS["k2"])
+    torch.testing.assert_close(gradient, right)
+    value, gradient, (kl, right), (_, reverse) = expectation(KL_ESTIMATORS["k3"])
+    assert value == pytest.approx(kl)
+    torch.testing.assert_close(gradient, reverse)
+    assert (gradient - right).norm() > 0.1 * right.norm()
+    for shift in (0.0, 0.5):
+        value, gradient, (kl, right), _ = expectation(KL_ESTIMATORS["weighted"], shift)
+        assert value == pytest.approx(kl)
+        torch.testing.assert_close(gradient, right)
+
+
+@pytest.mark.parametrize("terms", [dict(kl_coef=0.3), dict(entropy_coef=0.2), dict(kl_coef=0.1, entropy_coef=0.1)])
+def test_groups_of_equal_rewards_have_the_gradient_of_kl_and_entropy(terms, groups):
+    groups[1].advantages = torch.zeros(3)
+    config = Config(**terms)
+    [[batch]] = build_packer(config, CPU)(groups)
+    assert batch.num_sequences == 9
+    forward = forward_pass(batch)
+    loss, _ = loss_of(config, forward, batch)
+    assert loss.item() == pytest.approx(expected_loss(config, forward, batch), rel=2e-5)
+    wanted = forward.logprobs if config.kl_coef else forward.entropy
+    (gradient,) = torch.autograd.grad(loss, wanted)
+    equal = batch.mask & (batch.advantages == 0)
+    assert equal.sum() == 8
+    assert (gradient[equal] != 0).all()
+
+
+def test_cispo_counts_what_its_own_cap_cuts(groups):
+    config = Config(objective="cispo", cispo_cap=1.1)
+    [[batch]] = build_packer(config, CPU)(groups)
+    forward = forward_pass(batch)
+    _, sums = loss_of(config, forward, batch)
+    over = ((forward.logprobs - forward.old).exp() > 1.1) & batch.mask
+    assert 0 < over.sum() < batch.mask.sum()
+    assert sums["policy/clip_fraction"] == over.sum()
+
+
+def test_what_dual_clip_cuts_is_counted(groups):
+    config = Config(dual_clip=1.05)
+    [[batch]] = build_packer(config, CPU)(groups)
+    forward = forward_pass(batch)
+    _, sums = loss_of(config, forward, batch)
+    ratio, negative = (forward.logprobs - forward.old).exp(), batch.advantages < 0
+    cut = ((ratio < 0.8) | (ratio > 1.05)) & negative | (ratio > 1.28) & (batch.advantages > 0)
+    assert sums["policy/clip_fraction"] == (cut & batch.mask).sum() > 0

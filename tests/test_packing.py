@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import CPU, build_policy, randomise
+import transformers
+from tiny_models import CPU, build_policy, randomise, reference_logprobs
 
+from grpo.advantages import ESTIMATORS, assign_advantages
 from grpo.config import Config
 from grpo.loss import build_loss
-from grpo.packing import build_packer
+from grpo.packing import build_packer, has_advantage
 from grpo.train import step_metrics
+from grpo.types import Completion, Group, Prompt, Span, sampled_tokens
 
 
 def rows_of(batch):
@@ -139,3 +142,84 @@ def test_a_step_of_equal_rewards_trains_nothing(groups, tiny_config):
     assert metrics["optim/grad_norm"] == 0
     assert policy.version == 0
     assert all(torch.equal(b, p) for b, p in zip(before, policy.store.parameters(), strict=True))
+
+
+def test_kl_and_entropy_train_on_groups_of_equal_rewards_too(groups):
+    groups[1].advantages = torch.zeros(3)
+    for terms, trained in (({}, 2), (dict(kl_coef=0.1), 3), (dict(entropy_coef=0.1), 3)):
+        pack = build_packer(Config(**terms), CPU)
+        assert sum(map(pack.trains, groups)) == trained
+        [[batch]] = pack(groups)
+        assert len(batch.layout.prompt_lengths) == trained
+
+
+def test_rewards_that_differ_in_their_parts_are_something_to_learn_from_though_their_sums_are_equal():
+    """gdpo: parts [1, 0] and [0, 2] with weights 1 and 1/2."""
+    tokens = Completion([5, 6], [-1.0, -1.0], "", "stop", 0)
+    group = Group(Prompt(0, "", [4], {}), [tokens, tokens])
+    group.parts = {"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([0.0, 2.0])}
+    group.rewards = torch.tensor([1.0, 1.0])
+    weights = {"a": 1.0, "b": 0.5}
+    assign_advantages([group], ESTIMATORS["grpo"], weights)
+    assert not has_advantage(group)
+    assign_advantages([group], ESTIMATORS["gdpo"], weights | {"b": 0.4})
+    assert has_advantage(group)
+
+
+def test_words_of_others_are_read_and_have_no_part_in_the_loss(groups, tiny_config):
+    """A completion of two turns with five tokens of a tool between them: masks, weights, denominators, and the policy's
+    log-probabilities of what it sampled, which are transformers' own."""
+    turns = groups[0].completions[2]
+    turns.others = (Span(4, 9),)
+    assert turns.num_sampled == 8 and turns.mask[3:10] == [True, *[False] * 5, True]
+    config = tiny_config()
+    [[batch]] = build_packer(config, CPU)(groups)
+    sampled = sampled_tokens(groups)
+    assert int(batch.mask.sum()) == sampled == sum(len(c.tokens) for g in groups for c in g.completions) - 5
+    assert batch.weights[batch.mask].tolist() == pytest.approx([1 / sampled] * sampled)
+    assert not batch.weights[~batch.mask].any() and not batch.advantages[~batch.mask].any()
+    policy = build_policy(config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    whole, _ = reference_logprobs(model, groups, 1.0)
+    own = torch.tensor([sampled for group in groups for c in group.completions for sampled in c.mask])
+    logprobs = policy.logprobs(batch)[0]
+    torch.testing.assert_close(logprobs[batch.mask].double(), whole[own], atol=1e-5, rtol=1e-5)
+    assert not logprobs[~batch.mask].any()
+
+
+def test_a_batch_that_failed_half_way_leaves_no_trace_and_can_be_tried_again(groups, tiny_config):
+    config = tiny_config(tokens_per_batch=30)
+    policy, loss = build_policy(config), build_loss(config)
+    randomise(policy)
+    [[first, second, *_]] = build_packer(config, CPU)(groups)
+    policy.backward(first, loss)
+    before = [p.grad.clone() for p in policy.store.parameters()]
+    layer = policy.model.layers[0]
+
+    def run_out(module, gradients):
+        raise MemoryError("half-way")
+
+    hook = layer.register_full_backward_pre_hook(run_out)
+    with pytest.raises(MemoryError):
+        policy.backward(second, loss)
+    hook.remove()
+    assert all(torch.equal(p.grad, b) for p, b in zip(policy.store.parameters(), before, strict=True))
+    policy.backward(second, loss)
+    assert not all(torch.equal(p.grad, b) for p, b in zip(policy.store.parameters(), before, strict=True))
+
+
+def test_the_top_share_by_entropy_is_taken_anew_before_each_step(groups, tiny_config):
+    """The second of two epochs takes it by the entropies after the first, which are what it masks by."""
+    floors = []
+    for epochs in (1, 2):
+        config = tiny_config(epochs=2, top_entropy=0.3)
+        policy, loss = build_policy(config), build_loss(config)
+        randomise(policy)
+        [[batch]] = build_packer(config, CPU)(groups)
+        policy.update([[batch]], loss, 0.02, epochs)
+        floors.append(batch.entropy_floor)
+        loss.prepare_step(policy, [batch])
+        floors.append(batch.entropy_floor)
+    first, after_one, second, _ = floors
+    assert second == pytest.approx(after_one, abs=1e-6)
+    assert abs(second - first) > 1e-3
