@@ -26,7 +26,7 @@ from grpo.types import Prompt
 PREFLIGHT_ROWS = 64
 
 # Prompts that the rollout engine is compared with the policy on.
-CANARY_PROMPTS = 4
+CANARY_PROMPTS = 2
 
 
 @dataclass

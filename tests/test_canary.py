@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_engines import Letters, contexts, learn, prompts, rollout, tokens_of
+from tiny_engines import Letters, contexts, learn, prompts, rollout
 from tiny_models import build_policy, randomise
 
 from grpo.errors import UserError
@@ -43,7 +43,7 @@ def test_trips_when_the_engine_has_other_weights(tiny_config):
 def test_refuses_an_engine_that_is_another_model_from_the_start(tiny_config):
     policy, engine = build_engine(tiny_config())
     other, _ = build_engine(tiny_config(), seed=2)
-    completions = tokens_of(rollout(engine, prompts(2), 1, seed=0, max_tokens=8))
+    completions = [group.completions for group in rollout(engine, prompts(2), 3, seed=0, max_tokens=8)]
     Canary(policy, engine.logprobs, contexts(prompts(2)), completions)
     with pytest.raises(UserError, match="before any update"):
         Canary(other, engine.logprobs, contexts(prompts(2)), completions)
@@ -54,7 +54,7 @@ def test_its_completions_are_those_of_the_base_model(tiny_config):
     again = TorchEngine(policy, Letters(), contexts(prompts(4)), 1.0).canary.completions
     randomise(policy, 7)
     assert TorchEngine(policy, Letters(), contexts(prompts(4)), 1.0).canary.completions == again
-    assert len(again) == 8 and all(1 <= len(tokens) <= 8 for tokens in again)
+    assert len(again) == 32 and all(1 <= len(tokens) <= 4 for tokens in again)
 
 
 def nudge(policy, size):
@@ -66,7 +66,7 @@ def nudge(policy, size):
 def test_small_steps_add_up_until_the_engine_is_proved(tiny_config):
     """Noise of 0.02 and updates that each move less: nothing is said of them one by one."""
     policy, engine = build_engine(tiny_config())
-    engine.canary.noise = 0.02
+    engine.canary.noise = 0.05
     unproved = []
     for _ in range(60):
         nudge(policy, 0.002)
@@ -80,7 +80,7 @@ def test_trips_when_the_engine_stands_still_within_the_bound_over_many_small_ste
     policy, engine = build_engine(tiny_config())
     _, stale = build_engine(tiny_config())
     canary = engine.canary
-    canary.noise = 0.02
+    canary.noise = 0.05
     canary.logprobs = stale.logprobs
     with pytest.raises(UserError, match=r"stood still: from version 0 to \d+"):
         for _ in range(200):
@@ -98,7 +98,7 @@ def test_a_policy_that_has_diverged_is_told_as_that(tiny_config):
 
 def test_a_state_restored_goes_on_from_the_last_proof(tiny_config):
     policy, engine = build_engine(tiny_config())
-    engine.canary.noise = 0.02
+    engine.canary.noise = 0.05
     nudge(policy, 0.002)
     engine.sync()
     fresh = TorchEngine(policy, Letters(), contexts(prompts(4)), 1.0)

@@ -30,9 +30,9 @@ from grpo.types import Completion, Group, Prompt, Request
 
 LogProbs = Callable[[list[list[int]], list[list[int]]], list[list[float]]]  # (contexts, completions) -> log p
 
-# Completions of so many tokens are written after each context, and the most uncertain of them kept: a token that is
-# certain tells nothing.
-TOKENS, CANDIDATES, KEPT = 8, 6, 2
+# For each completion that is kept so many are written, and the most uncertain chosen: a token that is certain tells
+# nothing.
+CANDIDATES = 2
 # Noise is measured on this many repetitions: some kernels give other sums for other neighbours.
 REPETITIONS = 3
 # The gap may grow to this many times the noise.
@@ -63,28 +63,25 @@ class Measured(NamedTuple):
     policy: Tensor
 
 
-def build_canary(engine: Samples, policy: Policy, contexts: list[list[int]]) -> Canary:
-    """A canary on completions after each of these contexts.
+def build_canary(engine: Samples, policy: Policy, contexts: list[list[int]], kept: int, max_tokens: int) -> Canary:
+    """A canary on `kept` completions of at most `max_tokens` after each of these contexts.
 
     They are written by the base model, so that a resumed run has the canary of the uninterrupted one.
     """
-    limit = min(TOKENS, policy.config.max_completion_tokens)
+    count = CANDIDATES * kept
+    limit = min(max_tokens, policy.config.max_completion_tokens)
     requests = [
         Request(context, mix_seed(Purpose.CANARY, row, member), limit)
         for row, context in enumerate(contexts)
-        for member in range(CANDIDATES)
+        for member in range(count)
     ]
     with policy.store.reference():
         engine.take_up()
         written = engine.sample(requests)
     engine.take_up()
-    groups = [written[start : start + CANDIDATES] for start in range(0, len(written), CANDIDATES)]
-    kept = [
-        (context, completion.tokens)
-        for context, group in zip(contexts, groups, strict=True)
-        for completion in sorted(group, key=_surprise, reverse=True)[:KEPT]
-    ]
-    return Canary(policy, engine.logprobs, [context for context, _ in kept], [tokens for _, tokens in kept])
+    groups = [written[start : start + count] for start in range(0, len(written), count)]
+    chosen = [sorted(group, key=_surprise, reverse=True)[:kept] for group in groups]
+    return Canary(policy, engine.logprobs, contexts, chosen)
 
 
 def _surprise(completion: Completion) -> float:
@@ -95,18 +92,22 @@ class Canary:
     """Fixed completions, the noise between engine and policy on them, and the last version at which both moved
     together."""
 
-    def __init__(self, policy: Policy, logprobs: LogProbs, contexts: list[list[int]], completions: list[list[int]]):
-        """completions: [T] tokens after each context.
+    def __init__(
+        self, policy: Policy, logprobs: LogProbs, contexts: list[list[int]], completions: list[list[Completion]]
+    ):
+        """completions: some after each context.
 
         Raises:
             UserError: engine and policy are not the same model to begin with.
         """
-        self.policy, self.logprobs, self.contexts, self.completions = policy, logprobs, contexts, completions
+        self.policy, self.logprobs = policy, logprobs
         groups = [
-            Group(Prompt(row, "", context, {}), [Completion(tokens, [0.0] * len(tokens), "", "stop", 0)])
-            for row, (context, tokens) in enumerate(zip(contexts, completions, strict=True))
+            Group(Prompt(row, "", context, {}), some)
+            for row, (context, some) in enumerate(zip(contexts, completions, strict=True))
         ]
         self.batch = lay_out_to_read(groups, policy.device)
+        self.contexts = [group.prompt.tokens for group in groups for _ in group.completions]
+        self.completions = [completion.tokens for group in groups for completion in group.completions]
         measured = [self._measure() for _ in range(REPETITIONS)]
         dtype = policy.store.compute_dtype
         gap = _rms(torch.cat([each.engine - each.policy for each in measured]))

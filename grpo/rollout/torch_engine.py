@@ -28,6 +28,10 @@ from grpo.types import Completion, Request
 # Sequences written at once; more are done in turns.
 MAX_SEQUENCES = 512
 
+# Of the canary, after each of its prompts. Each token is a step of its own, and a small model's step is mostly
+# overhead.
+CANARY_COMPLETIONS, CANARY_TOKENS = 8, 4
+
 # Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
 
@@ -39,7 +43,7 @@ class TorchEngine:
         """canary_prompts: tokens [P] of prompts that the canary's completions are written after."""
         self.policy, self.tokenizer, self.temperature = policy, tokenizer, temperature
         self.stop_tokens = set(policy.stop_tokens)
-        self.canary = build_canary(self, policy, canary_prompts)
+        self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
 
     def sample(self, requests: list[Request]) -> list[Completion]:
         """See Engine.sample."""
@@ -54,7 +58,7 @@ class TorchEngine:
         """See Engine.logprobs. Goes through the cache token by token, as sampling does."""
         longest = max(map(len, completions))
         decoder = self._decoder()
-        hidden = decoder.start(contexts, [1] * len(contexts), longest)
+        hidden = decoder.start(*_counted(contexts), longest)
         scored = []
         for place in range(longest):
             # A sequence that is already at its end is fed its first token again; what comes out is not looked at.
@@ -81,10 +85,9 @@ class TorchEngine:
     def _write(self, requests: list[Request]) -> list[Completion]:
         """Sample until every completion has stopped or is as long as it may be. A context is read once for the requests
         of it that follow each other."""
-        contexts = [(context, len(list(same))) for context, same in groupby(request.context for request in requests)]
         longest = max(request.max_tokens for request in requests)
         decoder = self._decoder()
-        hidden = decoder.start([context for context, _ in contexts], [copies for _, copies in contexts], longest)
+        hidden = decoder.start(*_counted([request.context for request in requests]), longest)
         draws = torch.from_numpy(uniforms([request.seed for request in requests], longest)).to(hidden.device)
         drafts = [_Draft(request.max_tokens) for request in requests]
         rows = list(range(len(drafts)))  # the draft that each row of the decoder writes
@@ -111,6 +114,12 @@ class TorchEngine:
     def _decoder(self) -> Decoder:
         model = self.policy.model
         return PackedDecoder(model) if isinstance(model, FusedModel) else PaddedDecoder(model)
+
+
+def _counted(contexts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+    """Equal contexts that follow each other as one, and how many of each there were."""
+    counted = [(context, len(list(same))) for context, same in groupby(contexts)]
+    return [context for context, _ in counted], [count for _, count in counted]
 
 
 def draw(logprobs: Tensor, uniform: Tensor) -> Tensor:

@@ -31,6 +31,9 @@ from grpo.types import Completion, Request
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
 MAX_SEQUENCES = 512
 
+# Of the canary, after each of its prompts. All tokens are scored in one step, and most of what they follow is cached.
+CANARY_COMPLETIONS, CANARY_TOKENS = 4, 8
+
 # Tokens of prompts read in one step: bounds the memory of activations. Twice as many were no faster (8B, H100).
 MAX_BATCHED_TOKENS = 4096
 
@@ -102,7 +105,7 @@ class VllmEngine:
             self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
-                self.canary = build_canary(self, policy, canary_prompts)
+                self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
         except BaseException:
             self.close()
             raise

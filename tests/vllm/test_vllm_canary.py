@@ -101,7 +101,7 @@ def test_a_wrong_scale_trips_it(honest):
 def test_an_engine_that_stands_still_within_the_bound_trips_it(honest, monkeypatch):
     """Updates too small for the gap, as most are in bf16, and every factor in vLLM a copy that nobody refreshes."""
     policy, engine = honest
-    monkeypatch.setattr(engine.canary, "bound", 0.1)
+    monkeypatch.setattr(engine.canary, "noise", 0.02)
     factors = [
         factor
         for layer in layers_of(engine)
@@ -112,10 +112,12 @@ def test_an_engine_that_stands_still_within_the_bound_trips_it(honest, monkeypat
     for factor in factors:
         factor.data = factor.data.clone()
     try:
-        with torch.no_grad():
-            policy.store.parameters()[0].add_(2e-3)
         with pytest.raises(UserError, match="stood still"):
-            engine.sync()
+            for _ in range(200):
+                with torch.no_grad():
+                    policy.store.parameters()[0].add_(1e-3)
+                policy.version += 1
+                engine.sync()
     finally:
         for factor, data in zip(factors, lent, strict=True):
             factor.data = data
