@@ -97,7 +97,7 @@ def suits_vllm(config: Config, policy: Policy) -> bool:
 def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
     """The held-out score of a task."""
     return Evaluator(
-        prompts=questions.test,
+        prompts=list(questions.test),
         rewards=questions.rewards,
         solved=task.solved,
         answer=task.vote,

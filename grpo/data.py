@@ -1,51 +1,95 @@
 """Data: the rows of a task: a folder of JSON lines, a data set of the hub, or made up. Knows nothing of prompts.
 
 read_rows(data, split, ...)     what a task file reads its rows with
-load_rows(task, split, data)    all rows that a task gives
+Rows(task, split, data)         the rows that a task gives, each with its place
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from grpo.errors import UserError, user_code
 from grpo.task import Row, Task
+
+# Rows beyond this many are taken for rows without an end. A list of as many short ones takes 4 GiB.
+MOST_ROWS = 10_000_000
+READ_AT_ONCE = 256  # rows
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_rows(data: str, split: str, **hub_arguments: Any) -> Iterable[Row]:
     """Rows of a data set: a folder with `{split}.jsonl`, else the hub's data set of that name.
 
-    hub_arguments go to `datasets.load_dataset` (`name="main"`, say).
+    Both stay on the disk until a row is asked for. hub_arguments go to `datasets.load_dataset` (`name="main"`, say).
 
     Raises:
         UserError: neither exists, the hub cannot be reached, or a line is not a JSON object.
     """
     folder = Path(data)
     if folder.is_dir():
-        return _read_jsonl(folder / f"{split}.jsonl")
+        return JsonLines(folder / f"{split}.jsonl")
     if folder.suffix or data.startswith((".", "/", "~")):
         raise UserError(f"There is no folder {data}. --data takes a folder with train.jsonl and test.jsonl.")
     return _read_hub(data, split, hub_arguments)
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl.")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is {line.strip()[:40]!r}; each line must be a JSON object.")
-            rows.append(row)
-    return rows
+class JsonLines(Sequence[Row]):
+    """The objects in a file of JSON lines, each read when it is asked for; blank lines are none."""
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl.")
+        self.path = path
+        self.numbers = array("Q")  # of the lines that are not blank, counted from 1
+        self.starts = array("Q")  # where each of these begins, in bytes
+        start = 0
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.removeprefix(BYTE_ORDER_MARK).strip():
+                    self.numbers.append(number)
+                    self.starts.append(start)
+                start += len(line)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with self.path.open("rb") as lines:
+            lines.seek(self.starts[index])
+            return self._parse(self.numbers[index], lines.readline())
+
+    def __iter__(self) -> Iterator[Row]:
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.removeprefix(BYTE_ORDER_MARK).strip():
+                    yield self._parse(number, line)
+
+    def _parse(self, number: int, line: bytes) -> Row:
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.path} line {number} is not UTF-8: {error}. Save the file in that encoding."
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict):
+            shown = line.strip()[:40].decode(errors="replace")
+            raise UserError(f"{self.path} line {number} is {shown!r}; each line must be a JSON object.")
+        return row
 
 
 def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]:
@@ -61,30 +105,77 @@ def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]
         ) from error
 
 
-def load_rows(task: Task, split: str, data: str) -> list[Row]:
-    """All rows of a split.
+class Rows(Sequence[Row]):
+    """The rows of a split. What has a place for each row, such as a data set of the hub, is left where it is; what
+    gives one row after the other is read into a list.
+
+    first: read no more than so many of them. most: with more rows than this, they are taken for endless.
 
     Raises:
-        UserError: there are none, or a row lacks a column that `rows` reads.
+        UserError: there are none, there is no end of them, one lacks a column that `rows` reads; when it is read: it is
+            not a dict.
     """
-    with user_code(
-        lambda raised: (
-            f"`rows` of task {task.name} raised {raised} on {data} ({split}). Mend the row or `rows` in the task file."
-        )
-    ):
-        try:
-            rows = list(task.rows(split, data))
-        except KeyError as missing:
+
+    def __init__(self, task: Task, split: str, data: str, first: int | None = None, most: int = MOST_ROWS):
+        self.task = task
+        self.split = split
+        self.source = f"{data} ({split})"
+        self._rows: Any  # a Sequence, or what has its methods without being one, as the hub's data sets
+        with user_code(self._told):
+            try:
+                given = task.rows(split, data)
+                self._rows = given if _has_places(given) else list(islice(given, most + 1 if first is None else first))
+            except KeyError as missing:
+                raise UserError(
+                    f"The rows of {self.source} have no column {missing}, which task {task.name} reads. "
+                    "Rename the column in the data or change `rows` in the task file."
+                ) from missing
+            self._count = len(self._rows) if first is None else min(first, len(self._rows))
+        if self._count == 0:
+            raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows.")
+        if self._count > most:
             raise UserError(
-                f"The rows of {data} ({split}) have no column {missing}, which task {task.name} reads. "
-                "Rename the column in the data or change `rows` in the task file."
-            ) from missing
-    if not rows:
-        raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows.")
-    wrong = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise UserError(
-            f"`rows` of task {task.name} gave {reprlib.repr(rows[wrong])} ({type(rows[wrong]).__name__}) as row "
-            f"{wrong} of {data} ({split}). A row is a dict of columns, such as {{'question': ..., 'answer': ...}}."
-        )
-    return rows
+                f"`rows` of task {task.name} gives more than {most:,} rows of {self.source}. Does it ever end? Let it "
+                "stop: the run begins again by itself when it has asked every row."
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        with user_code(self._told):
+            row = self._rows[index]
+        return self._checked(index, row)
+
+    def __iter__(self) -> Iterator[Row]:
+        """One after the other, which for rows on a disk is faster than place by place."""
+        with user_code(self._told):
+            rows = iter(self._rows)
+        for start in range(0, self._count, READ_AT_ONCE):
+            with user_code(self._told):
+                some = list(islice(rows, min(READ_AT_ONCE, self._count - start)))
+            for place, row in enumerate(some, start):
+                yield self._checked(place, row)
+
+    def _checked(self, place: int, row: Any) -> Row:
+        if not isinstance(row, dict):
+            raise UserError(
+                f"`rows` of task {self.task.name} gave {reprlib.repr(row)} ({type(row).__name__}) as row {place} of "
+                f"{self.source}. A row is a dict of columns, such as {{'question': ..., 'answer': ...}}."
+            )
+        return row
+
+    def _told(self, raised: str) -> str:
+        return f"`rows` of task {self.task.name} raised {raised} on {self.source}. Mend the row, or `rows` in the task."
+
+
+def _has_places(rows: Any) -> bool:
+    """Whether any row can be asked for again, by its place."""
+    hub = sys.modules.get("datasets")  # where it was not imported nothing comes from it
+    return isinstance(rows, Sequence) or (hub is not None and isinstance(rows, hub.Dataset))

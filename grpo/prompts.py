@@ -1,113 +1,169 @@
 """Prompts: rows -> what is asked, through the chat template, in tokens. Knows nothing of rewards or of the order.
 
-build_prompts(task, rows, tokenizer, room)    none longer than the context allows
+Asker                                   how the rows of a task are asked of a model
+Survey                                  what every row asks, and how long it is, before a token is made of it
+build_prompts(asker, rows, ...)         the prompts; with many rows they are made when they are asked for
 """
 
 from __future__ import annotations
 
+import heapq
 import reprlib
+from array import array
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from hashlib import blake2b
+from typing import Any, overload
 
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words, user_code
 from grpo.task import Row, Task, fault_of_text
 from grpo.types import Message, Prompt
 
+# Up to so many prompts of a split are made, and checked, before the run. A million would take minutes and 10 GiB.
+MADE_AT_ONCE = 10_000
+# Of more, so many: the longest. The others are made when they are asked for.
+LONGEST_MADE = 2_048
 
-def build_prompts(task: Task, rows: list[Row], tokenizer: Any, room: int) -> list[Prompt]:
-    """Rows as prompts: messages through the chat template, then tokens.
+Content = list[Message] | str  # what `prompt` of a task gives
 
-    room: the longest prompt allowed, i.e. the context less the completion, in tokens.
 
-    Raises:
-        UserError: `prompt` gave no text, a prompt is longer than that, or the model has no chat template that takes the
-            messages.
+@dataclass(frozen=True)
+class Asker:
+    """How the rows of a task are asked: its `prompt`, the chat template, the tokenizer.
+
+    room        the longest prompt allowed: the context less the completion, in tokens
+    vocabulary  how many tokens the model can read
     """
-    contents = [_content(task, index, row) for index, row in enumerate(rows)]
-    chat = isinstance(contents[0], list)
-    other = next((index for index, content in enumerate(contents) if isinstance(content, list) != chat), None)
-    if other is not None:
-        raise UserError(
-            f"`prompt` of task {task.name} gave chat messages for some rows and a text for others (rows 0 and {other} "
-            "differ). Return the same kind for every row."
-        )
-    if chat and not tokenizer.chat_template:
-        raise UserError(
-            f"Task {task.name} asks with chat messages, but the model's tokenizer has no chat template. "
-            "Use an instruct model, or let `prompt` return text."
-        )
-    texts = [_render(tokenizer, index, content) for index, content in enumerate(contents)]
-    encoded = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-    prompts = [
-        Prompt(index, text, tokens, row, content if isinstance(content, list) else None)
-        for index, (text, tokens, row, content) in enumerate(zip(texts, encoded, rows, contents, strict=True))
-    ]
-    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
-    empty = next((prompt.index for prompt in prompts if not prompt.tokens), None)
-    if empty is not None:
-        raise UserError(
-            f"The tokenizer makes no token of the prompt of row {empty}, {texts[empty]!r}. Leave the row out."
-        )
-    if len(longest.tokens) > room:
-        raise UserError(
-            f"The prompt of row {longest.index} has {len(longest.tokens)} tokens, but only {room} fit beside a "
-            "completion in the context. Lower --max-completion-tokens, raise --max-context, or leave the row out."
-        )
-    return prompts
 
+    task: Task
+    tokenizer: Any
+    room: int
+    vocabulary: int
 
-def _content(task: Task, index: int, row: Row) -> list[Message] | str:
-    with user_code(
-        lambda raised: (
-            f"`prompt` of task {task.name} raised {raised} on row {index}. The row has the columns "
-            f"{', '.join(map(str, row))}."
-        )
-    ):
-        content = task.prompt(row)
-    fault = fault_of_text(content) if isinstance(content, str) else _fault_of_messages(content)
-    if fault:
-        raise UserError(
-            f"`prompt` of task {task.name} gave {fault} for row {index}. It must return chat messages, a list such as "
-            '[{"role": "user", "content": "..."}], or a text. Mend the row or `prompt` in the task file.'
-        )
-    return content
+    def content(self, place: int, row: Row) -> Content:
+        """What the task asks of a row.
 
-
-def _fault_of_messages(messages: Any) -> str:
-    """What is wrong with chat messages, in words; empty if nothing is. A message may be empty, but not all of them."""
-    if not isinstance(messages, list) or not messages:
-        return f"{reprlib.repr(messages)} ({type(messages).__name__})"
-    for message in messages:
-        if not isinstance(message, dict):
-            return f"the message {reprlib.repr(message)} ({type(message).__name__})"
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                return f"a message whose {key} is {reprlib.repr(message.get(key))}"
-    return fault_of_text("".join(message["content"] for message in messages))
-
-
-def _render(tokenizer: Any, index: int, content: list[Message] | str) -> str:
-    """The text of one prompt.
-
-    Where the chat template refuses a system message, as Gemma's does, the system text comes in front of the first
-    message of the user, which is what such models are asked with.
-
-    Raises:
-        UserError: the template refuses the messages anyway.
-    """
-    if isinstance(content, str):
+        Raises:
+            UserError: it is neither chat messages nor text, or the model's tokenizer has no chat template for messages.
+        """
+        with user_code(
+            lambda raised: (
+                f"`prompt` of task {self.task.name} raised {raised} on row {place}. The row has the columns "
+                f"{', '.join(map(str, row))}."
+            )
+        ):
+            content = self.task.prompt(dict(row))  # what it takes out of its row the rewards may still want
+        if fault := fault_of_text(content) if isinstance(content, str) else self._fault_of_messages(content):
+            raise UserError(
+                f"`prompt` of task {self.task.name} gave {fault} for row {place}. It must return chat messages, a list "
+                'such as [{"role": "user", "content": "..."}], or a text. Mend the row or `prompt` in the task file.'
+            )
+        if not isinstance(content, str) and not self.tokenizer.chat_template:
+            raise UserError(
+                f"Task {self.task.name} asks with chat messages, but the model's tokenizer has no chat template. "
+                "Use an instruct model, or let `prompt` return text."
+            )
         return content
-    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-    try:
-        return render(content)
-    except WHAT_USER_CODE_RAISES as error:  # a template is the model's own code
-        with suppress(*WHAT_USER_CODE_RAISES):
-            return render(_without_system(content))
-        raise UserError(
-            f"The model's chat template refuses the messages of row {index}: {in_words(error)}. Their roles are "
-            f"{', '.join(message['role'] for message in content)}. Change `prompt` in the task file, or the model."
-        ) from error
+
+    def prompts(self, asked: Iterable[tuple[int, Row, Content]], most: int) -> list[Prompt]:
+        """(place, row, what it asks) -> the prompts, none of more than `most` tokens.
+
+        Raises:
+            UserError: one is longer, has no token at all, or one that the model cannot read.
+        """
+        asked = list(asked)
+        texts = [self.render(place, content) for place, _, content in asked]
+        chat = isinstance(asked[0][2], list)
+        prompts = [
+            Prompt(place, text, tokens, row, content if isinstance(content, list) else None)
+            for (place, row, content), text, tokens in zip(asked, texts, self._tokens(texts, chat), strict=True)
+        ]
+        for prompt in prompts:
+            if fault := self._fault_of_tokens(prompt, most):
+                raise UserError(fault)
+        return prompts
+
+    def render(self, place: int, content: Content, **variables: Any) -> str:
+        """The text of one prompt. variables: of the chat template.
+
+        Where the chat template refuses a system message, as Gemma's does, the system text comes in front of the first
+        message of the user, which is what such models are asked with.
+
+        Raises:
+            UserError: the template refuses the messages anyway.
+        """
+        if isinstance(content, str):
+            return content
+        # A field that is None is one that the message does not have; a template would take it for one that it has.
+        messages = [{key: value for key, value in message.items() if value is not None} for message in content]
+        goes_on = messages[-1]["role"] == "assistant"
+        render = partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            **variables,
+        )
+        try:
+            return render(messages)
+        except WHAT_USER_CODE_RAISES as error:  # a template is the model's own code
+            with suppress(*WHAT_USER_CODE_RAISES):
+                return render(_without_system(messages))
+            raise UserError(
+                f"The model's chat template refuses the messages of row {place}: {in_words(error)}. Their roles are "
+                f"{', '.join(message['role'] for message in messages)}. Change `prompt` in the task file, or the model."
+            ) from error
+
+    def _tokens(self, texts: list[str], chat: bool) -> list[list[int]]:
+        """A chat template writes its special tokens itself. In front of a plain text come the tokenizer's own, unless
+        it begins with them; behind it none, because the completion follows.
+        """
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        front = [] if chat else self._front
+        return [tokens if tokens[: len(front)] == front else front + tokens for tokens in encoded]
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """The tokens that the tokenizer puts in front of any text, such as Llama's <|begin_of_text|>."""
+        bare = self.tokenizer("1 + 1", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("1 + 1")["input_ids"]
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+
+    def _fault_of_messages(self, messages: Any) -> str:
+        """What is wrong with chat messages, in words; empty if nothing is. A message may be empty, but not all."""
+        if not isinstance(messages, list) or not messages:
+            return f"{reprlib.repr(messages)} ({type(messages).__name__})"
+        for message in messages:
+            if not isinstance(message, dict):
+                return f"the message {reprlib.repr(message)} ({type(message).__name__})"
+            for key in ("role", "content"):
+                if not isinstance(message.get(key), str):
+                    return f"a message whose {key} is {reprlib.repr(message.get(key))}"
+        if messages[-1]["role"] == "assistant" and not self.task.continue_final_message:
+            return (
+                "a conversation that ends with the assistant's own answer (leave that out, or say "
+                "`continue_final_message=True` in the Task, and the completion goes on with it)"
+            )
+        return fault_of_text("".join(message["content"] for message in messages))
+
+    def _fault_of_tokens(self, prompt: Prompt, most: int) -> str:
+        if not prompt.tokens:
+            return (
+                f"The tokenizer makes no token of the prompt of row {prompt.index}, {prompt.text!r}. Leave the row out."
+            )
+        if len(prompt.tokens) > most:
+            return (
+                f"The prompt of row {prompt.index} has {len(prompt.tokens)} tokens, but only {most} fit beside a "
+                "completion in the context. Lower --max-completion-tokens, raise --max-context, or leave the row out."
+            )
+        if (largest := max(prompt.tokens)) >= self.vocabulary:
+            return (
+                f"The tokenizer makes the token {largest} of row {prompt.index}, but the vocabulary in the model's "
+                f"config.json has only {self.vocabulary}. Get the tokenizer that belongs to the model."
+            )
+        return ""
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
@@ -116,3 +172,87 @@ def _without_system(messages: list[Message]) -> list[Message]:
         return messages
     system, user, *rest = messages
     return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+
+@dataclass
+class Survey:
+    """What each of R rows asks."""
+
+    asker: Asker
+    keys: array[int] = field(default_factory=lambda: array("Q"))  # [R], equal where the same is asked
+    sizes: array[int] = field(default_factory=lambda: array("Q"))  # [R], bytes of it
+    contents: list[Content] = field(default_factory=list)  # of the first rows
+
+    def add(self, place: int, row: Row) -> None:
+        """The next row.
+
+        Raises:
+            UserError: what it asks is not as it must be.
+        """
+        content = self.asker.content(place, row)
+        if place < MADE_AT_ONCE:
+            self.contents.append(content)
+        if isinstance(content, list) != isinstance(self.contents[0], list):
+            raise UserError(
+                f"`prompt` of task {self.asker.task.name} gave chat messages for some rows and a text for others "
+                f"(rows 0 and {place} differ). Return the same kind for every row."
+            )
+        texts = [content] if isinstance(content, str) else [message["content"] for message in content]
+        encoded = "\0".join(texts).encode()
+        self.keys.append(int.from_bytes(blake2b(encoded, digest_size=8).digest()))
+        self.sizes.append(len(encoded))
+
+    def content(self, place: int, row: Row) -> Content:
+        """What a row asks."""
+        return self.contents[place] if place < len(self.contents) else self.asker.content(place, row)
+
+
+def build_prompts(
+    asker: Asker, rows: Sequence[Row], survey: Survey, places: Sequence[int]
+) -> tuple[Sequence[Prompt], int]:
+    """The prompts of the rows at these places, and how many tokens the longest has at most.
+
+    Up to MADE_AT_ONCE are made now. Of more, the longest are, as far as bytes tell; the others have no more tokens than
+    bytes, because a token is at least one.
+
+    Raises:
+        UserError: a prompt is not as it must be.
+    """
+
+    def made(some: Iterable[int]) -> list[Prompt]:
+        return asker.prompts(((place, rows[place], survey.content(place, rows[place])) for place in some), asker.room)
+
+    if len(places) <= MADE_AT_ONCE:
+        prompts = made(places)
+        return prompts, max(len(prompt.tokens) for prompt in prompts)
+    *longest, next_longest = heapq.nlargest(LONGEST_MADE + 1, places, key=survey.sizes.__getitem__)
+    prompts = made(longest)
+    of_the_template = max(len(prompt.text.encode()) - survey.sizes[prompt.index] for prompt in prompts)
+    bound = min(asker.room, survey.sizes[next_longest] + of_the_template + 1)
+    most = max(bound, *(len(prompt.tokens) for prompt in prompts))
+    return Prompts(asker, rows, places, most), most
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of the rows at these places, each made when it is asked for; none has more than `most` tokens."""
+
+    def __init__(self, asker: Asker, rows: Sequence[Row], places: Sequence[int], most: int):
+        self.asker = asker
+        self.rows = rows
+        self.places = places
+        self.most = most
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Prompt]: ...
+    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        place = self.places[index]
+        row = self.rows[place]
+        [prompt] = self.asker.prompts([(place, row, self.asker.content(place, row))], self.most)
+        return prompt

@@ -274,12 +274,10 @@ def check(resolved: Resolved) -> int:
     from grpo.rewards.preflight import preflight_table
 
     _announce(resolved)
-    questions = build_questions(resolved.task, resolved.config, all_tests=True)
+    questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
     report = preflight_rewards(resolved.task, questions, every_row=True)
     console.print(preflight_table(report))
     name, value = resolved.task.solved
-    rows = f"{len(questions.train):,} training and {len(questions.test):,} held-out rows"
-    say(f"{rows}, prompts of at most {questions.longest} tokens.")
     for warning in report.warnings:
         say(f"note: {warning}")
     solved = next(check for check in report.checks if check.name == name)
@@ -309,7 +307,7 @@ def evaluate_only(resolved: Resolved, target: str) -> int:
 
     _announce(resolved)
     config = resolved.config
-    questions = build_questions(resolved.task, config)
+    questions = build_questions(resolved.task, config, note=say)
     with memory_in_words(config):
         policy = build_policy(config, questions.longest_sequence)
         if _saved_run(target):
@@ -337,7 +335,7 @@ def start(resolved: Resolved, resume: str) -> int:
     checkpoint = resume_folder(Path(resume)) if resume else None
     if checkpoint:
         _check_steps(resolved.config, checkpoint)
-    questions = build_questions(resolved.task, resolved.config)
+    questions = build_questions(resolved.task, resolved.config, note=say)
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
     folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from grpo.seeds import mix_seed
@@ -14,11 +16,11 @@ class PromptStream:
     `cursor` counts the prompts handed out; a stream built with the same seed and cursor goes on the same.
     """
 
-    def __init__(self, prompts: list[Prompt], seed: int, cursor: int = 0):
+    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: int = 0):
         self.prompts = prompts
         self.seed = seed
         self.cursor = cursor
-        self._order: tuple[int, list[int]] = (-1, [])  # (epoch, its permutation)
+        self._order = (-1, torch.empty(0))  # (epoch, its permutation)
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
@@ -30,5 +32,5 @@ class PromptStream:
         epoch, place = divmod(position, len(self.prompts))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
-            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator).tolist())
-        return self._order[1][place]
+            self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
+        return int(self._order[1][place])

@@ -11,21 +11,26 @@ import importlib.util
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from grpo.config import Config, field_names
-from grpo.errors import UserError, user_code
+from grpo.errors import UserError, nearest, user_code
 from grpo.rewards.xml_format import extract_answer
 
 if TYPE_CHECKING:  # it comes with torch, which a task file has no use for
     from grpo.types import Message
 
 Row = dict[str, Any]
+
+LONGEST_NAME = 100  # bytes; a file's name may have 255, and a run's folder has the time beside it
+_FORMATTER = Formatter()
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Task:
     config    the run's defaults
     embedded  what replaces them where there is no GPU or no hub: the tiny model that ships with the package
     answer    completion text -> the answer that it votes for in majority@k, None for none
+    held_out  for data that has no test split: so many prompts of the training split are kept out of training and asked
+              in its place, chosen by what they ask, so that they are the same in every run; 0: the score is of training
+              prompts, and says so
+    continue_final_message    where the last chat message is the assistant's, the completion goes on with it
     """
 
     name: str
@@ -53,6 +62,8 @@ class Task:
     config: Config = field(default_factory=Config)
     embedded: dict[str, Any] = field(default_factory=dict)
     answer: Callable[[str], str | None] = extract_answer
+    held_out: int | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         for broken, sentence in _faults(self):
@@ -65,22 +76,46 @@ class Task:
 
     def gold_text(self, row: Row) -> str:
         """The gold completion of a row."""
-        try:
-            text = self.gold.format(**row)
-        except KeyError as missing:
-            raise UserError(
-                f"The gold template of task {self.name} uses {missing}, but its rows have the columns "
-                f"{', '.join(row)}. Change `gold` in the task file (a brace that is meant as such is written twice) or "
-                "the columns that `rows` gives."
-            ) from missing
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserError(
-                f"The gold template {self.gold!r} of task {self.name} does not go with the row {reprlib.repr(row)}: "
-                f"{error}. Change `gold` in the task file; {{column}} stands for a column of the row."
-            ) from error
+        with self._filled_in(row):
+            text = self.gold.format_map(row)
         if text and (fault := fault_of_text(text)):
             raise UserError(f"The gold completion of the row {row!a:.200} is {fault}. Mend the row.")
         return text
+
+    def missing_gold(self, row: Row, columns: Sequence[str] = ()) -> str:
+        """What is no answer among the values that make the gold completion, or in the columns that decide it.
+
+        In words; empty if nothing is. Python would write each as some text ("None"), which a completion could hit. An
+        empty text is none in a column that decides, and where nobody knows which do.
+        """
+        with self._filled_in(row):
+            values = [(name, _FORMATTER.get_field(name, (), row)[0]) for name in self._places_in_gold]
+            faults = [(name, _fault_of_answer(value)) for name, value in values if not (columns and _is_blank(value))]
+            faults += [(name, _fault_of_given(row.get(name))) for name in columns]
+        return next((f"`{name}` is {fault}" for name, fault in faults if fault), "")
+
+    @cached_property
+    def _places_in_gold(self) -> list[str]:
+        """What stands in the braces of the template, such as answer or answer[0]."""
+        return [name for _, name, _, _ in _FORMATTER.parse(self.gold) if name is not None]
+
+    @contextmanager
+    def _filled_in(self, row: Row) -> Iterator[None]:
+        """Inside the gold template meets a row, whose values may be of the user's own classes."""
+        with user_code(
+            lambda raised: (
+                f"The gold template {self.gold!r} of task {self.name} does not go with the row {reprlib.repr(row)}: "
+                f"{raised}. Change `gold` in the task file; {{column}} stands for a column of the row."
+            )
+        ):
+            try:
+                yield
+            except KeyError as missing:
+                raise UserError(
+                    f"The gold template of task {self.name} uses {missing}, but its rows have the columns "
+                    f"{', '.join(map(str, row))}.{nearest(str(missing.args[0]), map(str, row))} Change `gold` in the "
+                    "task file (a brace that is meant as such is written twice) or the columns that `rows` gives."
+                ) from missing
 
     def vote(self, text: str) -> str | None:
         """What a completion votes for in majority@k.
@@ -110,6 +145,10 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
     unknown = sorted(map(str, set(task.embedded) - set(field_names()))) if isinstance(task.embedded, dict) else []
     return [
         *((not isinstance(v, str), f"`{name}` is {v!r}. It must be text.") for name, v in texts.items()),
+        (
+            bool(fault := _fault_of_name(task.name)),
+            f"`name` is {task.name!r}, {fault}. A run's folder is named after it: use letters, digits, - and _.",
+        ),
         *((not callable(v), f"`{name}` is {v!r}. It must be a function.") for name, v in functions.items()),
         (
             not isinstance(task.rewards, Mapping),
@@ -126,8 +165,53 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
             not isinstance(task.embedded, dict),
             f"`embedded` is {task.embedded!r}. It must be {{field of Config: value}}.",
         ),
+        (
+            task.held_out is not None and not (type(task.held_out) is int and task.held_out >= 0),
+            f"`held_out` is {task.held_out!r}. It must be a number of prompts, or None where there is a test split.",
+        ),
+        (
+            not isinstance(task.continue_final_message, bool),
+            f"`continue_final_message` is {task.continue_final_message!r}. It must be True or False.",
+        ),
         (bool(unknown), f"`embedded` has {', '.join(unknown)}, and a Config has no such field (--help lists them)."),
     ]
+
+
+def _fault_of_name(name: Any) -> str:
+    """Why a name makes no folder of a run, in words; empty if it does."""
+    if not isinstance(name, str):
+        return ""  # told as what is no text
+    if not name.strip():
+        return "which is empty"
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        return f"which is longer than {LONGEST_NAME} bytes"
+    if name.startswith(".") or name != name.strip():
+        return "which begins with a point or has white space at an end"
+    wrong = next((character for character in name if character in "/\\" or not character.isprintable()), None)
+    return "" if wrong is None else f"which has {wrong!a} in it"
+
+
+def _fault_of_answer(value: Any) -> str:
+    """Why a value is no answer that can be written into a gold completion, in words; empty if it is one."""
+    several = isinstance(value, (Mapping, Set, Sequence)) and not isinstance(value, str)
+    if several or getattr(value, "ndim", 0):
+        return f"{reprlib.repr(value)} ({type(value).__name__}), no single answer"
+    return _fault_of_given(value)
+
+
+def _is_blank(value: Any) -> bool:
+    """A text with nothing in it but white space."""
+    return isinstance(value, str) and not value.strip()
+
+
+def _fault_of_given(value: Any) -> str:
+    """Whether a value is missing, in words; empty if it is there."""
+    if isinstance(value, str):
+        return f"{value!r}, an empty text" if _is_blank(value) else ""
+    # Missing values of numpy and pandas do not equal themselves, and pandas' own compares to nothing at all.
+    several = getattr(value, "ndim", 0) or isinstance(value, (Mapping, Set, Sequence))
+    is_missing = value is None or (not several and (type(value).__name__ == "NAType" or bool(value != value)))
+    return f"{value!r}" if is_missing else ""
 
 
 def _is_solved(solved: Any) -> bool:
@@ -141,7 +225,7 @@ def _fault_of_template(gold: Any) -> str:
         return ""
     hint = "{column} stands for a column of the row, and a brace that is meant as such is written twice"
     try:
-        names = [name for _, name, _, _ in Formatter().parse(gold) if name is not None]
+        names = [name for _, name, _, _ in _FORMATTER.parse(gold) if name is not None]
     except ValueError as error:
         return f"which is no template ({error}): {hint}"
     unnamed = any(not name or name[0].isdigit() for name in names)

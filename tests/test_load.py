@@ -9,12 +9,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import CPU
 
-from grpo.build import check_vocabulary
 from grpo.config import Config
-from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError
 from grpo.policy import load_model, load_tokenizer
-from grpo.types import Prompt
 
 
 @pytest.fixture
@@ -84,11 +81,3 @@ def test_an_architecture_that_goes_past_its_linears(tmp_path):
 def test_a_model_without_a_tokenizer(name, told, checkpoint):
     with pytest.raises(UserError, match=told):
         load_tokenizer(checkpoint(name))
-
-
-def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
-    shutil.copy(MODEL_DIR / "config.json", tmp_path)
-    configure(tmp_path, vocab_size=985)
-    check_vocabulary(str(tmp_path), [Prompt(0, "", [3, 984], {})])
-    with pytest.raises(UserError, match=r"makes the token 1100, but the vocabulary in its config\.json has only 985"):
-        check_vocabulary(str(tmp_path), [Prompt(0, "", [3], {}), Prompt(1, "", [3, 1100, 4], {})])

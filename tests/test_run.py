@@ -211,7 +211,7 @@ def test_task_file_that_is_not_there(capsys, tmp_path):
         ("def f(:\n", ["line 1", "is not Python"]),
         ("x = 1\n", ["must define `task = Task(...)`"]),
         ("task = 3\n", ["must define `task = Task(...)`", "a int"]),
-        ("import sys\nsys.exit(0)\n", ["SystemExit: 0", "line 2"]),
+        ("import sys\nsys.exit(0)\n", ["SystemExit (0)", "line 2"]),
         ("import nothing_of_this_name\n", ["ModuleNotFoundError", "nothing_of_this_name"]),
     ],
 )
@@ -385,8 +385,8 @@ def test_data_that_is_wrong(capsys, tmp_path):
     fails([gsm8k, "--data", str(data)], capsys, "`rows` of task gsm8k raised ValueError")
     (data / "train.jsonl").write_text("{not json}\n")
     fails([gsm8k, "--data", str(data)], capsys, "line 1 is not JSON")
-    row = json.dumps({"question": "How many? " * 2000, "answer": "#### 2"})
     for split in ("train", "test"):
+        row = json.dumps({"question": f"How many to {split}? " * 2000, "answer": "#### 2"})
         (data / f"{split}.jsonl").write_text(row + "\n")
     fails([gsm8k, "--data", str(data)], capsys, "The prompt of row 0 has", "fit")
 

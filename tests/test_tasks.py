@@ -3,17 +3,26 @@
 import inspect
 import json
 import sys
+from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from random import random
 
+import numpy as np
 import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
 
-from grpo import Task
-from grpo.data import load_rows
+from grpo import Config, Task
+from grpo.cautions import cautions
+from grpo.data import JsonLines, Rows, read_rows
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
-from grpo.prompts import build_prompts
+from grpo.prompts import Asker, Prompts, Survey, build_prompts
+from grpo.questions import Answers, build_questions
+from grpo.seeds import mix_seed
+from grpo.stream import PromptStream
 from grpo.task import load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -102,7 +111,14 @@ def prompts_of(content, template=None, rows=1):
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = template or tokenizer.chat_template
     task = task_with(prompt=content if callable(content) else lambda row: content)
-    return build_prompts(task, [{"answer": str(index)} for index in range(rows)], tokenizer, room=200)
+    return prompts_for(Asker(task, tokenizer, room=200, vocabulary=2000), [{"answer": str(n)} for n in range(rows)])
+
+
+def prompts_for(asker, rows):
+    survey = Survey(asker)
+    for place, row in enumerate(rows):
+        survey.add(place, row)
+    return build_prompts(asker, rows, survey, range(len(rows)))[0]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,7 @@ def test_gold_that_a_row_does_not_fill_is_told(gold, answer, told):
 @pytest.mark.parametrize("row", ["text", ("q", "a"), 3, None])
 def test_a_row_is_a_dict(row):
     with pytest.raises(UserError, match="as row 1 of embedded"):
-        load_rows(task_with(rows=lambda split, data: [{"answer": "2"}, row]), "train", "embedded")
+        list(Rows(task_with(rows=lambda split, data: [{"answer": "2"}, row]), "train", "embedded"))
 
 
 @pytest.mark.parametrize(("answer", "told"), [(lambda text: 1 / 0, "ZeroDivisionError"), (list, "(list)")])
@@ -290,3 +306,301 @@ def test_reverse_pays_for_the_letters_before_the_first_mistake():
     assert marks(task, answered("d c a b"), row) == {"reversed_letters": 0.0, "right_start": 0.25, "soft_xml": 0.5}
     assert marks(task, answered("d c b a a a a a"), row)["right_start"] == 0.25
     assert marks(task, "d c b a", row) == {"reversed_letters": 0.0, "right_start": 0.0, "soft_xml": 0.0}
+
+
+# ---- rows
+
+
+def test_json_lines_may_be_blank_or_begin_with_a_byte_order_mark(tmp_path):
+    lines = [b'\xef\xbb\xbf{"answer": "1"}\r\n', b"\r\n", b'{"answer": "\xc3\xa4"}\n', b"  \n", b'{"answer": "3"}']
+    (tmp_path / "train.jsonl").write_bytes(b"".join(lines))
+    rows = read_rows(str(tmp_path), "train")
+    assert isinstance(rows, JsonLines)
+    expected = [{"answer": "1"}, {"answer": "ä"}, {"answer": "3"}]
+    assert list(rows) == expected == [rows[place] for place in range(len(rows))]
+    assert rows[1:] == expected[1:] and rows[-1] == expected[-1]
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b'{"answer": }', "line 3 is not JSON"),
+        (b"[1, 2]", r"line 3 is '\[1, 2\]'; each line must be a JSON object"),
+        (b'{"answer": "\xff"}', "line 3 is not UTF-8"),
+        (b"[" * 200_000, "line 3 is not JSON"),
+    ],
+)
+def test_a_line_that_is_no_row_is_told_with_its_number(tmp_path, line, told):
+    (tmp_path / "train.jsonl").write_bytes(b'{"answer": "1"}\n\n' + line + b"\n")
+    rows = read_rows(str(tmp_path), "train")
+    for read in (list, lambda rows: rows[1]):
+        with pytest.raises(UserError, match=told):
+            read(rows)
+
+
+def test_rows_without_an_end_are_refused():
+    def endless(split, data):
+        while True:
+            yield {"question": "?", "answer": "2"}
+
+    with pytest.raises(UserError, match=r"more than 1,000 rows of embedded .* Does it ever end\?"):
+        Rows(task_with(rows=endless), "train", "embedded", most=1000)
+    assert len(Rows(task_with(rows=endless), "test", "embedded", first=30)) == 30
+
+
+def test_rows_of_the_hub_stay_where_they_are():
+    """A data set in Arrow's memory: nested columns, missing values, and rows that are asked for by place."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict(
+        {"question": ["a?", "b?", "c?"], "answer": [1, 2, 3], "more": [{"x": [1]}, {"x": []}, None]}
+    )
+    rows = Rows(task_with(rows=lambda split, data: table), "train", "hub", first=2)
+    assert rows._rows is table
+    assert list(rows) == rows[:] == [table[0], table[1]]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", ".hidden", "", "  ", "x\0y", "a\nb", "a" * 101, "tab\there", "\x1b[31m", "x "]
+)
+def test_a_name_makes_a_safe_folder(name):
+    with pytest.raises(UserError, match="A run's folder is named after it"):
+        task_with(name=name)
+    assert task_with(name="gsm8k-größer_2").name == "gsm8k-größer_2"
+
+
+# ---- gold answers
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (None, "None"),
+        (float("nan"), "nan"),
+        (np.float32("nan"), "nan"),
+        ("", "'', an empty text"),
+        (" \n", "an empty text"),
+        (["2"], r"\['2'\] \(list\), no single answer"),
+        ({"a": 1}, "no single answer"),
+        (np.array([2]), "no single answer"),
+        (b"2", "no single answer"),
+    ],
+)
+def test_an_answer_that_is_none_is_refused_with_its_row(value, told):
+    values = ["2", value, 3, value]
+    rows = [{"question": f"{place}?", "answer": value} for place, value in enumerate(values)]
+    task = task_with(rows=lambda split, data: rows if split == "train" else [{"question": "x", "answer": 0}])
+    with pytest.raises(
+        UserError, match=rf"^The gold answer is missing in 2 rows of .*\(train\) \(row 1: `answer` is .*{told}.*row 3"
+    ):
+        build_questions(task, SMALL_CONFIG, note=list)
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, 2.5, True, Fraction(1, 3), Decimal("1.5"), np.int64(3), "0", "None"])
+def test_numbers_and_texts_are_answers(value):
+    assert task_with().missing_gold({"question": "?", "answer": value}) == ""
+
+
+def test_what_the_deciding_reward_reads_must_be_there_unless_it_has_a_default():
+    def right(completion, answer, unit="", numbers=()):
+        return 1.0
+
+    columns = {"question": "?", "working": " ", "answer": "4", "unit": None, "numbers": []}
+    task = task_with(gold="{working}{question}", rewards={right: 1.0}, solved=("right", 1.0))
+    answers = Answers(task)
+    answers.add(0, columns)
+    answers.check("data")  # working that is not shown is no answer that is missing
+    answers.add(1, columns | {"answer": None})
+    answers.add(2, {key: value for key, value in columns.items() if key != "answer"})
+    with pytest.raises(UserError, match=r"in 2 rows of data .*row 1: `answer` is None; row 2: `answer` is None"):
+        answers.check("data")
+
+
+# ---- the two splits
+
+SMALL_CONFIG = Config(model="embedded", base="float32", device="cpu", eval_prompts=5, max_completion_tokens=64)
+
+
+def splits(train, test, **fields):
+    """The questions of a task with these texts as its training and test prompts; and what was noted."""
+    texts, notes = {"train": train, "test": test}, []
+    task = task_with(rows=lambda split, data: [{"question": text, "answer": "2"} for text in texts[split]], **fields)
+    return build_questions(task, SMALL_CONFIG, note=notes.append), "\n".join(notes)
+
+
+def asked(prompts):
+    return [prompt.fields["question"] for prompt in prompts]
+
+
+def test_held_out_prompts_that_are_training_prompts_are_told_and_counted():
+    _, notes = splits(["a", "b", "c"], ["c", "d", "e", "a"])
+    assert "2 of 4 held-out prompts of embedded (test) are training prompts too (rows 0, 3)" in notes
+    _, notes = splits(["a", "b", "c"], ["d"])
+    assert "training prompts too" not in notes
+
+
+def test_a_task_that_ignores_its_split_is_refused_unless_it_says_so():
+    with pytest.raises(UserError, match=r"let `rows` of task small look at its `split`.*`held_out=100`"):
+        splits(["a", "b", "c"], ["a", "b", "c"])
+    questions, notes = splits(["a", "b", "c"], ["a"], held_out=0)
+    assert asked(questions.train) == asked(questions.test) == ["a", "b", "c"]
+    assert "its held-out score is that of training prompts" in notes
+
+
+def test_held_out_prompts_are_the_same_in_any_order_and_leave_nothing_behind():
+    texts = [f"question {number}" for number in range(40)]
+    questions, _ = splits(texts + texts[:10], [], held_out=4)
+    test, train = asked(questions.test), asked(questions.train)
+    assert len(test) == len(set(test)) == 4
+    assert set(train) == set(texts) - set(test)
+    assert len(train) == 50 - sum(2 if text in texts[:10] else 1 for text in test)
+    assert set(asked(splits(texts[::-1], [], held_out=4)[0].test)) == set(test)
+    # Of more, the first are the same: a run that asks fewer of them asks some of these.
+    assert asked(splits(texts, [], held_out=9)[0].test)[:4] == test
+    assert [prompt.index for prompt in questions.test] == [texts.index(text) for text in test]
+    with pytest.raises(UserError, match=r"`held_out` of task small is 40, but .* asks only 40 different prompts"):
+        splits(texts, [], held_out=40)
+
+
+# ---- tokens
+
+
+def tokenizer_with_bos(kind="llama"):
+    """The embedded tokenizer, but it begins every text with <|endoftext|>, and ends it so too if kind is "both"."""
+    tokenizer = load_tokenizer("embedded")
+    bos = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    single = "<|endoftext|> $A <|endoftext|>" if kind == "both" else "<|endoftext|> $A"
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[bos])
+    return tokenizer, bos[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "both"])
+def test_a_text_gets_the_tokenizer_s_first_tokens_once(kind):
+    tokenizer, bos = tokenizer_with_bos(kind)
+    bare = tokenizer("1 + 1?", add_special_tokens=False)["input_ids"]
+    for text in ("1 + 1?", "<|endoftext|>1 + 1?"):
+        asker = Asker(task_with(prompt=lambda row, text=text: text), tokenizer, 200, 2000)
+        assert prompts_for(asker, [{"answer": "2"}])[0].tokens == [bos, *bare]
+
+
+@pytest.mark.parametrize("begins", ["", "<|endoftext|>"])
+def test_a_chat_has_the_tokens_that_the_template_writes(begins):
+    """Also where both the tokenizer and the template begin with the same token."""
+    tokenizer, _ = tokenizer_with_bos()
+    tokenizer.chat_template = begins + tokenizer.chat_template
+    messages = [{"role": "user", "content": "1 + 1?", "tool_calls": None}]
+    [prompt] = prompts_for(Asker(task_with(prompt=lambda row: messages), tokenizer, 200, 2000), [{"answer": "2"}])
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "1 + 1?"}], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt.tokens == expected
+    assert prompt.messages == messages
+
+
+def test_a_token_that_the_model_cannot_read_is_told():
+    tokenizer = load_tokenizer("embedded")
+    text = "1 + 1?"
+    largest = max(tokenizer(text)["input_ids"])
+    task = task_with(prompt=lambda row: text)
+    assert prompts_for(Asker(task, tokenizer, 200, largest + 1), [{"answer": "2"}])
+    with pytest.raises(UserError, match=f"makes the token {largest} of row 0, .* only {largest}"):
+        prompts_for(Asker(task, tokenizer, 200, largest), [{"answer": "2"}])
+
+
+CALLS = "{% if m.tool_calls is defined %}{{ m.tool_calls | length }}{% endif %}"
+TOOLS = "{% for m in messages %}<{{ m.role }}>" + CALLS + "{{ m.content }}{% endfor %}"
+
+
+def test_a_field_of_a_message_that_is_none_is_not_there():
+    [prompt] = prompts_of([{"role": "user", "content": "x", "tool_calls": None}], TOOLS)
+    assert prompt.text == "<user>x"
+
+
+ANSWERED = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is"}]
+
+
+def test_a_conversation_that_ends_with_an_answer_is_refused_or_gone_on_with():
+    with pytest.raises(UserError, match="ends with the assistant's own answer"):
+        prompts_of(ANSWERED)
+    tokenizer = load_tokenizer("embedded")
+    task = task_with(prompt=lambda row: ANSWERED, continue_final_message=True)
+    [prompt] = prompts_for(Asker(task, tokenizer, 200, 2000), [{"answer": "2"}])
+    assert prompt.text == tokenizer.apply_chat_template(ANSWERED, tokenize=False, continue_final_message=True)
+    assert prompt.text.endswith("It is")
+
+
+# ---- what is told and stops nothing
+
+
+def cautions_of(prompt, template=None, gold="{answer}"):
+    tokenizer = load_tokenizer("embedded")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>"]})
+    asker = Asker(task_with(prompt=prompt, gold=gold), tokenizer, 200, 2000)
+    rows = [{"question": f"{number} + 1?", "answer": str(number + 1)} for number in range(3)]
+    return list(cautions(asker, prompts_for(asker, rows)))
+
+
+def both_say(row):
+    return [{"role": "system", "content": "Think."}, {"role": "user", "content": row["question"]}]
+
+
+USER_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+DATED = "{{ strftime_now('%d %b %Y') }}" + PLAIN
+DATED_IF_ASKED = "{% if date is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, []),
+        ({"template": USER_ONLY}, ["leaves out, or changes, what the system says in row 0: 'Think.'"]),
+        ({"template": DATED}, ["writes today's date into every prompt"]),
+        ({"template": DATED_IF_ASKED}, []),
+        ({"template": PLAIN + "<think>\n", "gold": "<think>x</think>{answer}"}, ["ends with <think>, and its gold"]),
+        ({"template": PLAIN + "<think>\n", "gold": "x</think>{answer}"}, []),
+        ({"gold": "<answer>{answer}</answer>"}, ["<answer> of the gold completion are special tokens"]),
+        ({"prompt": lambda row: str(random())}, ["gives something else for row 0 each time"]),
+        ({"prompt": lambda row: row.pop("question")}, []),
+    ],
+)
+def test_what_may_not_be_expected_is_told_once(fields, told):
+    found = cautions_of(**({"prompt": both_say} | fields))
+    assert len(found) == len(told)
+    assert all(expected in sentence for expected, sentence in zip(told, found, strict=True))
+
+
+# ---- many rows
+
+
+def test_many_prompts_are_those_that_few_are(monkeypatch):
+    """Made when they are asked for, as if made at once; no longer than said, and the longest is looked at first."""
+    tokenizer = load_tokenizer("embedded")
+    rows = [{"question": f"{number} apples and {'more ' * (number % 7)}", "answer": "2"} for number in range(50)]
+    asker = Asker(task_with(), tokenizer, 200, 2000)
+    survey = Survey(asker)
+    for place, row in enumerate(rows):
+        survey.add(place, row)
+    few, longest = build_prompts(asker, rows, survey, range(50))
+    assert longest == max(len(prompt.tokens) for prompt in few)
+    monkeypatch.setattr("grpo.prompts.MADE_AT_ONCE", 10)
+    monkeypatch.setattr("grpo.prompts.LONGEST_MADE", 8)
+    many, bound = build_prompts(asker, rows, survey, range(50))
+    assert isinstance(many, Prompts) and list(many) == few and many[3:5] == few[3:5] and many[-1] == few[-1]
+    assert longest <= bound <= max(len(prompt.text.encode()) for prompt in few) + 1
+    taken = PromptStream(many, seed=3).take(120)
+    assert taken == PromptStream(few, seed=3).take(120)
+    assert PromptStream(many, seed=3, cursor=100).take(20) == taken[100:]
+    rows[31]["question"] = "too long " * 200
+    survey = Survey(asker)
+    for place, row in enumerate(rows):
+        survey.add(place, row)
+    with pytest.raises(UserError, match=r"row 31 has .* tokens, but only 200 fit"):
+        build_prompts(asker, rows, survey, range(50))
+
+
+def test_the_order_of_prompts_is_that_of_torch():
+    generator = torch.Generator().manual_seed(mix_seed(9, 0))
+    order = torch.randperm(6, generator=generator).tolist()
+    assert PromptStream(list("abcdef"), seed=9).take(6) == ["abcdef"[place] for place in order]

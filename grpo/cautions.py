@@ -1,0 +1,81 @@
+"""Cautions: what happens to prompts and gold completions on their way to the model that a user may not expect.
+
+None of it stops a run. Knows nothing of rewards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from grpo.prompts import Asker
+from grpo.types import Prompt
+
+_TAG = re.compile(r"</?[^<>\s/]+>")
+_TAG_AT_END = re.compile(r"<[^<>\s/]+>\s*$")
+
+
+def cautions(asker: Asker, prompts: Sequence[Prompt]) -> Iterator[str]:
+    """A sentence for each thing that is so, about the first of the prompts that shows it."""
+    checks = (_dropped_text, _date_in_template, _another_time_another_prompt, _opened_twice, _tags_that_vanish)
+    for check in checks:
+        yield from [told for prompt in prompts if (told := check(asker, prompt))][:1]
+
+
+def _dropped_text(asker: Asker, prompt: Prompt) -> str:
+    # What an assistant said earlier is cut by some templates on purpose (its reasoning), so it is not looked for.
+    asked = [message for message in prompt.messages or [] if message["role"] in ("system", "user")]
+    dropped = next((message for message in asked if message["content"].strip() not in prompt.text), None)
+    if dropped is None:
+        return ""
+    return (
+        f"The model's chat template leaves out, or changes, what the {dropped['role']} says in row {prompt.index}: "
+        f"{dropped['content'].strip()[:60]!r}. Say it in another message if the model should read it."
+    )
+
+
+def _date_in_template(asker: Asker, prompt: Prompt) -> str:
+    if prompt.messages is None:
+        return ""
+    another_day = asker.render(prompt.index, prompt.messages, strftime_now=lambda form: "another day")
+    if another_day == prompt.text:
+        return ""
+    return (
+        "The model's chat template writes today's date into every prompt: a run that is resumed or evaluated on "
+        "another day asks other tokens. Use a template without it where that matters."
+    )
+
+
+def _another_time_another_prompt(asker: Asker, prompt: Prompt) -> str:
+    content = asker.content(prompt.index, prompt.fields)
+    if content == (prompt.text if prompt.messages is None else prompt.messages):
+        return ""
+    return (
+        f"`prompt` of task {asker.task.name} gives something else for row {prompt.index} each time it is called: a run "
+        "that is resumed asks other prompts. Draw from a generator that the row itself seeds, such as "
+        'random.Random(row["question"]).'
+    )
+
+
+def _opened_twice(asker: Asker, prompt: Prompt) -> str:
+    opened = _TAG_AT_END.search(prompt.text)
+    if opened is None or not asker.task.gold_text(prompt.fields).lstrip().startswith(opened.group().strip()):
+        return ""
+    return (
+        f"The prompt of row {prompt.index} ends with {opened.group().strip()}, and its gold completion begins with it "
+        "again. A completion goes on where the prompt ends: leave the tag out of `gold`, and let no reward ask for it."
+    )
+
+
+def _tags_that_vanish(asker: Asker, prompt: Prompt) -> str:
+    """Special tokens are left out of a completion's text, so a tag that is one is never seen by a reward."""
+    gold = asker.task.gold_text(prompt.fields)
+    tokens = asker.tokenizer(gold, add_special_tokens=False)["input_ids"]
+    kept = asker.tokenizer.decode(tokens, skip_special_tokens=True)
+    lost = sorted({tag for tag in _TAG.findall(gold) if tag not in kept})
+    if not lost:
+        return ""
+    return (
+        f"{', '.join(lost)} of the gold completion are special tokens of this model, which are left out of a "
+        "completion's text: no reward will ever see them. Use other tags, or a model that writes these as text."
+    )
