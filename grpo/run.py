@@ -299,19 +299,21 @@ def check(resolved: Resolved) -> int:
 
 def evaluate_only(resolved: Resolved, target: str) -> int:
     """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
-    from grpo.build import build_engine, build_evaluator, build_policy
+    from grpo.build import build_engine, build_evaluator, build_policy, settle_threads
     from grpo.checkpoint import best_checkpoint
     from grpo.evaluate import score_lines
     from grpo.policy.adapter import load_adapter
     from grpo.questions import build_questions
+    from grpo.threads import restored_threads
 
     _announce(resolved)
     config = resolved.config
     questions = build_questions(resolved.task, config, note=say)
-    with memory_in_words(config):
+    checkpoint = best_checkpoint(Path(target)) if _saved_run(target) else None
+    with memory_in_words(config), restored_threads():
         policy = build_policy(config, questions.longest_sequence)
-        if _saved_run(target):
-            checkpoint = best_checkpoint(Path(target))
+        settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
+        if checkpoint:
             load_adapter(policy, checkpoint)
             say(f"adapter of {checkpoint}")
         engine = build_engine(
@@ -330,6 +332,7 @@ def start(resolved: Resolved, resume: str) -> int:
     from grpo.checkpoint import resume_folder, run_of
     from grpo.evaluate import comparison
     from grpo.questions import build_questions, preflight_rewards
+    from grpo.threads import restored_threads
 
     _announce(resolved)
     checkpoint = resume_folder(Path(resume)) if resume else None
@@ -339,7 +342,7 @@ def start(resolved: Resolved, resume: str) -> int:
     for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
         say(f"note: {warning}")
     folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved)
-    with alone_in(folder), full_disk_in_words(folder), memory_in_words(resolved.config, folder):
+    with alone_in(folder), full_disk_in_words(folder), memory_in_words(resolved.config, folder), restored_threads():
         with removed_if_empty(folder):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         _write_config(resolved, folder)
