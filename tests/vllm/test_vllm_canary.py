@@ -7,7 +7,7 @@ from tiny_models import VOCABULARY
 
 from grpo.errors import UserError
 from grpo.loss import build_loss
-from grpo.rollout import vllm_compat
+from grpo.rollout import canary, vllm_compat
 from grpo.types import Prompt
 
 
@@ -102,6 +102,7 @@ def test_an_engine_that_stands_still_within_the_bound_trips_it(honest, monkeypat
     """Updates too small for the gap, as most are in bf16, and every factor in vLLM a copy that nobody refreshes."""
     policy, engine = honest
     monkeypatch.setattr(engine.canary, "noise", 0.02)
+    monkeypatch.setattr(canary, "GAP_GROWTH", 100)
     factors = [
         factor
         for layer in layers_of(engine)
