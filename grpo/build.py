@@ -19,10 +19,11 @@ import torch
 
 from grpo import generators
 from grpo.advantages import ESTIMATORS
-from grpo.checkpoint import Progress, leave_later, load_checkpoint, read_state
+from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator
+from grpo.folder import leave_later
 from grpo.loss import build_loss
 from grpo.packing import build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
