@@ -129,6 +129,9 @@ class Console:
         )
         name = shortened(printable(task_name).replace("\n", " "), _WIDEST_NAME)
         self._bar = self._progress.add_task(name, total=total_steps, completed=start_step, stage=" " * _STAGE_WIDTH)
+
+    def start(self) -> None:
+        """Show the bar from now on."""
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:

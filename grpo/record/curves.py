@@ -66,6 +66,7 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
             axes.set_xlabel("step", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             draw(axes, curves)
+            axes.set_xlim(*_span(curves))
         partial = out_png.with_name(out_png.name + ".partial")
         with warnings.catch_warnings():
             # A letter that the font lacks is drawn as a box; that is no news in the middle of a run.
@@ -82,6 +83,13 @@ def _read_curves(metrics_path: Path) -> Curves:
             points.setdefault(name, []).append((step, drawn))
     columns = {name: np.array(pairs, dtype=np.float64).T for name, pairs in points.items()}
     return {name: (steps, values) for name, (steps, values) in columns.items()}
+
+
+def _span(curves: Curves) -> tuple[float, float]:
+    """From the first step to the last one, with a little room: the same for every panel."""
+    ends = [end for steps, _ in curves.values() for end in (steps[0], steps[-1])]
+    room = 0.04 * max(1.0, max(ends) - min(ends))
+    return min(ends) - room, max(ends) + room
 
 
 def _draw_reward(axes: Axes, curves: Curves) -> None:

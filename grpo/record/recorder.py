@@ -54,6 +54,7 @@ class Recorder:
         self._console = Console(total_steps, start_step, task_name, reward_names)
 
     def __enter__(self) -> Self:
+        self._console.start()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -6,15 +6,17 @@ from grpo.errors import UserError
 from grpo.questions import build_questions, preflight_rewards
 from grpo.resolve import Resolved
 from grpo.rewards.preflight import preflight_table
-from grpo.terminal import console, say
+from grpo.terminal import console, say, working
 from grpo.verbs.announce import announce
 
 
 def check(resolved: Resolved) -> int:
     """--check: every gold answer of both splits through every reward."""
     announce(resolved)
-    questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
-    report = preflight_rewards(resolved.task, questions, every_row=True)
+    with working("rows and prompts"):
+        questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
+    with working("preflight of the rewards"):
+        report = preflight_rewards(resolved.task, questions, every_row=True)
     console.print(preflight_table(report))
     name, value = resolved.task.solved
     for warning in report.warnings:

@@ -12,16 +12,18 @@ from grpo.guards import memory_in_words
 from grpo.policy.adapter import load_adapter
 from grpo.questions import build_questions
 from grpo.resolve import Resolved
-from grpo.terminal import say
+from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.verbs.announce import announce
+from grpo.verbs.opening import opening
 
 
 def evaluate(resolved: Resolved, target: str) -> int:
     """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
     announce(resolved)
     config = resolved.config
-    questions = build_questions(resolved.task, config, note=say)
+    with working("rows and prompts"):
+        questions = build_questions(resolved.task, config, note=say)
     checkpoint = best_checkpoint(Path(target)) if saved_run(target) else None
     with memory_in_words(config), restored_threads():
         policy = build_policy(config, questions.longest_sequence)
@@ -32,7 +34,10 @@ def evaluate(resolved: Resolved, target: str) -> int:
         engine = build_engine(
             config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, say
         )
-        scores = build_evaluator(resolved.task, config, questions)(engine)
+        for line in opening(config, policy, engine):
+            say(line)
+        with working("evaluation"):
+            scores = build_evaluator(resolved.task, config, questions)(engine)
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
         say("  " + line)

@@ -13,10 +13,11 @@ from grpo.folder import alone_in, new_run_folder, removed_if_empty, resume_folde
 from grpo.guards import full_disk_in_words, memory_in_words, stops_gently
 from grpo.questions import build_questions, preflight_rewards
 from grpo.resolve import Resolved
-from grpo.terminal import say
+from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.train import Run, is_unsaved, save, train
 from grpo.verbs.announce import announce
+from grpo.verbs.opening import opening
 
 
 def start(resolved: Resolved, resume: str) -> int:
@@ -25,15 +26,19 @@ def start(resolved: Resolved, resume: str) -> int:
     checkpoint = resume_folder(Path(resume)) if resume else None
     if checkpoint:
         _check_steps(resolved.config, checkpoint)
-    questions = build_questions(resolved.task, resolved.config, note=say)
-    for warning in preflight_rewards(resolved.task, questions, every_row=False).warnings:
+    with working("rows and prompts"):
+        questions = build_questions(resolved.task, resolved.config, note=say)
+    with working("preflight of the rewards"):
+        report = preflight_rewards(resolved.task, questions, every_row=False)
+    for warning in report.warnings:
         say(f"note: {warning}")
     folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved.task.name, resolved.config)
     with alone_in(folder), full_disk_in_words(folder), memory_in_words(resolved.config, folder), restored_threads():
-        with removed_if_empty(folder):
+        with removed_if_empty(folder), working("model and engine"):
             run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
         write_config(folder, resolved.task_path, resolved.task.name, resolved.config, resolved.origins)
-        say(f"run folder: {folder}")
+        for line in opening(resolved.config, run.policy, run.engine, folder):
+            say(line)
         with run.recorder, stops_gently(run):
             _train_and_keep(run)
     run.engine.close()
