@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
-from grpo.evaluate import Evaluator
+from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.folder import leave_later
 from grpo.loss import build_loss
+from grpo.metrics import HEADLINES
 from grpo.packing import build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
@@ -131,13 +133,12 @@ def suits_vllm(config: Config, policy: Policy) -> bool:
 
 def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
     """The held-out score of a task."""
+    measure = partial(measure_solved, task.solved, task.vote, config.eval_k) if task.solved else measure_reward
     return Evaluator(
         prompts=list(questions.test),
         rewards=questions.rewards,
-        solved=task.solved,
-        answer=task.vote,
+        measure=measure,
         samples=config.eval_samples,
-        k=config.eval_k,
         max_tokens=config.max_completion_tokens,
         seed=mix_seed(Purpose.EVALUATION, config.seed),
     )
@@ -171,6 +172,7 @@ def build_run(
         task.name,
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
+        headline=HEADLINES[0 if task.solved else 1],
     )
     generators_now = generators.reader(policy.device)
     return Run(

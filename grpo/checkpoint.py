@@ -46,7 +46,7 @@ class Progress:
     version: int = 0  # of the policy
     threads: int = 0  # of the CPU, that the run computes with; 0: not known
     evaluated: int = -1  # steps done at the last held-out score
-    best: float = -1.0  # best held-out pass@1 ...
+    best: float = -1.0  # best held-out pass@1, or reward, if there was any ...
     best_step: int = -1  # ... and the checkpoint that has it
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
     last_scores: dict[str, float] = field(default_factory=dict)
