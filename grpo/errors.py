@@ -29,7 +29,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
 
 
-# A reward may raise anything: sys.exit() and a cancelled task are no Exceptions, and would end the run without a word.
+# sys.exit() and a cancelled task are no Exceptions, and would end the run without a word.
 WHAT_USER_CODE_RAISES = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
@@ -37,16 +37,16 @@ WHAT_USER_CODE_RAISES = (Exception, SystemExit, GeneratorExit, asyncio.Cancelled
 def user_code(told: Callable[[str], str]) -> Iterator[None]:
     """Inside runs the user's own code (a task file, a reward, a template), which may raise anything.
 
-    told: what was raised, in words -> the sentence about it. A UserError is passed on as it is.
+    told: what was raised, in words -> the sentence about it. A UserError is passed on as it is, and Ctrl-C.
 
     Raises:
         UserError: it raised.
     """
     try:
         yield
-    except UserError:
-        raise
-    except WHAT_USER_CODE_RAISES as error:
+    except BaseException as error:  # a class of the user's own may be no Exception
+        if isinstance(error, UserError) or type(error) is KeyboardInterrupt:
+            raise
         raise UserError(told(in_words(error))) from error
 
 
@@ -54,7 +54,7 @@ def in_words(error: BaseException) -> str:
     """ "ZeroDivisionError (division by zero)"; an error whose own text cannot be had is named alone."""
     try:
         text = str(error).strip()
-    except Exception:  # an exception's __str__ is the user's code too
+    except BaseException:  # an exception's __str__ is the user's code too
         text = "whose text cannot be shown"
     return f"{type(error).__name__} ({text or 'without a message'})"
 

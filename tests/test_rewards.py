@@ -4,6 +4,7 @@ import doctest
 import importlib
 import math
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -33,7 +34,7 @@ def formatted(reasoning, answer):
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
-@pytest.mark.parametrize("name", ["correctness", "integer", "text", "xml_format"])
+@pytest.mark.parametrize("name", ["correctness", "gold", "integer", "text", "xml_format"])
 def test_the_examples_of_the_docstrings_hold(name):
     failed, tried = doctest.testmod(importlib.import_module(f"grpo.rewards.{name}"))
     assert tried > 0
@@ -168,3 +169,31 @@ def test_text_rewards():
     assert similarity("xyz", "olleh") == 0.0
     # 4 characters in common order, of 5 + 5: by hand.
     assert math.isclose(similarity("oleh!", "olleh"), 2 * 4 / 10)
+
+
+def test_nothing_is_never_the_right_answer():
+    for nothing in ("", " ", "\n\t "):
+        assert not same_answer(nothing, nothing)
+        assert not same_answer(nothing, "5")
+        for gold in ("5", "x", 5):
+            assert correctness(f"<answer>{nothing}</answer>", gold) == 0.0
+            assert exact_match(nothing, gold) == 0.0
+            assert similarity(nothing, gold) == 0.0
+
+
+@pytest.mark.parametrize("gold", [None, "", " \n", [5], ["5"], {"a": 5}, (5,), {5}, b"5", math.nan, math.inf, 1j])
+@pytest.mark.parametrize("reward", [correctness, exact_match, similarity])
+def test_what_is_no_gold_answer_is_never_compared_as_its_text(reward, gold):
+    for completion in (f"<answer>{gold}</answer>", str(gold), ""):
+        with pytest.raises(
+            ValueError, match=r"the gold answer is .*; it must be text that is not blank, or a finite number"
+        ):
+            reward(completion, gold)
+
+
+def test_a_gold_answer_may_be_any_finite_number():
+    for gold in (5, 5.0, Decimal(5), Fraction(5), True + 4):
+        assert correctness(formatted("2 + 3", "5"), gold) == 2.0
+    assert correctness(formatted("", "9" * 500), 10**500 - 1) == 2.0
+    with pytest.raises(ValueError, match="which is blank"):
+        correctness("<answer></answer>", "48 + 24 ####")

@@ -1,16 +1,21 @@
 """How reward functions are called, what they may return, what an error says, and the preflight."""
 
 import asyncio
+import copy
 import functools
+import itertools
 import math
 import sys
 import threading
 import time
 import types
+from collections import deque
+from decimal import Decimal
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -44,10 +49,10 @@ def make_group(index, texts, answer="5"):
     return Group(make_prompt(index, answer), completions)
 
 
-def scored(rewards, groups=None, chat=False, **arguments):
+def scored(rewards, groups=None, chat=False, columns=COLUMNS, **arguments):
     """The groups after `score`; two groups of different sizes unless given."""
     groups = groups or [make_group(7, ["5", "four"], "5"), make_group(9, ["", "6", "66"], "6")]
-    score(groups, build_rewards(rewards, COLUMNS, chat, **arguments))
+    score(groups, build_rewards(rewards, columns, chat, **arguments))
     return groups
 
 
@@ -162,6 +167,104 @@ def test_without_a_probe_chat_tasks_give_the_chat_form():
     assert scored({of_chats: 1.0}, chat=True)[0].rewards.tolist() == [1, 4]
 
 
+def spoil(value):
+    """Change whatever can be changed, at any depth."""
+    if isinstance(value, dict):
+        for each in list(value.values()):
+            spoil(each)
+        value.clear()
+        value["role"] = "spoiled"
+    elif isinstance(value, (list, set, deque, bytearray)):
+        for each in list(value):
+            spoil(each)
+        value.clear()
+    elif isinstance(value, tuple):
+        for each in value:
+            spoil(each)
+    elif isinstance(value, (np.ndarray, torch.Tensor)):
+        value[...] = 99
+    elif hasattr(value, "__dict__") and not callable(value):
+        spoil(vars(value))
+
+
+class Cell:
+    def __init__(self):
+        self.content = [1, {"deep": [2]}]
+
+
+def nested_fields(answer):
+    return {
+        "question": "q",
+        "answer": answer,
+        "numbers": [1, 2, 3],
+        "tests": [{"input": [1, {"deep": (4, [5])}]}],
+        "array": np.arange(3),
+        "tensor": torch.arange(3),
+        "cell": Cell(),
+        "names": {"a", "b"},
+        "held": threading.Lock(),  # cannot be copied: passed as it is
+    }
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_nothing_that_a_reward_does_to_its_arguments_reaches_the_run_or_another_call(chat):
+    seen = []
+
+    def spoils(arguments):
+        # The lock is everybody's.
+        seen.append(
+            copy.deepcopy({key: each for key, each in arguments.items() if key != "held" and not callable(each)})
+        )
+        spoil(arguments)
+
+    def one(completion, prompt, completion_ids, numbers, tests, array, tensor, cell, names):
+        spoils(dict(locals(), spoils=None, seen=None))
+        return 1.0
+
+    async def one_async(completion, prompt, completion_ids, numbers, tests, array, tensor, cell, names):
+        spoils(dict(locals(), spoils=None, seen=None))
+        return 1.0
+
+    def batch(completions, prompts, **kwargs):
+        count = len(completions)
+        spoils(kwargs | {"completions": completions, "prompts": prompts, "held": None})
+        return [1.0] * count
+
+    async def batch_async(completions, prompts, **kwargs):
+        return batch(completions, prompts, **kwargs)
+
+    def world(groups):
+        fields = [{key: each for key, each in group.prompt.fields.items() if key != "held"} for group in groups]
+        prompts = [(group.prompt.text, group.prompt.tokens, group.prompt.messages) for group in groups]
+        return repr([prompts, [group.completions for group in groups]]), [
+            {**each, "cell": vars(each["cell"]), "array": each["array"].tolist(), "tensor": each["tensor"].tolist()}
+            for each in fields
+        ]
+
+    groups = [make_group(7, ["5", "four"], "5"), make_group(9, ["", "6", "66"], "6")]
+    for group in groups:
+        group.prompt.fields.update(nested_fields("5"))
+    before = copy.deepcopy(world(groups))
+    rewards = build_rewards(dict.fromkeys((one, batch, one_async, batch_async), 1.0), list(nested_fields("5")), chat)
+    for _ in range(2):
+        score(groups, rewards)
+    assert world(groups) == before
+    each_call = [each for each in seen if "completion" in each]
+    assert len(each_call) == 2 * 2 * 5
+    for arguments in each_call:
+        assert arguments["numbers"] == [1, 2, 3]
+        assert arguments["tests"] == [{"input": [1, {"deep": (4, [5])}]}]
+        assert arguments["array"].tolist() == arguments["tensor"].tolist() == [0, 1, 2]
+        assert arguments["cell"].content == [1, {"deep": [2]}]
+        assert len(arguments["completion_ids"]) == len(arguments["completion"]) + 1
+    batches = [each for each in seen if "completions" in each]
+    assert len(batches) == 2 * 2
+    for arguments in batches[1:]:
+        assert arguments["completions"] == batches[0]["completions"]
+        assert arguments["prompts"] == batches[0]["prompts"]
+        assert arguments["tests"] == [[{"input": [1, {"deep": (4, [5])}]}]] * 5
+
+
 def test_the_weighted_sum_leaves_out_what_does_not_apply():
     def sometimes(completion):
         return None if completion.isalpha() else 0.1
@@ -185,31 +288,81 @@ def test_the_weighted_sum_leaves_out_what_does_not_apply():
     assert only_never.rewards.tolist() == [0.0]
 
 
+class Half:
+    def __float__(self):
+        return 0.5
+
+
 @pytest.mark.parametrize(
-    ("value", "expected"),
+    "value",
     [
-        (True, 1),
-        (np.float32(0.25), 0.25),
-        (np.bool_(True), 1),
-        (np.int64(3), 3),
-        (torch.tensor(0.5), 0.5),
-        (-2, -2),
-        (Fraction(1, 4), 0.25),
+        *(True, -2, 0.25, None, Fraction(1, 4), Decimal("0.25"), Half()),
+        *(np.float32(0.25), np.float16(0.25), np.bool_(True), np.int64(3), np.array(0.25)),
+        *(torch.tensor(0.5), torch.tensor(0.5, requires_grad=True), torch.tensor([0.5]), torch.tensor([[0.5]])),
+        *(
+            torch.tensor(0.5, dtype=dtype)
+            for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn)
+        ),
+        *(torch.tensor(True), torch.tensor(3)),
     ],
 )
-def test_whatever_is_a_number_counts(value, expected):
+def test_whatever_is_a_number_counts_as_it_does_in_torch(value):
     def constant(completion):
         return value
 
-    assert scored({constant: 1.0})[0].parts["constant"].tolist() == [expected, expected]
+    def constants(completions):
+        return [value] * len(completions)
+
+    # What TRL makes of a reward's list.
+    plain = value.item() if isinstance(value, (torch.Tensor, np.ndarray)) else value
+    expected = torch.tensor([torch.nan if plain is None else plain] * 2, dtype=torch.float32)
+    group = scored({constant: 1.0, constants: 1.0})[0]
+    for part in group.parts.values():
+        assert torch.equal(part.nan_to_num(9), expected.nan_to_num(9))
 
 
-@pytest.mark.parametrize("container", [list, tuple, np.array, torch.tensor])
-def test_whatever_is_a_list_counts(container):
+@pytest.mark.parametrize(
+    "container",
+    [
+        *(list, tuple, np.array, torch.tensor, iter, deque, pandas.Series),
+        *(lambda values: map(float, values), lambda values: (value for value in values)),
+        *(
+            lambda values: dict(enumerate(values)).values(),
+            lambda values: pandas.Series(values, index=[9] * len(values)),
+        ),
+        *(
+            lambda values, d=dtype: torch.tensor(values, dtype=d)
+            for dtype in (torch.bfloat16, torch.float16, torch.int64)
+        ),
+        *(lambda values: torch.tensor(values)[:, None], lambda values: [torch.tensor([value]) for value in values]),
+        *(lambda values: torch.tensor(values, requires_grad=True), lambda values: np.array(values, dtype=object)),
+    ],
+)
+def test_whatever_gives_numbers_in_order_counts(container):
     def lengths(completions):
         return container([float(len(completion)) for completion in completions])
 
-    assert [group.rewards.tolist() for group in scored({lengths: 1.0})] == [[1, 4], [0, 1, 2]]
+    async def later(completions):
+        return lengths(completions)
+
+    for reward in (lengths, later):
+        assert [group.rewards.tolist() for group in scored({reward: 1.0})] == [[1, 4], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_number_is_finite_or_not_whatever_it_is_held_in(dtype, value):
+    def one(completion):
+        return torch.tensor(value, dtype=dtype)
+
+    def batch(completions):
+        return torch.full((len(completions),), value, dtype=dtype)
+
+    def batch_of_numpy(completions):
+        return torch.full((len(completions),), value, dtype=torch.float32).numpy()
+
+    for reward in (one, batch, batch_of_numpy):
+        assert "A reward is a finite number" in error_of({reward: 1.0})
 
 
 @pytest.mark.parametrize(
@@ -223,6 +376,13 @@ def test_whatever_is_a_list_counts(container):
         ([1.0], "[1.0] (list of length 1)"),
         (torch.ones(2), "(Tensor of length 2)"),
         ({}, "{} (dict of length 0)"),
+        (1j, "1j (complex)"),
+        (np.complex64(1), "(complex64)"),
+        (torch.tensor(1 + 0j), "(Tensor)"),
+        (b"1", "b'1' (bytes of length 1)"),
+        (pandas.NA, "<NA> (NAType)"),
+        (Decimal("Infinity"), "(Decimal)"),
+        (np.array([1.0, 2.0]), "(ndarray of length 2)"),
     ],
 )
 def test_anything_else_is_an_error_that_says_what_and_where(value, told):
@@ -250,6 +410,11 @@ def test_anything_else_is_an_error_that_says_what_and_where(value, told):
         ("12345", "'12345' (str of length 5)"),
         (dict.fromkeys(range(5), 1.0), "(dict of length 5)"),
         (torch.tensor(1.0), "tensor(1.) (Tensor)"),
+        (torch.ones(2, 5), "(Tensor of length 2)"),
+        (b"12345", "(bytes of length 5)"),
+        ({1.0, 2.0, 3.0, 4.0, 5.0}, "(set of length 5)"),
+        (itertools.count(), "(list of length 6)"),
+        (map(float, "1234"), "(list of length 4)"),
     ],
 )
 def test_a_batch_must_come_back_as_a_list_of_its_length(returned, told):
@@ -389,6 +554,70 @@ def test_functions_of_any_kind_are_rewards():
     }
 
 
+def quiet(function):
+    """A decorator that passes everything on."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def test_partial_objects_and_decorated_functions_are_read_by_what_they_take_themselves():
+    def right(completion, answer, bonus=0):
+        return float(completion == answer) + bonus
+
+    def lengths(completions, answer):
+        return [len(completion) for completion in completions]
+
+    @functools.wraps(right)
+    def with_its_own_names(completion, question):
+        return right(completion, answer=question[-1])
+
+    @functools.wraps(lengths)
+    def one_for_a_batch(completion):
+        return lengths([completion], None)[0]
+
+    @functools.wraps(right)
+    def adds_a_name(question, **kwargs):
+        return right(**kwargs) + len(question)
+
+    class Judge:
+        @quiet
+        def method(self, completion, answer):
+            return right(completion, answer)
+
+        @quiet
+        def __call__(self, completion, answer):
+            return right(completion, answer)
+
+    bound = functools.partial(right, answer="four")
+    renamed = functools.partial(functools.cache(right), bonus=1)
+    renamed.__name__ = "renamed"
+    adds_a_name.__name__, one_for_a_batch.__name__, bound_twice = (
+        "adds",
+        "each",
+        functools.partial(quiet(right), bonus=2),
+    )
+    bound_twice.__name__ = "bound_twice"
+    with_its_own_names.__name__ = "own"
+    everything = {bound: 1, renamed: 1, with_its_own_names: 1, one_for_a_batch: 1, adds_a_name: 1, bound_twice: 1}
+    group = scored(everything | {Judge(): 1, Judge().method: 1, quiet(lengths): 1})[0]
+    assert {name: part.tolist() for name, part in group.parts.items()} == {
+        "right": [0, 1],
+        "renamed": [2, 1],
+        "own": [0, 0],
+        "each": [1, 4],
+        "adds": [1 + len("question 7"), len("question 7")],
+        "bound_twice": [3, 2],
+        "Judge": [1, 0],
+        "method": [1, 0],
+        "lengths": [1, 4],
+    }
+    assert "asks for `answer`" in error_of({quiet(right): 1.0}, columns=["question"])
+
+
 def test_a_missing_column_names_those_that_exist_and_the_nearest():
     def reward(completion, awnser):
         return 0.0
@@ -450,8 +679,8 @@ def test_a_reward_that_exits_is_an_error():
         ({lambda completion: 0.0: 1.0}, "<lambda>"),
         ({lambda question, answer: 0.0: 1.0}, "<lambda>"),
         ({"grpo.rewards:exact_mach": 1.0}, "Did you mean `exact_match`?"),
-        ({"grpo.no_such_module:f": 1.0}, "importing grpo.no_such_module failed"),
-        ({"module_that_is_not_python:f": 1.0}, "importing module_that_is_not_python failed (SyntaxError: "),
+        ({"grpo.no_such_module:f": 1.0}, "importing grpo.no_such_module raised"),
+        ({"module_that_is_not_python:f": 1.0}, "importing module_that_is_not_python raised SyntaxError ("),
         ({exact_match: 10**5000}, "the weight something that cannot be shown"),
         ({"no_such_plugin": 1.0}, "No installed package offers a reward `no_such_plugin`"),
     ],

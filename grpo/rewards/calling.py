@@ -27,33 +27,14 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from dataclasses import dataclass, field
 from functools import cache, partial
+from types import MethodType
 from typing import Any
 
-from grpo.errors import UserError, nearest
-from grpo.types import Completion, Prompt
+from grpo.errors import UserError, nearest, user_code
+from grpo.rewards.samples import OF_CHATS, OF_ONE_COMPLETION, OF_TEXTS, Samples, Source, column_source, where
+from grpo.rewards.values import listed, shown
 
-
-@dataclass(frozen=True)
-class Samples:
-    """What rewards are called with: S completions, and beside each the prompt it answers.
-
-    `metrics` collects what rewards report through `log_metric`, as "logged/<name>".
-    """
-
-    prompts: list[Prompt]  # S
-    completions: list[Completion]  # S
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def log_metric(self, name: str, value: float) -> None:
-        self.metrics[f"logged/{name}"] = float(value)
-
-    def log_extra(self, column: str, values: list[Any]) -> None:
-        """Accepted, as TRL's rewards may call it, and ignored: completions.jsonl has no extra columns."""
-
-
-Source = Callable[[Samples], Any]  # where one argument comes from
 Caller = Callable[[Samples], Any]  # a list of S values, or whatever else the function returned
 AsyncCaller = Callable[[Samples], Awaitable[Any]]
 Finish = Callable[[], Any]
@@ -61,29 +42,6 @@ Limit = Callable[[], AbstractContextManager[Any]]  # the time that one call may 
 AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]
 Start = Callable[[Samples], Finish]  # returns with async rewards under way; Finish waits for the values
 
-_ONE_COMPLETION: dict[str, Source] = {
-    "prompt": lambda samples: [prompt.text for prompt in samples.prompts],
-    "completion": lambda samples: [completion.text for completion in samples.completions],
-    "completion_ids": lambda samples: [completion.tokens for completion in samples.completions],
-}
-_BATCH: dict[str, Source] = {
-    "completion_ids": _ONE_COMPLETION["completion_ids"],
-    "trainer_state": lambda samples: None,
-    "log_metric": lambda samples: samples.log_metric,
-    "log_extra": lambda samples: samples.log_extra,
-}
-_BATCH_OF_TEXT: dict[str, Source] = {
-    **_BATCH,
-    "prompts": _ONE_COMPLETION["prompt"],
-    "completions": _ONE_COMPLETION["completion"],
-}
-_BATCH_OF_CHATS: dict[str, Source] = {
-    **_BATCH,
-    "prompts": lambda samples: [prompt.messages for prompt in samples.prompts],
-    "completions": lambda samples: [
-        [{"role": "assistant", "content": completion.text}] for completion in samples.completions
-    ],
-}
 _NAMES_A_BATCH = {"prompts", "completions", "completion_ids"}
 
 
@@ -101,7 +59,7 @@ def starter(
     unless calling it on `probe` shows that it wants strings.
     """
     parameters = _parameters(name, function)
-    sources_of_columns: dict[str, Source] = {column: partial(_column, column) for column in columns}
+    sources_of_columns: dict[str, Source] = {column: column_source(column) for column in columns}
     limit, start, call_each, call_batch = (_async_way if is_async(function) else _sync_way)(name, timeout)
 
     def start_with(call: Callable, form: dict[str, Source]) -> Start:
@@ -109,13 +67,13 @@ def starter(
         return partial(start, partial(call, name, function, sources, limit))
 
     if "completion" in parameters:
-        return start_with(call_each, _ONE_COMPLETION)
+        return start_with(call_each, OF_ONE_COMPLETION)
     _check_names_a_batch(name, parameters)
     start_batch = partial(start_with, call_batch)
     if not chat:
-        return start_batch(_BATCH_OF_TEXT)
+        return start_batch(OF_TEXTS)
     if probe is None:
-        return start_batch(_BATCH_OF_CHATS)
+        return start_batch(OF_CHATS)
     return start_batch(_form_that_works(start_batch, probe))
 
 
@@ -125,11 +83,19 @@ def is_async(function: Callable) -> bool:
 
 
 def _parameters(name: str, function: Callable) -> dict[str, inspect.Parameter]:
+    """What the function itself takes by name; what it does not name, but passes on, is named by what it wraps.
+
+    Raises:
+        UserError: its arguments cannot be read, or not be given by name.
+    """
+    wrapped = _wrapped(function)
     try:
-        parameters = dict(inspect.signature(function).parameters)
+        parameters = dict(inspect.signature(function, follow_wrapped=False).parameters)
     except (TypeError, ValueError) as error:
+        if wrapped is not None:  # functools.cache makes objects of C, which have no signature
+            return _parameters(name, wrapped)
         raise UserError(
-            f"Reward `{name}` is {function!r}, whose arguments cannot be read. Wrap it in a function: "
+            f"Reward `{name}` is {shown(function)}, whose arguments cannot be read. Wrap it in a function: "
             "`def my_reward(completion): ...`."
         ) from error
     unnamed = [key for key, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_ONLY]
@@ -138,7 +104,25 @@ def _parameters(name: str, function: Callable) -> dict[str, inspect.Parameter]:
             f"Reward `{name}` takes `{unnamed[0]}` by position only. Rewards are called by argument name: "
             "remove the `/` from its signature, or wrap it in a function."
         )
-    return {key: each for key, each in parameters.items() if each.kind is not each.VAR_POSITIONAL}
+    bound = function.keywords if isinstance(function, partial) else {}  # what is bound already stays as it is
+    named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_POSITIONAL and key not in bound}
+    passes_on = [key for key, each in named.items() if each.kind is each.VAR_KEYWORD]
+    if passes_on and wrapped is not None:
+        del named[passes_on[0]]
+        return _parameters(name, wrapped) | named
+    return named
+
+
+def _wrapped(function: Any) -> Any:
+    """What a decorator says that it wraps (functools.wraps), bound as the function is; None if it says nothing."""
+    if inspect.ismethod(function):
+        inner = getattr(function.__func__, "__wrapped__", None)
+        return inner and MethodType(inner, function.__self__)
+    if isinstance(function, partial):
+        inner = getattr(function.func, "__wrapped__", None)
+        return inner and partial(inner, *function.args, **function.keywords)
+    of_object = getattr(function, "__call__", None)  # noqa: B004
+    return getattr(function, "__wrapped__", None) or (_wrapped(of_object) if inspect.ismethod(of_object) else None)
 
 
 def _check_names_a_batch(name: str, parameters: dict[str, inspect.Parameter]) -> None:
@@ -166,29 +150,25 @@ def _choose_sources(
     return {key: available[key] for key in named if key in available}
 
 
-def _column(column: str, samples: Samples) -> list[Any]:
-    # A row without the column gives None, as the `datasets` library does.
-    return [prompt.fields.get(column) for prompt in samples.prompts]
-
-
 def _call_each(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> list[Any]:
     values = []
     for index, arguments in enumerate(_rows(sources, samples)):
-        with _blame(name, samples, slice(index, index + 1)), limit():
+        with user_code(_told(name, samples, slice(index, index + 1))), limit():
             values.append(function(**arguments))
     return values
 
 
 def _call_batch(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> Any:
-    with _blame(name, samples, slice(None)), limit():
-        return function(**{key: source(samples) for key, source in sources.items()})
+    with user_code(_told(name, samples, slice(None))), limit():
+        returned = function(**{key: source(samples) for key, source in sources.items()})
+        return listed(name, returned, samples)
 
 
 async def _call_each_async(
     name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
 ) -> list[Any]:
     async def call_one(index: int, arguments: dict[str, Any]) -> Any:
-        with _blame(name, samples, slice(index, index + 1)):
+        with user_code(_told(name, samples, slice(index, index + 1))):
             async with limit():
                 return await function(**arguments)
 
@@ -199,9 +179,10 @@ async def _call_each_async(
 async def _call_batch_async(
     name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
 ) -> Any:
-    with _blame(name, samples, slice(None)):
+    with user_code(_told(name, samples, slice(None))):
         async with limit():
-            return await function(**{key: source(samples) for key, source in sources.items()})
+            returned = await function(**{key: source(samples) for key, source in sources.items()})
+            return listed(name, returned, samples)
 
 
 def _rows(sources: dict[str, Source], samples: Samples) -> Iterator[dict[str, Any]]:
@@ -209,26 +190,12 @@ def _rows(sources: dict[str, Source], samples: Samples) -> Iterator[dict[str, An
     return (dict(zip(sources, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-@contextmanager
-def _blame(name: str, samples: Samples, scored: slice) -> Iterator[None]:
-    try:
-        yield
-    except (Exception, SystemExit) as error:  # sys.exit() would end the run without a word
-        raise UserError(
-            f"Reward `{name}` raised {type(error).__name__} ({str(error) or 'without a message'}) on "
-            f"{where(samples, scored)}. A crash or a time-out is never scored 0: mend the reward, or let it "
-            "return None where it does not apply."
-        ) from error
-
-
-def where(samples: Samples, scored: slice) -> str:
-    """Which completions, in words for an error: the row of the data set and how the text begins."""
-    prompts, completions = samples.prompts[scored], samples.completions[scored]
-    if len(completions) == 1:
-        return f"row {prompts[0].index}, completion {completions[0].text[:80]!r}"
-    rows = list(dict.fromkeys(prompt.index for prompt in prompts))
-    listed = ", ".join(str(row) for row in rows[:4]) + ", ..." * (len(rows) > 4)
-    return f"a batch of {len(completions)} completions (rows {listed})"
+def _told(name: str, samples: Samples, scored: slice) -> Callable[[str], str]:
+    """What was raised, in words -> the sentence about it."""
+    return lambda raised: (
+        f"Reward `{name}` raised {raised} on {where(samples, scored)}. A crash or a time-out is never scored 0: "
+        "mend the reward, or let it return None where it does not apply."
+    )
 
 
 def _start_sync(call: Caller, samples: Samples) -> Finish:
@@ -361,16 +328,16 @@ def _form_that_works(start_with: Callable[[dict[str, Source]], Start], probe: Sa
     Running is not enough: `"</answer>" in completion` runs on a list of messages too, and is false there.
     """
     messages = [_WatchedMessage(role="assistant", content=completion.text) for completion in probe.completions]
-    watched = {**_BATCH_OF_CHATS, "completions": lambda samples: [[message] for message in messages]}
+    watched = OF_CHATS | {"completions": lambda samples: [[message] for message in messages]}
     chat_error = _error_of(start_with(watched), probe)
     reads_chats = any(message.was_read for message in messages)
     if reads_chats and chat_error is None:
-        return _BATCH_OF_CHATS
-    text_error = _error_of(start_with(_BATCH_OF_TEXT), probe)
+        return OF_CHATS
+    text_error = _error_of(start_with(OF_TEXTS), probe)
     if text_error is None:
-        return _BATCH_OF_TEXT
+        return OF_TEXTS
     if chat_error is None:
-        return _BATCH_OF_CHATS
+        return OF_CHATS
     raise chat_error if reads_chats else text_error
 
 

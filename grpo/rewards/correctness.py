@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
+from grpo.rewards.gold import answer_text
 from grpo.rewards.xml_format import extract_answer
 
 _DIGITS = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+"
@@ -18,15 +19,16 @@ def correctness(completion: str, answer: object) -> float:
     r"""2.0 if the text inside <answer> equals the gold answer, else 0. Nothing outside the tags counts.
 
     `answer` is the gold answer, or a GSM8K solution that ends in `#### n`. Numbers are compared by value,
-    whatever their commas, dollar signs and spaces; anything else as text, white space collapsed.
+    whatever their commas, dollar signs and spaces; anything else as text, white space collapsed. Empty tags are
+    never right, and a gold answer that is missing or no single value raises a ValueError.
 
     >>> correctness("<reasoning>\n60 * 18\n</reasoning>\n<answer>\n$1,080.00\n</answer>\n", "1080")
     2.0
     >>> correctness("1080", "1080")
     0.0
     """
-    predicted = extract_answer(completion)
-    return 2.0 * (predicted is not None and same_answer(predicted, final_answer(str(answer))))
+    gold = answer_text(final_answer(answer_text(answer)))
+    return 2.0 * same_answer(extract_answer(completion) or "", gold)
 
 
 def final_answer(solution: str) -> str:
@@ -39,14 +41,14 @@ def final_answer(solution: str) -> str:
 
 
 def same_answer(predicted: str, gold: str) -> bool:
-    """Equal as numbers where both are numbers, else equal as text with white space collapsed.
+    """Equal as numbers where both are numbers, else equal as text with white space collapsed; nothing equals nothing.
 
-    >>> same_answer("1,080", "$ 1080"), same_answer("3,4", "34"), same_answer("Ann  Lee", "Ann Lee")
-    (True, False, True)
+    >>> same_answer("1,080", "$ 1080"), same_answer("A  B", "A B"), same_answer("3,4", "34"), same_answer("", "")
+    (True, True, False, False)
     """
     numbers = parse_number(predicted), parse_number(gold)
     if None in numbers:
-        return predicted.split() == gold.split()
+        return bool(predicted.split()) and predicted.split() == gold.split()
     return numbers[0] == numbers[1]
 
 

@@ -7,24 +7,24 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from numbers import Real
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.errors import UserError, nearest
-from grpo.rewards.calling import Samples, Start, is_async, starter, where
+from grpo.errors import UserError, nearest, user_code
+from grpo.rewards.calling import Start, is_async, starter
+from grpo.rewards.samples import Samples, samples_of
+from grpo.rewards.values import checked_values, shown
 from grpo.types import Completion, Group, Prompt
 
 ENTRY_POINTS = "grpo.rewards"
-_ARRAYS = (np.ndarray, Tensor)
-_LARGEST = torch.finfo(torch.float32).max
 _TAKEN = ("mean", "std")  # `reward/mean` and `reward/std` are metrics of the weighted sum: see train.step_metrics
 
 
@@ -81,7 +81,7 @@ def score(groups: list[Group], rewards: list[Reward]) -> dict[str, float]:
     finishes = {reward.name: reward.start(samples) for reward in rewards}
     returned = {each.name: finishes[each.name]() for each in sorted(rewards, key=attrgetter("is_async"))}
     for reward in rewards:
-        part = _checked_values(reward.name, returned[reward.name], samples)  # [S]
+        part = checked_values(reward.name, returned[reward.name], samples)  # [S]
         for group, part_of_group in zip(groups, part.split(sizes), strict=True):
             group.parts[reward.name] = part_of_group
     for group in groups:
@@ -92,14 +92,6 @@ def score(groups: list[Group], rewards: list[Reward]) -> dict[str, float]:
 def weighted_sum(parts: dict[str, Tensor], rewards: list[Reward]) -> Tensor:
     """{reward name: [G]} -> [G]: the sum of weight * part, a NaN part counting as 0."""
     return torch.stack([reward.weight * parts[reward.name] for reward in rewards]).nansum(dim=0)
-
-
-def samples_of(groups: list[Group]) -> Samples:
-    """The groups' completions in one flat list, each beside its prompt."""
-    return Samples(
-        prompts=[group.prompt for group in groups for _ in group.completions],
-        completions=[completion for group in groups for completion in group.completions],
-    )
 
 
 def probe_samples(prompt: Prompt, text: str) -> Samples:
@@ -118,14 +110,13 @@ def resolve_reward(name: str) -> Callable:
     module_name, colon, attribute = name.partition(":")
     if not colon:
         return _installed_reward(name)
-    try:
+    with user_code(
+        lambda raised: (
+            f"Reward `{name}`: importing {module_name} raised {raised}. The name before the colon must be a module "
+            "that Python can import from here: check its spelling, mend it, or install its package."
+        )
+    ):
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a module may raise anything
-        raise UserError(
-            f"Reward `{name}`: importing {module_name} failed ({type(error).__name__}: {error}). The name before "
-            "the colon must be a module that Python can import from here: check its spelling, mend it, or install its "
-            "package."
-        ) from error
     if attribute not in vars(module):
         functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         raise UserError(
@@ -143,26 +134,34 @@ def _installed_reward(name: str) -> Callable:
             f"Installed: {', '.join(sorted(installed)) or 'none'}. "
             "A reward of your own is named `package.module:function`."
         )
-    return installed[name].load()
+    with user_code(lambda raised: f"Loading the installed reward `{name}` raised {raised}. Mend its package."):
+        return installed[name].load()
 
 
 def _name_of(function: Callable) -> str:
-    # A partial object has no name of its own, and an object that is callable only that of its class.
-    function = getattr(function, "func", function)
-    name = getattr(function, "__name__", type(function).__name__)
-    if not name.isidentifier():
+    # Its own, as a decorator or the user has set it; a partial object has else that of its function, and an object that
+    # is callable that of its class.
+    name = getattr(function, "__name__", None)
+    if name is None and isinstance(function, partial):
+        return _name_of(function.func)
+    name = type(function).__name__ if name is None else name
+    if not (isinstance(name, str) and name.isidentifier()):
         raise UserError(f"A reward is called {name}. Its name is its metric's name: write it with `def`.")
     return name
 
 
 def _checked_weight(name: str, weight: Any) -> float:
     # A comparison, because float() of a large integer raises; NaN compares false.
-    if isinstance(weight, bool) or not (_is_number(weight) and abs(weight) <= _LARGEST):
+    if isinstance(weight, bool) or not (isinstance(weight, Real) and _fits_float32(weight)):
         raise UserError(
-            f"Reward `{name}` has the weight {_shown(weight)}. A weight is a finite number that float32 can hold, "
+            f"Reward `{name}` has the weight {shown(weight)}. A weight is a finite number that float32 can hold, "
             "like 1.0."
         )
     return float(weight)
+
+
+def _fits_float32(number: Any) -> bool:
+    return bool(abs(number) <= torch.finfo(torch.float32).max)
 
 
 def _check_together(rewards: list[Reward]) -> None:
@@ -171,54 +170,13 @@ def _check_together(rewards: list[Reward]) -> None:
     names = [reward.name for reward in rewards]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"Two rewards are called `{twice[0]}`. The name is the metric's name: rename one.")
+        raise UserError(
+            f"Two rewards are called `{twice[0]}`. The name is the metric's name: rename one, or give it "
+            "another `__name__`."
+        )
     taken = [name for name in names if name in _TAKEN]
     if taken:
         raise UserError(
             f"A reward is called `{taken[0]}`, but the metric reward/{taken[0]} is that of the sum of all rewards. "
             "Rename the function."
         )
-
-
-def _checked_values(name: str, returned: Any, samples: Samples) -> Tensor:
-    """What a reward returned, as [S] float32 with NaN for None; an error unless it is S numbers."""
-    num_samples = len(samples.completions)
-    # An array without axes is no list, and its len() raises.
-    is_list = isinstance(returned, (list, tuple)) or (isinstance(returned, _ARRAYS) and returned.ndim > 0)
-    if not (is_list and len(returned) == num_samples):
-        raise UserError(
-            f"Reward `{name}` returned {_describe(returned)} for {where(samples, slice(None))}. A function "
-            f"of `completions` returns a list with one number (or None) for each, here {num_samples}."
-        )
-    wrong = next((index for index, value in enumerate(returned) if not _is_score(value)), None)
-    if wrong is not None:
-        raise UserError(
-            f"Reward `{name}` returned {_describe(returned[wrong])} for "
-            f"{where(samples, slice(wrong, wrong + 1))}. A reward is a finite number, or None where it does "
-            "not apply."
-        )
-    part = torch.full((num_samples,), torch.nan)
-    applies = [index for index, value in enumerate(returned) if value is not None]
-    part[applies] = torch.tensor([float(returned[index]) for index in applies])
-    return part
-
-
-def _is_score(value: Any) -> bool:
-    return value is None or (_is_number(value) and bool(abs(value) <= _LARGEST))  # NaN compares false
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (Real, np.bool_)) or (isinstance(value, _ARRAYS) and value.ndim == 0)
-
-
-def _describe(returned: Any) -> str:
-    has_length = isinstance(returned, Sized) and not (isinstance(returned, _ARRAYS) and returned.ndim == 0)
-    length = f" of length {len(returned)}" if has_length else ""
-    return f"{_shown(returned)} ({type(returned).__name__}{length})"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return repr(value)[:60]
-    except Exception:  # Python refuses to write integers of many thousand digits, and an object may raise anything
-        return "something that cannot be shown"

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
+from grpo.rewards.gold import answer_text
 
-def exact_match(completion: str, answer: str) -> float:
+
+def exact_match(completion: str, answer: object) -> float:
     """1.0 if the completion is the answer, white space at both ends aside; else 0.
 
     >>> exact_match("olleh\\n", "olleh"), exact_match("Olleh", "olleh")
     (1.0, 0.0)
     """
-    return float(completion.strip() == answer.strip())
+    return float(completion.strip() == answer_text(answer).strip())
 
 
-def similarity(completion: str, answer: str) -> float:
+def similarity(completion: str, answer: object) -> float:
     """0 to 1: twice the matching characters over the characters of both texts (Ratcliff and Obershelp).
 
     Pays for getting closer, where `exact_match` is too rare to learn from.
@@ -22,4 +24,4 @@ def similarity(completion: str, answer: str) -> float:
     >>> similarity("olleh", "olleh"), similarity("oll", "olleh"), similarity("", "olleh")
     (1.0, 0.75, 0.0)
     """
-    return SequenceMatcher(None, completion.strip(), answer.strip(), autojunk=False).ratio()
+    return SequenceMatcher(None, completion.strip(), answer_text(answer).strip(), autojunk=False).ratio()
