@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="honest ones")
     parser.add_argument("--more", type=int, default=40, help="steps to find a stale engine in")
     parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--stale-rate", type=float, default=1e-4, help="learning rate while the engine is stale")
     parser.add_argument("--eager", action="store_true")
     arguments = parser.parse_args()
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_LOGGING_LEVEL="ERROR")
@@ -87,7 +88,7 @@ def measure(base: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
         "audit_s": statistics.median(one["audit_s"] for one in steps),
         "step_s": statistics.median(one["step_s"] for one in steps),
     }
-    row["stale"] = found(lambda: stale(engine, config, policy, arguments.more))
+    row["stale"] = found(lambda: stale(engine, config, policy, arguments))
     row["greedy"] = found(lambda: wrong_draws(engine, policy, engine.canary.noise, temperature=0.0))
     row["top 20"] = found(lambda: wrong_draws(engine, policy, engine.canary.noise, top_k=20))
     print(json.dumps(row), flush=True)
@@ -129,7 +130,7 @@ def reward(groups: list[Group], seed: int) -> None:
     assign_advantages(groups, ESTIMATORS["grpo"], {"random": 1.0})
 
 
-def stale(engine: Any, config: Config, policy: Policy, steps: int) -> None:
+def stale(engine: Any, config: Config, policy: Policy, arguments: argparse.Namespace) -> None:
     """The policy goes on learning from random rewards on what an old engine sampled; only the canary is asked."""
     canary, right = engine.canary, engine.canary.logprobs
     asked = prompts(1, policy.model.head.shape[0])
@@ -138,9 +139,9 @@ def stale(engine: Any, config: Config, policy: Policy, steps: int) -> None:
     canary.logprobs = lambda contexts, completions: next(answers)
     loss, pack = build_loss(config), build_packer(config, policy.device)
     try:
-        for number in range(steps):
+        for number in range(arguments.more):
             reward(groups, 1)
-            policy.update(pack(groups), loss, config.learning_rate)
+            policy.update(pack(groups), loss, arguments.stale_rate)
             canary.check()
             found.steps = number + 2
     finally:

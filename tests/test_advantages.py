@@ -1,10 +1,10 @@
-"""Each advantage rule against its formula in float64, and what all of them must keep."""
+"""Each advantage estimator against its formula in float64, and what all of them must keep."""
 
 import numpy as np
 import pytest
 import torch
 
-from grpo.advantages import RULES, assign_advantages
+from grpo.advantages import ESTIMATORS, assign_advantages
 from grpo.types import Completion, Group, Prompt
 
 WEIGHTS = {"correct": 1.0, "format": 0.5}
@@ -25,17 +25,17 @@ def some_groups(seed=0, size=5):
     ]
 
 
-def expected(rule, groups):
+def expected(estimator, groups):
     rewards = np.array([group.rewards.double().numpy() for group in groups])
     centered = rewards - rewards.mean(1, keepdims=True)
     size = rewards.shape[1]
-    if rule == "grpo":
+    if estimator == "grpo":
         return centered / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
-    if rule == "dr_grpo":
+    if estimator == "dr_grpo":
         return centered
-    if rule == "lite_ppo":
+    if estimator == "lite_ppo":
         return centered / (rewards.std(ddof=1) + 1e-4)
-    if rule == "rloo":
+    if estimator == "rloo":
         return np.array([[r - (row.sum() - r) / (size - 1) for r in row] for row in rewards])
     total = np.zeros_like(rewards)
     for name, weight in WEIGHTS.items():
@@ -44,31 +44,31 @@ def expected(rule, groups):
     return total / (total.std(ddof=1) + 1e-4)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rule_is_its_formula(rule):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimator_is_its_formula(estimator):
     groups = some_groups()
-    assign_advantages(groups, RULES[rule], WEIGHTS)
+    assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
     ours = np.array([group.advantages.numpy() for group in groups])
-    np.testing.assert_allclose(ours, expected(rule, groups), atol=2e-5)
+    np.testing.assert_allclose(ours, expected(estimator, groups), atol=2e-5)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.3])
-def test_equal_rewards_give_exactly_zero(rule, value):
+def test_equal_rewards_give_exactly_zero(estimator, value):
     groups = [group_of([value] * 7, [0.3] * 7), *some_groups(size=7)]
-    assign_advantages(groups, RULES[rule], WEIGHTS)
+    assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
     assert torch.equal(groups[0].advantages, torch.zeros(7))
     assert groups[1].advantages.abs().max() > 0
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_permuting_a_group_permutes_its_advantages(rule):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_permuting_a_group_permutes_its_advantages(estimator):
     groups, permuted = some_groups(), some_groups()
     order = torch.tensor([3, 0, 4, 1, 2])
     permuted[1].rewards = permuted[1].rewards[order]
     permuted[1].parts = {name: part[order] for name, part in permuted[1].parts.items()}
-    assign_advantages(groups, RULES[rule], WEIGHTS)
-    assign_advantages(permuted, RULES[rule], WEIGHTS)
+    assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
+    assign_advantages(permuted, ESTIMATORS[estimator], WEIGHTS)
     torch.testing.assert_close(permuted[1].advantages, groups[1].advantages[order])
     torch.testing.assert_close(permuted[0].advantages, groups[0].advantages)
 
@@ -76,7 +76,7 @@ def test_permuting_a_group_permutes_its_advantages(rule):
 def test_gdpo_leaves_out_rewards_that_do_not_apply():
     nan = float("nan")
     groups = [group_of([1.0, 0.0, 1.0], [nan, 0.2, 0.4]), group_of([0.0, 0.0, 1.0], [nan, nan, nan])]
-    assign_advantages(groups, RULES["gdpo"], WEIGHTS)
+    assign_advantages(groups, ESTIMATORS["gdpo"], WEIGHTS)
     correct = np.array([[1.0, 0, 1], [0, 0, 1.0]])
     total = (correct - correct.mean(1, keepdims=True)) / (correct.std(1, ddof=1, keepdims=True) + 1e-4)
     known = np.array([0.2, 0.4])

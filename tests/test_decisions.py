@@ -1,8 +1,10 @@
 """The step reads like its description: how many decisions are taken in the code that one training step runs.
 
-"Decisions" are `if` statements, conditional expressions and `except` clauses. The functions that a step calls are found
-by running steps and watching; the rollout engine and the kernels are not counted. Helpers that only word an error
-message are not called in a step, so they are not counted either.
+"Decisions" are `if` statements, conditional expressions, `except` clauses, `and` and `or`, the filters of
+comprehensions, cases of a `match`, and arithmetic that takes a branch: a product with a comparison, or a place in a
+display that one chooses. The functions that a step calls are found by running steps and watching; the rollout engine
+and the kernels are not counted. Helpers that only word an error message are not called in a step, so they are not
+counted either.
 """
 
 import ast
@@ -52,10 +54,42 @@ def decisions_of(path, lines):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
             if first in lines:
-                found[f"{path.relative_to(PACKAGE)}:{node.name}"] = sum(
-                    isinstance(inner, ast.If | ast.IfExp | ast.ExceptHandler) for inner in ast.walk(node)
-                )
+                found[f"{path.relative_to(PACKAGE)}:{node.name}"] = sum(map(decisions_at, ast.walk(node)))
     return found
+
+
+def decisions_at(node):
+    """How many decisions this one node of a syntax tree is."""
+    match node:
+        case ast.If() | ast.IfExp() | ast.ExceptHandler() | ast.match_case():
+            return 1
+        case ast.BoolOp(values=values):
+            return len(values) - 1
+        case ast.comprehension(ifs=filters):
+            return len(filters)
+        case ast.BinOp(op=ast.Mult(), left=left, right=right):
+            return isinstance(left, ast.Compare) + isinstance(right, ast.Compare)
+        case ast.Subscript(value=ast.Tuple() | ast.List() | ast.Dict(), slice=ast.Compare()):
+            return 1
+    return 0
+
+
+def test_every_kind_of_decision_is_counted():
+    code = """
+def f(x, y):
+    if x: return 1
+    z = 1 if y else 2
+    w = x or y and z
+    try: pass
+    except ValueError: pass
+    a = [i for i in x if i if y]
+    b = 3 * (x > y) + ("p", "q")[x > 1]
+    match x:
+        case 1: pass
+        case 2: pass
+    return x + y * z
+"""
+    assert sum(map(decisions_at, ast.walk(ast.parse(code)))) == 1 + 1 + 2 + 1 + 2 + 2 + 2
 
 
 def test_a_step_takes_few_decisions(tmp_path):
@@ -76,7 +110,7 @@ def test_a_step_takes_few_decisions(tmp_path):
     ):
         assert expected in counted
     few = {name: count for name, count in counted.items() if count}
-    assert sum(few.values()) <= 19, f"{sum(few.values())}: " + ", ".join(f"{n} {c}" for n, c in few.items())
+    assert sum(few.values()) <= 60, f"{sum(few.values())}: " + ", ".join(f"{n} {c}" for n, c in few.items())
 
 
 def test_the_loop_fits_on_a_few_screens():
