@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import torch
 
 from grpo import generators
 from grpo.advantages import ESTIMATORS
-from grpo.checkpoint import Progress, leave_later, load_checkpoint
+from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
-from grpo.evaluate import Evaluator
+from grpo.evaluate import Evaluator, measure_reward, measure_solved
+from grpo.folder import leave_later
 from grpo.loss import build_loss
-from grpo.packing import build_packer, has_advantage
+from grpo.metrics import HEADLINES
+from grpo.packing import build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
@@ -37,8 +40,12 @@ from grpo.rollout.vllm_compat import is_installed
 from grpo.seeds import Purpose, mix_seed
 from grpo.stream import PromptStream
 from grpo.task import Task
+from grpo.threads import choose
 from grpo.train import Run
-from grpo.types import Group
+from grpo.types import Completion, Group, Prompt
+
+# Sequences, and tokens of a prompt, that the number of threads is measured with.
+PROBE_ROWS, PROBE_TOKENS = 64, 32
 
 # What getrusage counts memory in: bytes on macOS, KiB on Linux.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -50,6 +57,36 @@ def build_policy(config: Config, longest: int) -> Policy:
     longest: prompt and completion together, in tokens, that will be run at most.
     """
     return Policy(load_model(config, choose_device(config), longest), config)
+
+
+def settle_threads(
+    config: Config,
+    policy: Policy,
+    prompts: list[list[int]],
+    checkpoint: Path | None,
+    note: Callable[[str], object] = print,
+) -> int:
+    """Set how many threads the CPU computes with, to be asked for before anything is computed that a run depends on;
+    `note` is told. A policy on a GPU leaves the number as it is, unless one is asked for.
+
+    prompts: tokens [P] of a few prompts to measure with. checkpoint: a resumed run keeps the number it began with.
+    """
+    kept = read_state(checkpoint)[0].threads if checkpoint else 0
+    if (policy.device.type == "cpu" and config.engine != "vllm") or config.threads:
+        choice = choose(config.threads, kept, a_step(config, policy, prompts))
+        torch.set_num_threads(choice.count)
+        note(f"threads: {choice.count} ({choice.why})")
+    return torch.get_num_threads()
+
+
+def a_step(config: Config, policy: Policy, prompts: list[list[int]]) -> Callable[[], object]:
+    """A little of what a step computes, to be timed: the policy reads as many sequences as a rollout writes at once, a
+    token of each."""
+    rows = min(PROBE_ROWS, config.prompts_per_step * config.group_size)
+    context = prompts[0][:PROBE_TOKENS]
+    tokens = [Completion(context[:1], [0.0], "", "stop", 0) for _ in range(rows)]
+    batch = lay_out_to_read([Group(Prompt(0, "", context, {}), tokens)], policy.device)
+    return torch.no_grad()(lambda: policy.logprobs(batch))
 
 
 def build_engine(
@@ -96,13 +133,12 @@ def suits_vllm(config: Config, policy: Policy) -> bool:
 
 def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
     """The held-out score of a task."""
+    measure = partial(measure_solved, task.solved, task.vote, config.eval_k) if task.solved else measure_reward
     return Evaluator(
         prompts=list(questions.test),
         rewards=questions.rewards,
-        solved=task.solved,
-        answer=task.vote,
+        measure=measure,
         samples=config.eval_samples,
-        k=config.eval_k,
         max_tokens=config.max_completion_tokens,
         seed=mix_seed(Purpose.EVALUATION, config.seed),
     )
@@ -118,8 +154,10 @@ def build_run(
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
     policy = build_policy(config, questions.longest_sequence)
+    threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
+    progress.threads = threads
     engine = build_engine(
         config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, note
     )
@@ -134,6 +172,7 @@ def build_run(
         task.name,
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
+        headline=HEADLINES[0 if task.solved else 1],
     )
     generators_now = generators.reader(policy.device)
     return Run(

@@ -17,7 +17,9 @@ _TAG_AT_END = re.compile(r"<[^<>\s/]+>\s*$")
 
 def cautions(asker: Asker, prompts: Sequence[Prompt]) -> Iterator[str]:
     """A sentence for each thing that is so, about the first of the prompts that shows it."""
-    checks = (_dropped_text, _date_in_template, _another_time_another_prompt, _opened_twice, _tags_that_vanish)
+    checks = [_dropped_text, _date_in_template, _another_time_another_prompt]
+    if asker.task.gold is not None:
+        checks += [_opened_twice, _tags_that_vanish]
     for check in checks:
         yield from [told for prompt in prompts if (told := check(asker, prompt))][:1]
 

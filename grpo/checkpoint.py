@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,16 +27,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.folder import CHECKPOINTS, STATE, is_checkpoint, list_checkpoints, resume_folder
 from grpo.generators import Generators, from_tensors
 from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 
-STATE, OPTIMIZER, RNG = "state.json", "optimizer.safetensors", "rng.safetensors"
+OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-1"
-CHECKPOINT_NAME = re.compile(r"step-(\d+)")
-CHECKPOINTS = "checkpoints"  # the folder in a run's
-LEFT = "left-"  # before the name of a checkpoint whose course the run has left
 
 
 @dataclass
@@ -47,8 +44,9 @@ class Progress:
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out
     version: int = 0  # of the policy
+    threads: int = 0  # of the CPU, that the run computes with; 0: not known
     evaluated: int = -1  # steps done at the last held-out score
-    best: float = -1.0  # best held-out pass@1 ...
+    best: float = -1.0  # best held-out pass@1, or reward, if there was any ...
     best_step: int = -1  # ... and the checkpoint that has it
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
     last_scores: dict[str, float] = field(default_factory=dict)
@@ -98,31 +96,6 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         ) from error
     _remove_old(folder, keep, progress.best_step)
     return final
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run's folder, oldest first."""
-    return list(_by_step(folder).values())
-
-
-def leave_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, where the run now goes on from; returns their new places.
-
-    They belong to the course that is left: metrics.jsonl will not hold their steps.
-    """
-    left = []
-    for path in [path for at, path in _by_step(folder).items() if at > step]:
-        place = path.with_name(LEFT + path.name)
-        shutil.rmtree(place, ignore_errors=True)
-        left.append(path.rename(place))
-    return left
-
-
-def _by_step(folder: Path) -> dict[int, Path]:
-    """step -> checkpoint, in their order. What a user copied or packed beside the checkpoints is none."""
-    found = (folder / CHECKPOINTS).glob("step-*")
-    matches = [(match, path) for path in found if (match := CHECKPOINT_NAME.fullmatch(path.name)) and path.is_dir()]
-    return dict(sorted((int(match[1]), path) for match, path in matches))
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> Progress:
@@ -179,35 +152,6 @@ def _try_another(folder: Path) -> str:
     return f"Choose another checkpoint of {folder.parent}."
 
 
-def run_of(place: Path) -> Path:
-    """The folder of the run that `place` is, or that its checkpoints, or the checkpoint at `place`, belong to."""
-    if place.name == CHECKPOINTS:
-        return place.parent
-    return place.parent.parent if place.parent.name == CHECKPOINTS else place
-
-
-def resume_folder(place: Path) -> Path:
-    """The checkpoint that --resume means: `place` itself if it is one, else the last of the run.
-
-    Raises:
-        UserError: there is none, or it is of a course that the run has left.
-    """
-    if is_checkpoint(place) and place.name.startswith(LEFT):
-        raise UserError(
-            f"{place} was left when its run went on from an earlier checkpoint: metrics.jsonl no longer holds its "
-            f"steps. --eval scores it; --resume {run_of(place)} goes on with the run."
-        )
-    if is_checkpoint(place):
-        return place
-    run = run_of(place)
-    if not place.is_dir():
-        raise UserError(f"There is no checkpoint {place}. --resume takes one of {run}, or {run} for the last.")
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run} has no checkpoint to resume from. Start the run again without --resume.")
-    return checkpoints[-1]
-
-
 def best_checkpoint(place: Path) -> Path:
     """The checkpoint with the best held-out score of a run, or the one that `place` is.
 
@@ -219,11 +163,6 @@ def best_checkpoint(place: Path) -> Path:
     last = resume_folder(place)
     best = last.with_name(f"step-{read_state(last)[0].best_step:06d}")
     return best if best.is_dir() else last
-
-
-def is_checkpoint(place: Path) -> bool:
-    """Whether a folder is meant as a checkpoint, by its file or by its place."""
-    return (place / STATE).is_file() or (place.is_dir() and place.parent.name == CHECKPOINTS)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

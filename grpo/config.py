@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from grpo.errors import UserError
 
 MAY_BE_INFINITE = ("dual_clip", "off_policy_mask")  # inf means: no bound
+MOST_THREADS = 1024
 LONGEST_TIMER = 1e9  # seconds
 _LARGEST = sys.float_info.max
 
@@ -151,6 +152,9 @@ class Config:
     """Checkpoints kept, beside the best by held-out score."""
     run_dir: str = ""
     """Where everything is written; must not exist. Empty: runs/<task>-<time>."""
+    threads: int = 0
+    """Threads of the CPU; 0 takes what is fastest here, OMP_NUM_THREADS or torch's own number where one is set. Equal
+    runs need equal numbers; a resumed run keeps its own."""
     reward_timeout: float = 0.0
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
@@ -199,7 +203,7 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
     at_least_one = ("lora_rank", "prompts_per_step", "max_completion_tokens", "mini_batches", "epochs",
                     "tokens_per_batch", "eval_prompts", "eval_samples", "eval_k", "save_every", "keep")  # fmt: skip
     not_negative = ("steps", "max_context", "max_refills", "warmup_steps", "weight_decay", "eval_every",
-                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "reward_timeout",
+                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "threads", "reward_timeout",
                     "kv_cache_gib", "off_policy_mask")  # fmt: skip
     positive = ("temperature", "lora_alpha", "learning_rate", "max_grad_norm", "correction_cap", "dual_clip",
                 "cispo_cap")  # fmt: skip
@@ -220,6 +224,7 @@ def _checks(c: Config) -> list[tuple[bool, str]]:
             f"reward_timeout is {c.reward_timeout}. The system's timer takes at most {LONGEST_TIMER:g} seconds; "
             "0 sets no limit.",
         ),
+        (c.threads > MOST_THREADS, f"threads is {c.threads}. Use at most {MOST_THREADS}, or 0 for the fastest."),
         (c.seed >= 2**32, f"seed is {c.seed}. Use less than 2**32."),
         (c.clip_low > 1, f"clip_low is {c.clip_low}. The ratio is never negative, so use at most 1."),
         (

@@ -1,4 +1,4 @@
-"""Held-out scores: pass@1, pass@k, majority@k, each with a 95% interval. Knows nothing of training.
+"""Held-out scores: pass@1, pass@k, majority@k, or the mean reward, each with a 95% interval. Knows nothing of training.
 
 The same prompts and the same engine each time, at the training temperature, n samples a prompt of which c are right:
 
@@ -8,35 +8,39 @@ The same prompts and the same engine each time, at the training temperature, n s
 
 Every score is the mean of one number in [0, 1] a prompt, so its interval is that of a clustered proportion: Wilson's
 (1927) with the effective sample size p (1 - p) / SE^2, SE the standard error between prompts (Dean and Pagano 2015).
+Where a task says of no answer that it is right, the score is the mean reward, with the normal interval of the prompts'
+means.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from grpo.metrics import HEADLINES
 from grpo.rewards import Reward, score
 from grpo.rollout import Engine
 from grpo.rollout.sampling import sample_groups
 from grpo.types import Group, Prompt, sampled_tokens
+
+Measure = Callable[[list[Group]], dict[str, float]]  # scored groups -> held-out scores
 
 Z_95 = 1.959964  # of the normal distribution, two-sided 95%
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What is asked, how often, and what counts as right."""
+    """What is asked, how often, and what is measured of the answers."""
 
     prompts: list[Prompt]
     rewards: list[Reward]
-    solved: tuple[str, float]  # (reward name, value from which a completion is right)
-    answer: Callable[[str], str | None]  # what a completion votes for in majority@k; None abstains
+    measure: Measure
     samples: int  # n
-    k: int
     max_tokens: int  # of a completion
     seed: int
 
@@ -44,20 +48,36 @@ class Evaluator:
         """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
         groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
         score(groups, self.rewards)
-        name, value = self.solved
-        right = [(group.parts[name] >= value).tolist() for group in groups]
-        votes = [[self.answer(completion.text) for completion in group.completions] for group in groups]
         return {
-            **_named("eval/pass@1", [sum(row) / len(row) for row in right]),
-            **_named(f"eval/pass@{self.k}", [pass_at_k(len(row), sum(row), self.k) for row in right]),
-            **_named(
-                f"eval/majority@{self.k}",
-                [majority_at_k(vote, row, self.k) for vote, row in zip(votes, right, strict=True)],
-            ),
+            **self.measure(groups),
             "eval/reward": float(torch.cat([group.rewards for group in groups]).mean()),
             "eval/length": sampled_tokens(groups) / (len(groups) * self.samples),
             "eval/truncated": truncated_share(groups),
         }
+
+
+def measure_solved(
+    solved: tuple[str, float], answer: Callable[[str], str | None], k: int, groups: list[Group]
+) -> dict[str, float]:
+    """pass@1, pass@k and majority@k, where a completion can be right.
+
+    solved: (name of a reward, its value from which a completion is right).
+    answer: what a completion votes for in majority@k; None abstains.
+    """
+    name, value = solved
+    right = [(group.parts[name] >= value).tolist() for group in groups]
+    votes = [[answer(completion.text) for completion in group.completions] for group in groups]
+    majorities = [majority_at_k(vote, row, k) for vote, row in zip(votes, right, strict=True)]
+    return {
+        **_named("eval/pass@1", interval([sum(row) / len(row) for row in right])),
+        **_named(f"eval/pass@{k}", interval([pass_at_k(len(row), sum(row), k) for row in right])),
+        **_named(f"eval/majority@{k}", interval(majorities)),
+    }
+
+
+def measure_reward(groups: list[Group]) -> dict[str, float]:
+    """The mean reward with its interval, where nothing is right or wrong."""
+    return _named("eval/reward", normal_interval([float(group.rewards.mean()) for group in groups]))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -97,8 +117,16 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, min(mean, max(0.0, center - half)), max(mean, min(1.0, center + half))
 
 
-def _named(name: str, values: list[float]) -> dict[str, float]:
-    mean, low, high = interval(values)
+def normal_interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of one number of any size a prompt: the normal 95% interval of the mean; of one alone, none."""
+    n = len(values)
+    mean = sum(values) / n
+    half = Z_95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def _named(name: str, estimate: tuple[float, float, float]) -> dict[str, float]:
+    mean, low, high = estimate
     return {name: mean, f"{name}/low": low, f"{name}/high": high}
 
 
@@ -109,21 +137,31 @@ def truncated_share(groups: list[Group]) -> float:
 
 
 def score_lines(scores: dict[str, float]) -> Iterator[str]:
-    """ "pass@1 31.2% (95% interval 27.5 to 35.1)" for each score that has an interval."""
+    """ "pass@1 31.2% (95% interval 27.5% to 35.1%)" for each score that has an interval."""
     for name, value in scores.items():
         if f"{name}/low" in scores:
             low, high = scores[f"{name}/low"], scores[f"{name}/high"]
-            yield f"{name.removeprefix('eval/')} {value:.1%} (95% interval {low:.1%} to {high:.1%})"
+            form = format_of(name)
+            yield f"{name.removeprefix('eval/')} {value:{form}} (95% interval {low:{form}} to {high:{form}})"
 
 
 def comparison(before: dict[str, float], after: dict[str, float]) -> str:
     """The final line: first against last held-out score."""
-    first, last = (
-        f"{s['eval/pass@1']:.1%} [{s['eval/pass@1/low']:.1%}, {s['eval/pass@1/high']:.1%}]" for s in (before, after)
-    )
-    gain = 100 * (after["eval/pass@1"] - before["eval/pass@1"])
-    apart = (
-        after["eval/pass@1/low"] > before["eval/pass@1/high"] or after["eval/pass@1/high"] < before["eval/pass@1/low"]
-    )
+    name = headline(after)
+    form = format_of(name)
+    first, last = (f"{s[name]:{form}} [{s[f'{name}/low']:{form}}, {s[f'{name}/high']:{form}}]" for s in (before, after))
+    gain = after[name] - before[name]
+    gained = f"{100 * gain:+.1f} points" if "@" in name else f"{gain:+.3f}"
+    apart = after[f"{name}/low"] > before[f"{name}/high"] or after[f"{name}/high"] < before[f"{name}/low"]
     verdict = "the 95% intervals are apart" if apart else "the 95% intervals overlap"
-    return f"held-out pass@1: {first} before, {last} after: {gain:+.1f} points; {verdict}"
+    return f"held-out {name.removeprefix('eval/')}: {first} before, {last} after: {gained}; {verdict}"
+
+
+def headline(scores: dict[str, float]) -> str:
+    """The one of the scores that says how good the policy is."""
+    return next(name for name in HEADLINES if f"{name}/low" in scores)
+
+
+def format_of(name: str) -> str:
+    """Shares are shown as percentages, rewards as they are."""
+    return ".1%" if "@" in name else ".3f"

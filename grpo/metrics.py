@@ -13,6 +13,9 @@ from functools import cache
 # Metrics of these kinds may differ between two runs that are otherwise equal.
 TIMING_PREFIXES = ("time/", "speed/", "memory/")
 
+# Which held-out score says how good a policy is: the first that has an interval. The others have no column.
+HEADLINES = ("eval/pass@1", "eval/reward")
+
 _STANDS_FOR = {"<reward>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
 
 
@@ -60,7 +63,8 @@ METRICS = (
     Metric("eval/majority@<k>", "Held-out: probability that the answer given most often by k completions is right.",
            "share", interval=True, optional=True),
     Metric("eval/reward", "Held-out: weighted sum of the rewards, mean of the completions; with its interval where a "
-           "task says of no answer that it is right.", "reward", "rises", interval=True),
+           "task says of no answer that it is right.", "reward", "rises", interval=True,
+           column=Column("held-out reward", ".3f", 7, 1)),
     Metric("eval/length", "Held-out: mean length of a completion.", "tokens"),
     Metric("eval/truncated", "Held-out: share of completions cut off by the token limit.", "share", "below 10%"),
     Metric("completion/length", "Mean length of a completion.", "tokens",

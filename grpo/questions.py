@@ -22,10 +22,11 @@ from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.policy.load import context_length, vocabulary_size
 from grpo.prompts import Asker, Survey, build_prompts
-from grpo.rewards import Reward, build_rewards, resolve_reward
+from grpo.rewards import Reward, build_rewards, resolve_reward, score
 from grpo.rewards.preflight import Preflight, preflight
+from grpo.rewards.scoring import unsampled
 from grpo.task import Row, Task
-from grpo.types import Prompt
+from grpo.types import Group, Prompt
 
 # Gold answers that every run tries its rewards on first; --check tries them all.
 PREFLIGHT_ROWS = 64
@@ -81,7 +82,7 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
         task.rewards,
         columns=dict.fromkeys([*train.columns, *test.columns]),
         chat=first.messages is not None,
-        probe=(first, task.gold_text(first.fields)),
+        probe=(first, first.text if task.gold is None else task.gold_text(first.fields)),
         timeout=config.reward_timeout or None,
     )
     check_solved(task, rewards)
@@ -176,13 +177,13 @@ class Answers:
             raise UserError(
                 f"The gold answer is missing in {rows} of {source} ({'; '.join(self.shown)}{more}). Leave such rows "
                 f"out in `rows` of task {self.task.name}, or mend the data. A column may be empty if the reward "
-                f"`{self.task.solved[0]}` has a default for it."
+                "that decides has a default for it."
             )
 
 
 def _columns_of_solved(task: Task) -> list[str]:
     """The columns that the reward which tells right from wrong cannot do without."""
-    named = (key for key in task.rewards if _name(key) == task.solved[0])
+    named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
     functions = [resolve_reward(key) if isinstance(key, str) else key for key in named]
     with suppress(TypeError, ValueError):  # what has no signature is refused where the rewards are built
         parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
@@ -243,7 +244,7 @@ def hold_out(split: Split, count: int, num_tests: int | None) -> tuple[Split, Sp
 def check_solved(task: Task, rewards: list[Reward]) -> None:
     """The reward that says whether an answer is right must be one of the task's."""
     names = [reward.name for reward in rewards]
-    if task.solved[0] not in names:
+    if task.solved and task.solved[0] not in names:
         raise UserError(
             f"Task {task.name} says that `{task.solved[0]}` tells right from wrong, but its rewards are "
             f"{', '.join(names)}. Change `solved` in the task file."
@@ -251,12 +252,25 @@ def check_solved(task: Task, rewards: list[Reward]) -> None:
 
 
 def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Preflight:
-    """The rewards on gold answers of both splits, and on what is not an answer.
+    """The rewards on gold answers of both splits, and on what is not an answer; on the latter alone, with nothing to
+    report, where nobody knows a gold answer.
 
     Raises:
-        UserError: a reward fails on a gold answer, or a gold answer does not count as right.
+        UserError: a reward fails.
     """
+    if task.gold is None:
+        prompts = [*questions.train[:PREFLIGHT_ROWS], *questions.test[:PREFLIGHT_ROWS]]
+        score([_without_gold(task, prompt) for prompt in prompts], questions.rewards)
+        return Preflight(len(prompts), [], 0.0, 0.0)
     return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS))
+
+
+def _without_gold(task: Task, prompt: Prompt) -> Group:
+    """What a model may say to a prompt, right or wrong: nothing, what it was asked, the same in part."""
+    texts = ["", prompt.text, prompt.text[: len(prompt.text) // 2]]
+    for text in texts:
+        task.vote(text)
+    return Group(prompt, [unsampled(text) for text in texts])
 
 
 def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:

@@ -40,8 +40,9 @@ class Task:
     rows      (split, data) -> rows; split is "train" or "test", data is `Config.data` or the field below
     prompt    row -> chat messages, or row -> text for a model without a chat template
     rewards   {reward: weight}; a reward is a function, "package.module:function", or an installed plugin's name
-    gold      a completion that deserves full marks, as a template over the row's columns
-    solved    (name of a reward, its value from which a completion counts as right): what pass@1 measures
+    gold      a completion that deserves full marks, as a template over the row's columns; None where nobody knows one
+    solved    (name of a reward, its value from which a completion counts as right): what pass@1 measures; None where
+              there is no right and wrong: then the held-out score is the mean reward
     data      the data set when --data is not given
     config    the run's defaults
     embedded  what replaces them where there is no GPU or no hub: the tiny model that ships with the package
@@ -56,8 +57,8 @@ class Task:
     rows: Callable[[str, str], Iterable[Row]]
     prompt: Callable[[Row], list[Message] | str]
     rewards: dict[Callable | str, float]
-    gold: str
-    solved: tuple[str, float]
+    gold: str | None
+    solved: tuple[str, float] | None
     data: str
     config: Config = field(default_factory=Config)
     embedded: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +76,8 @@ class Task:
             raise UserError(f"Task {self.name}: `embedded` over `config` gives no configuration: {error}") from error
 
     def gold_text(self, row: Row) -> str:
-        """The gold completion of a row."""
+        """The gold completion of a row, of a task that has any."""
+        assert self.gold is not None
         with self._filled_in(row):
             text = self.gold.format_map(row)
         if text and (fault := fault_of_text(text)):
@@ -97,7 +99,7 @@ class Task:
     @cached_property
     def _places_in_gold(self) -> list[str]:
         """What stands in the braces of the template, such as answer or answer[0]."""
-        return [name for _, name, _, _ in _FORMATTER.parse(self.gold) if name is not None]
+        return [name for _, name, _, _ in _FORMATTER.parse(self.gold or "") if name is not None]
 
     @contextmanager
     def _filled_in(self, row: Row) -> Iterator[None]:
@@ -140,7 +142,7 @@ class Task:
 
 def _faults(task: Task) -> list[tuple[bool, str]]:
     """(is it so, what to say) for everything that is wrong with the fields alone."""
-    texts = {"name": task.name, "data": task.data, "gold": task.gold}
+    texts = {"name": task.name, "data": task.data, "gold": "" if task.gold is None else task.gold}
     functions = {"rows": task.rows, "prompt": task.prompt, "answer": task.answer}
     unknown = sorted(map(str, set(task.embedded) - set(field_names()))) if isinstance(task.embedded, dict) else []
     return [
@@ -155,9 +157,9 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
             f"`rewards` is {task.rewards!r}. It must be {{reward: weight}}, such as {{correctness: 1.0}}.",
         ),
         (
-            not _is_solved(task.solved),
+            task.solved is not None and not _is_solved(task.solved),
             f"`solved` is {task.solved!r}. It must be (name of a reward, its value from which a completion counts as "
-            'right), such as ("correctness", 2.0).',
+            'right), such as ("correctness", 2.0), or None where there is no right and wrong.',
         ),
         (bool(fault := _fault_of_template(task.gold)), f"`gold` is {task.gold!r}, {fault}."),
         (not isinstance(task.config, Config), f"`config` is {task.config!r}. It must be a Config: Config(steps=100)."),

@@ -18,7 +18,7 @@ from grpo.advantages import Estimator, assign_advantages
 from grpo.checkpoint import Progress, save_checkpoint
 from grpo.clock import Clock
 from grpo.config import Config
-from grpo.evaluate import Evaluator, truncated_share
+from grpo.evaluate import Evaluator, headline, truncated_share
 from grpo.generators import Generators
 from grpo.loss import Loss
 from grpo.packing import Packer, has_advantage
@@ -152,8 +152,9 @@ def evaluate(run: Run) -> None:
     run.recorder.evaluation(progress.step, scores)
     progress.first_scores = progress.first_scores or scores
     progress.last_scores, progress.evaluated = scores, progress.step
-    if scores["eval/pass@1"] > progress.best:
-        progress.best, progress.best_step = scores["eval/pass@1"], progress.step
+    score = scores[headline(scores)]
+    if score > progress.best or progress.best_step < 0:
+        progress.best, progress.best_step = score, progress.step
     remember_place(run)
 
 

@@ -1,11 +1,14 @@
 """Held-out scores against brute force and scipy's intervals."""
 
 import itertools
+import math
 import statistics
 
 import pytest
+import torch
 
-from grpo.evaluate import comparison, interval, majority_at_k, pass_at_k
+from grpo.evaluate import comparison, interval, majority_at_k, measure_reward, pass_at_k, score_lines
+from grpo.types import Group, Prompt
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (5, 2, 1), (5, 2, 3), (6, 0, 4), (6, 6, 4), (7, 3, 7)])
@@ -59,3 +62,29 @@ def test_comparison_says_whether_intervals_are_apart():
 
     assert "+25.0 points; the 95% intervals are apart" in comparison(scores(0.3, 0.2, 0.4), scores(0.55, 0.45, 0.65))
     assert "+5.0 points; the 95% intervals overlap" in comparison(scores(0.3, 0.2, 0.4), scores(0.35, 0.25, 0.45))
+
+
+def scored(*rewards):
+    groups = [Group(Prompt(index, "", [1], {}), []) for index in range(len(rewards))]
+    for group, of_group in zip(groups, rewards, strict=True):
+        group.rewards = torch.tensor(of_group)
+    return groups
+
+
+def test_without_right_answers_the_score_is_the_mean_reward():
+    """Of any size and sign; the prompts are the sample, not their completions."""
+    scores = measure_reward(scored([-4.0, -2.0], [0.0, 2.0], [5.0, 6.0], [7.0, 8.0]))
+    means = statistics.NormalDist(0, statistics.stdev([-3.0, 1.0, 5.5, 7.5]) / math.sqrt(4))
+    half = means.inv_cdf(0.975)
+    expected = {"eval/reward": 2.75, "eval/reward/low": 2.75 - half, "eval/reward/high": 2.75 + half}
+    assert scores == pytest.approx(expected, rel=1e-6)
+    assert list(score_lines(scores)) == [f"reward 2.750 (95% interval {2.75 - half:.3f} to {2.75 + half:.3f})"]
+    lower = measure_reward(scored([-3.0, -3.0], [-3.5, -3.5]))
+    assert comparison(lower, scores).startswith("held-out reward: -3.250 [-3.740, -2.760] before, 2.750 [")
+    assert comparison(lower, scores).endswith("after: +6.000; the 95% intervals are apart")
+
+
+def test_one_prompt_has_no_interval():
+    scores = measure_reward(scored([1.0, 2.0]))
+    assert scores["eval/reward"] == 1.5 and math.isnan(scores["eval/reward/low"])
+    assert "overlap" in comparison(scores, scores)

@@ -295,6 +295,7 @@ def test_the_bar_says_the_stage_and_takes_no_orders_from_names(monkeypatch):
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("COLUMNS", "80")
     console = Console(50, 0, "[red]toy[/blue]\x1b[2J\u202e_with_a_name_of_more_words", ["tone"], file=out)
+    console.start()
     for stage in ("rollout", "evaluation"):
         console.stage(stage)
         console._progress.refresh()

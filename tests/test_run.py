@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
-from grpo.checkpoint import list_checkpoints
 from grpo.embedded import MODEL_DIR
+from grpo.folder import list_checkpoints
 from grpo.metrics import TIMING_PREFIXES
 from grpo.run import main, resolve
 

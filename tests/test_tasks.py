@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from toy_task import SMALL, TASK
 
 from grpo import Config, Task
 from grpo.cautions import cautions
@@ -20,7 +22,8 @@ from grpo.data import JsonLines, Rows, read_rows
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.prompts import Asker, Prompts, Survey, build_prompts
-from grpo.questions import Answers, build_questions
+from grpo.questions import Answers, build_questions, preflight_rewards
+from grpo.run import main
 from grpo.seeds import mix_seed
 from grpo.stream import PromptStream
 from grpo.task import load_task
@@ -128,11 +131,10 @@ def prompts_for(asker, rows):
         ({"rows": []}, "`rows` is []. It must be a function."),
         ({"rewards": [exact]}, "It must be {reward: weight}"),
         ({"rewards": None}, "`rewards` is None"),
-        ({"solved": None}, "`solved` is None"),
         ({"solved": ("exact",)}, "`solved` is ('exact',)"),
         ({"solved": "ab"}, "`solved` is 'ab'"),
         ({"solved": ("exact", "1")}, "`solved` is ('exact', '1')"),
-        ({"gold": None}, "`gold` is None"),
+        ({"gold": 5}, "`gold` is 5"),
         ({"gold": str}, "`gold` is <class 'str'>"),
         ({"gold": "{answer}}"}, "Single '}' encountered"),
         ({"gold": "{} {answer}"}, "where a place has no name"),
@@ -604,3 +606,39 @@ def test_the_order_of_prompts_is_that_of_torch():
     generator = torch.Generator().manual_seed(mix_seed(9, 0))
     order = torch.randperm(6, generator=generator).tolist()
     assert PromptStream(list("abcdef"), seed=9).take(6) == ["abcdef"[place] for place in order]
+
+
+# ---- without a right answer
+
+
+def test_a_task_without_right_answers_is_scored_by_its_reward(tmp_path, capsys):
+    """From --check to the final line; the reward is below -1, and the best checkpoint is still the best."""
+    text = TASK.format(rewards="{short: 1.0}", extra="def short(completion):\n    return -len(completion) / 5 - 2")
+    text = re.sub(r"gold=.*", "gold=None,", text)
+    path = tmp_path / "toy.py"
+    path.write_text(re.sub(r"solved=.*", "solved=None,", text))
+    run = tmp_path / "run"
+    assert main([str(path), "--check"]) == 0
+    assert "The task is ready" in capsys.readouterr().out
+    assert main([str(path), *SMALL, "--steps", "2", "--run-dir", str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "held-out reward: -" in told and "pass@1" not in told
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if "eval/reward" in line]
+    assert [line["step"] for line in scores] == [0, 2]
+    assert all(line["eval/reward/low"] <= line["eval/reward"] <= line["eval/reward/high"] < -1 for line in scores)
+    best = max(scores, key=lambda line: line["eval/reward"])
+    state = json.loads((run / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert state["progress"]["best"] == best["eval/reward"] and state["progress"]["best_step"] == best["step"]
+    assert main(["--eval", str(run)]) == 0
+    assert "  reward -" in capsys.readouterr().out
+
+
+def test_a_reward_that_fails_without_gold_is_told_before_the_run():
+    def fragile(completion):
+        return 1 / len(completion)
+
+    task = task_with(gold=None, solved=None, rewards={fragile: 1.0}, held_out=0)
+    questions = build_questions(task, SMALL_CONFIG, note=list)
+    with pytest.raises(UserError, match=r"`fragile` raised ZeroDivisionError .* row 0"):
+        preflight_rewards(task, questions, every_row=False)

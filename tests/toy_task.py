@@ -34,4 +34,4 @@ task = Task(
 '''
 
 SMALL = """--prompts-per-step 2 --group-size 4 --max-completion-tokens 7 --eval-prompts 4 --eval-samples 2 --eval-k 2
---eval-every 4 --save-every 3 --learning-rate 1e-3 --lora-rank 4 --no-mask-truncated""".split()
+--eval-every 4 --save-every 3 --learning-rate 1e-3 --lora-rank 4 --no-mask-truncated --threads 1""".split()

@@ -26,7 +26,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from grpo.metrics import METRICS, Column
+from grpo.metrics import HEADLINES, METRICS, Column
 from grpo.record.names import in_lines, printable, shortened, told_apart
 from grpo.types import Group
 
@@ -65,10 +65,15 @@ class Shown:
         return len(text) <= self.width
 
 
-def columns_for(reward_names: Sequence[str]) -> list[Shown]:
-    """All columns of a step line, in the order in which they are printed: that of the table of metrics."""
+def columns_for(reward_names: Sequence[str], headline: str = HEADLINES[0]) -> list[Shown]:
+    """All columns of a step line, in the order in which they are printed: that of the table of metrics.
+
+    headline: the held-out score that has a column.
+    """
     columns = []
     for metric in METRICS:
+        if metric.name in HEADLINES and metric.name != headline:
+            continue
         if metric.column and metric.column.title:
             columns.append(Shown(tuple(metric.column.title.split(" ", 1)), metric.name, metric.column))
         elif metric.column:
@@ -105,10 +110,11 @@ class Console:
         start_step: int,
         task_name: str,
         reward_names: Sequence[str],
+        headline: str = HEADLINES[0],
         file: IO[str] | None = None,
     ):
         self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
-        self._columns = columns_for(reward_names)
+        self._columns = columns_for(reward_names, headline)
         self._shown: list[Shown] = []
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
         self._total_steps = total_steps
@@ -129,6 +135,9 @@ class Console:
         )
         name = shortened(printable(task_name).replace("\n", " "), _WIDEST_NAME)
         self._bar = self._progress.add_task(name, total=total_steps, completed=start_step, stage=" " * _STAGE_WIDTH)
+
+    def start(self) -> None:
+        """Show the bar from now on."""
         self._progress.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -147,6 +156,7 @@ class Console:
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """The held-out scores in one line, each with its 95% interval in brackets where `scores` has one."""
         names = [name for name in scores if "@" in name and not name.endswith(("/low", "/high"))]
+        names = names or [HEADLINES[-1]]
         told = "   ".join(_score_in_words(name, scores) for name in names)
         self.message(f"held-out after {step} steps:  {told}", style="bold")
 
@@ -217,8 +227,10 @@ def _right(text: str, width: int) -> str:
 
 def _score_in_words(name: str, scores: Mapping[str, float]) -> str:
     low, high = scores.get(f"{name}/low"), scores.get(f"{name}/high")
-    interval = "" if low is None or high is None else f" (95%: {100 * low:.1f} to {100 * high:.1f})"
-    return f"{name.removeprefix('eval/')} {scores[name]:.1%}{interval}"
+    form, unit = ("{:.1f}", 100) if "@" in name else ("{:.3f}", 1)
+    score, *ends = (form.format(unit * value) for value in (scores[name], low, high) if value is not None)
+    interval = f" (95%: {ends[0]} to {ends[1]})" if len(ends) == 2 else ""
+    return f"{name.removeprefix('eval/')} {score}{'%' * ('@' in name)}{interval}"
 
 
 def _width() -> int:

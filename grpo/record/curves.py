@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
+from grpo.metrics import HEADLINES
 from grpo.record.jsonl import read_metrics
 from grpo.record.names import in_lines, told_apart
 
@@ -66,6 +67,7 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
             axes.set_xlabel("step", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             draw(axes, curves)
+            axes.set_xlim(*_span(curves))
         partial = out_png.with_name(out_png.name + ".partial")
         with warnings.catch_warnings():
             # A letter that the font lacks is drawn as a box; that is no news in the middle of a run.
@@ -84,6 +86,13 @@ def _read_curves(metrics_path: Path) -> Curves:
     return {name: (steps, values) for name, (steps, values) in columns.items()}
 
 
+def _span(curves: Curves) -> tuple[float, float]:
+    """From the first step to the last one, with a little room: the same for every panel."""
+    ends = [end for steps, _ in curves.values() for end in (steps[0], steps[-1])]
+    room = 0.04 * max(1.0, max(ends) - min(ends))
+    return min(ends) - room, max(ends) + room
+
+
 def _draw_reward(axes: Axes, curves: Curves) -> None:
     names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
     for place, (name, label) in enumerate(zip(names, labels(names), strict=True)):
@@ -95,10 +104,14 @@ def _draw_reward(axes: Axes, curves: Curves) -> None:
 
 
 def _draw_held_out(axes: Axes, curves: Curves) -> None:
-    axes.set_title("Held-out problems solved, with 95% interval")
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
-    names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name))
-    styles = {"eval/pass@1": (_MAIN, "-", 2.4)}
+    main = next((name for name in HEADLINES if f"{name}/low" in curves), HEADLINES[0])
+    names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name) or name == main)
+    axes.set_title(
+        "Held-out problems solved, with 95% interval" if "@" in main else "Held-out reward, with 95% interval"
+    )
+    if "@" in main:
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    styles = {main: (_MAIN, "-", 2.4)}
     others = [name for name in names if name not in styles]
     styles |= {name: (_PARTS[place % len(_PARTS)], "--", 1.4) for place, name in enumerate(others)}
     for name in names:
@@ -106,8 +119,8 @@ def _draw_held_out(axes: Axes, curves: Curves) -> None:
         steps, values = curves[name]
         label = name.removeprefix("eval/")
         axes.plot(steps, values, dashes, color=colour, linewidth=width, marker="o", markersize=4, label=label)
-    if {"eval/pass@1/low", "eval/pass@1/high"} <= curves.keys():
-        (steps, low), (_, high) = curves["eval/pass@1/low"], curves["eval/pass@1/high"]
+    if {f"{main}/low", f"{main}/high"} <= curves.keys():
+        (steps, low), (_, high) = curves[f"{main}/low"], curves[f"{main}/high"]
         axes.fill_between(steps, low, high, color=_MAIN, alpha=0.15, linewidth=0)
     _legend_beside(axes)
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from grpo.errors import UserError
+from grpo.metrics import HEADLINES
 from grpo.record.console import Console
 from grpo.record.curves import draw_curves
 from grpo.record.jsonl import JsonLines, check_position, finite, read_metrics
@@ -28,6 +29,7 @@ class Recorder:
 
     `position` is what `position()` returned when the checkpoint was saved that the run goes on from: what was
     written later is dropped, so that a resumed run leaves the files of an uninterrupted one. None: new files.
+    `headline` is the held-out score that the step line shows.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Recorder:
         task_name: str,
         reward_names: list[str],
         position: Mapping[str, int] | None = None,
+        headline: str = HEADLINES[0],
     ):
         self._run_dir = Path(run_dir)
         at = position or {}
@@ -51,9 +54,10 @@ class Recorder:
         self._held_out: dict[str, float] = {}
         self._untrained = Untrained()
         self._restore(recorded, start_step)
-        self._console = Console(total_steps, start_step, task_name, reward_names)
+        self._console = Console(total_steps, start_step, task_name, reward_names, headline)
 
     def __enter__(self) -> Self:
+        self._console.start()
         return self
 
     def __exit__(self, *exception: object) -> None:

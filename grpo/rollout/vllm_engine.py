@@ -276,7 +276,7 @@ def refusal_in_words(source: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
-        # Memory that ran out has a sentence of its own (grpo/run.py); after a fault of the GPU no engine would work.
+        # Memory that ran out has a sentence of its own (grpo/guards.py); after a fault of the GPU no engine would work.
         if is_out_of_memory(error) or "CUDA error" in str(error):
             raise
         raise UnsuitedEngine(

@@ -1,0 +1,48 @@
+"""What every verb shows first: whether this is the embedded default, and the configuration."""
+
+from __future__ import annotations
+
+from rich.panel import Panel
+from rich.table import Table
+
+from grpo.config import field_names
+from grpo.folder import CONFIG_FILE
+from grpo.resolve import Resolved
+from grpo.terminal import console
+
+
+def announce(resolved: Resolved) -> None:
+    """Print both."""
+    if resolved.missing:
+        console.print(banner(resolved))
+    console.print(describe(resolved))
+
+
+def banner(resolved: Resolved) -> Panel:
+    """One visible notice that this is not the real thing, and how to get it."""
+    task, missing = resolved.task, "\n".join(f"  - {what}" for what in resolved.missing)
+    return Panel(
+        f"Missing here:\n{missing}\n"
+        "So this run uses what ships with the package: a tiny model and "
+        f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
+        f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
+        f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} "
+        f"--data {task.data}",
+        title="EMBEDDED DEFAULT",
+        border_style="yellow",
+    )
+
+
+def describe(resolved: Resolved) -> Table:
+    """The values that are not defaults, with where each came from."""
+    table = Table(title="configuration", title_justify="left", box=None, pad_edge=False, header_style="dim")
+    for column in ("field", "value", "from"):
+        table.add_column(column)
+    for name in field_names():
+        origin = resolved.origins.get(name, "default")
+        if origin != "default":
+            table.add_row(name, str(getattr(resolved.config, name)), origin)
+    defaults = sum(resolved.origins.get(name, "default") == "default" for name in field_names())
+    table.caption = f"and {defaults} defaults; all are in {CONFIG_FILE}, --help explains them"
+    table.caption_justify = "left"
+    return table

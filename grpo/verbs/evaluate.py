@@ -1,0 +1,44 @@
+"""--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo.build import build_engine, build_evaluator, build_policy, settle_threads
+from grpo.checkpoint import best_checkpoint
+from grpo.evaluate import score_lines
+from grpo.folder import saved_run
+from grpo.guards import memory_in_words
+from grpo.policy.adapter import load_adapter
+from grpo.questions import build_questions
+from grpo.resolve import Resolved
+from grpo.terminal import say, working
+from grpo.threads import restored_threads
+from grpo.verbs.announce import announce
+from grpo.verbs.opening import opening
+
+
+def evaluate(resolved: Resolved, target: str) -> int:
+    """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
+    announce(resolved)
+    config = resolved.config
+    with working("rows and prompts"):
+        questions = build_questions(resolved.task, config, note=say)
+    checkpoint = best_checkpoint(Path(target)) if saved_run(target) else None
+    with memory_in_words(config), restored_threads():
+        policy = build_policy(config, questions.longest_sequence)
+        settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
+        if checkpoint:
+            load_adapter(policy, checkpoint)
+            say(f"adapter of {checkpoint}")
+        engine = build_engine(
+            config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, say
+        )
+        for line in opening(config, policy, engine):
+            say(line)
+        with working("evaluation"):
+            scores = build_evaluator(resolved.task, config, questions)(engine)
+    say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
+    for line in score_lines(scores):
+        say("  " + line)
+    return 0

@@ -1,0 +1,37 @@
+"""The first lines of a run: what is trained or scored, on what, by what, in which folder. Whatever else is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from grpo.config import Config
+from grpo.policy import Policy
+from grpo.rollout import Engine
+from grpo.rollout.torch_engine import TorchEngine
+
+EMBEDDED = "the tiny one that ships with the package: it shows the loop and knows no world"
+
+
+def opening(config: Config, policy: Policy, engine: Engine, folder: Path | None = None) -> Iterator[str]:
+    """A line each; of the rows there is one already, where they were read. folder: of the run, if there is one."""
+    what_it_is = f" ({EMBEDDED})" if config.model == "embedded" else ""
+    yield f"model: {config.model}{what_it_is}, base weights in {config.base}, on {device_in_words(policy.device)}"
+    trainable = sum(parameter.numel() for parameter in policy.store.parameters())
+    yield f"adapter: LoRA of rank {config.lora_rank}, {trainable:,} trainable parameters"
+    yield f"engine: {engine_in_words(engine)}"
+    if folder:
+        yield f"run folder: {folder}"
+
+
+def device_in_words(device: torch.device) -> str:
+    """ "cuda (NVIDIA H100 80GB HBM3)", or "cpu"."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def engine_in_words(engine: Engine) -> str:
+    """Who samples."""
+    own = isinstance(engine, TorchEngine)
+    return "PyTorch, the policy's own model" if own else "vLLM, in this process, over the policy's weights"

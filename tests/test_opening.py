@@ -1,0 +1,48 @@
+"""What a command says before it trains or scores."""
+
+import re
+
+import pytest
+from toy_task import SMALL, TASK
+
+from grpo.run import main
+
+FIRST_LINES = """model: embedded \\(the tiny one .*, base weights in float32, on cpu
+adapter: LoRA of rank 4, [\\d,]+ trainable parameters
+engine: PyTorch
+run folder: {folder}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path):
+    def write(config):
+        path = tmp_path / "toy.py"
+        text = TASK.format(rewards="{letters: 1.0, says: 1.0}", extra="")
+        path.write_text(text.replace('Config(model="org/does-not-exist")', config))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "config", ['Config(model="org/does-not-exist")', 'Config(model="embedded", base="float32", device="cpu")']
+)
+def test_the_first_lines_say_what_is_trained_whatever_is_missing(toy, config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([toy(config), *SMALL, "--device", "cpu", "--steps", "1", "--run-dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    before_training = out[: out.index("held-out after 0 steps")]
+    lines = FIRST_LINES.format(folder=re.escape(str(folder))).splitlines()
+    assert re.search(".*\n".join(lines), before_training)
+    assert "8 training and 4 held-out rows" in before_training
+    assert "threads: 1 (as --threads says)" in before_training
+    capsys.readouterr()
+    assert main(["--eval", str(folder)]) == 0
+    assert re.search(".*\n".join(lines[:3]), capsys.readouterr().out)
+
+
+def test_a_log_file_gets_no_spinner(toy, tmp_path, capsys):
+    assert main([toy("Config()"), *SMALL, "--check", "--run-dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\r" not in out and "preflight of" not in out
