@@ -18,9 +18,9 @@ import torch
 
 # The user's own word, which libraries read when they are loaded.
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-ROUNDS = 9  # of every number in turn, so that a busy moment meets them all
+ROUNDS = 7  # of every number in turn, so that a busy moment meets them all
 FEWEST_ROUNDS = 3
-LONGEST = 4.0  # seconds, after which no further round begins
+LONGEST = 3.0  # seconds, after which no further round begins
 GAIN = 0.9  # more threads are taken where they need less than this share of the time: noise is to choose the fewer
 
 
