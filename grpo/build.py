@@ -161,7 +161,7 @@ def build_run(
     engine = build_engine(
         config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, note
     )
-    engine.canary.restore(progress.canary)
+    goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
         note(f"note: going on from step {progress.step}: later checkpoints are now {', '.join(map(str, left))}.")
@@ -185,7 +185,7 @@ def build_run(
         estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device),
         loss=build_loss(config),
-        audit=Audit(policy, engine.canary.noise, progress.audit),
+        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions),
         recorder=recorder,
         memory_peak=gpu_peak if policy.device.type == "cuda" else process_peak,

@@ -102,11 +102,22 @@ def test_a_state_restored_goes_on_from_the_last_proof(tiny_config):
     nudge(policy, 0.002)
     engine.sync()
     fresh = TorchEngine(policy, Letters(), contexts(prompts(4)), 1.0)
-    fresh.canary.restore(engine.canary.state())
+    assert fresh.canary.restore(engine.canary.state())
     nudge(policy, 0.002)
     assert fresh.sync() == engine.sync()
     assert fresh.canary.state() == engine.canary.state()
     assert engine.canary.proved.version == 0
+
+
+def test_a_state_of_another_engine_or_model_is_not_taken(tiny_config):
+    """Its noise is another: a run that was begun in float32 would be stopped when it goes on in bf16."""
+    _, engine = build_engine(tiny_config())
+    _, other = build_engine(tiny_config("llama"))
+    noise = engine.canary.noise
+    other.canary.noise = 0.1
+    assert not engine.canary.restore(other.canary.state())
+    assert not engine.canary.restore({})
+    assert engine.canary.noise == noise
 
 
 def simulate(rng, tokens, noise, step, share, heavy):

@@ -16,6 +16,9 @@ slope is above s / 2, once s / 2 is DEVIATIONS deviations; before that, neither 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -112,6 +115,7 @@ class Canary:
         dtype = policy.store.compute_dtype
         gap = _rms(torch.cat([each.engine - each.policy for each in measured]))
         self.noise = max(gap, SMALLEST_NOISE[dtype])
+        self.key = _key(logprobs, dtype, policy.device, self.completions)
         self.last = self.proved = measured[0]
         if not gap <= LARGEST_NOISE[dtype]:
             raise UserError(
@@ -158,17 +162,21 @@ class Canary:
     def state(self) -> dict[str, Any]:
         """What a resumed run must know to go on as the uninterrupted one."""
         return {
+            "key": self.key,
             "noise": self.noise,
             "version": self.proved.version,
             "engine": self.proved.engine.tolist(),
             "policy": self.proved.policy.tolist(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`; a state of other completions (another model or engine) is not taken."""
-        if len(state.get("engine", ())) == len(self.proved.engine):
+    def restore(self, state: dict[str, Any]) -> bool:
+        """The inverse of `state`, and whether it was taken: not that of another model, engine or machine, whose noise
+        is another."""
+        fits = state.get("key") == self.key
+        if fits:
             self.noise = state["noise"]
             self.proved = Measured(state["version"], torch.tensor(state["engine"]), torch.tensor(state["policy"]))
+        return fits
 
     def _check_finite(self, now: Measured) -> None:
         if not now.policy.isfinite().all():
@@ -192,6 +200,13 @@ class Canary:
         engine = torch.tensor([p for row in self.logprobs(self.contexts, self.completions) for p in row])
         policy = self.policy.logprobs(self.batch)[0][self.batch.mask].cpu()
         return Measured(self.policy.version, engine, policy)
+
+
+def _key(logprobs: LogProbs, dtype: torch.dtype, device: torch.device, completions: list[list[int]]) -> str:
+    """What noise depends on, in a word that two runs can compare."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    parts = [getattr(logprobs, "__qualname__", ""), str(dtype), hardware, torch.__version__, completions]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def follows(policy: Tensor, engine: Tensor, noise: float) -> bool | None:
