@@ -124,7 +124,9 @@ class Rows(Sequence[Row]):
         with user_code(self._told):
             try:
                 given = task.rows(split, data)
-                self._rows = given if _has_places(given) else list(islice(given, most + 1 if first is None else first))
+                some = given if _has_places(given) else islice(given, most + 1 if first is None else first)
+                # Copies: what gives one row after the other may fill the same dict again and again.
+                self._rows = given if some is given else [row.copy() if isinstance(row, dict) else row for row in some]
             except KeyError as missing:
                 raise UserError(
                     f"The rows of {self.source} have no column {missing}, which task {task.name} reads. "
@@ -167,7 +169,8 @@ class Rows(Sequence[Row]):
         if not isinstance(row, dict):
             raise UserError(
                 f"`rows` of task {self.task.name} gave {reprlib.repr(row)} ({type(row).__name__}) as row {place} of "
-                f"{self.source}. A row is a dict of columns, such as {{'question': ..., 'answer': ...}}."
+                f"{self.source}. A row is a dict of columns, such as {{'question': ..., 'answer': ...}}. A table of "
+                'pandas gives such rows by .to_dict("records"), a DatasetDict by its split.'
             )
         return row
 

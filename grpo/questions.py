@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -170,7 +171,13 @@ class Answers:
             self.shown += [f"row {place}: {missing}"][: 4 - len(self.shown)]
 
     def check(self, source: str) -> None:
-        """Raises UserError if an answer is missing."""
+        """Raises UserError if an answer is missing, or a column has no name that a reward could ask for it by."""
+        wrong = next((name for name in self.columns if not isinstance(name, str)), None)
+        if wrong is not None:
+            raise UserError(
+                f"A column of {source} is called {wrong!r} ({type(wrong).__name__}). Rewards ask for columns by name: "
+                f"let `rows` of task {self.task.name} give it a name that is text."
+            )
         if self.num_missing:
             rows = "1 row" if self.num_missing == 1 else f"{self.num_missing:,} rows"
             more = "; ..." * (self.num_missing > len(self.shown))
@@ -193,7 +200,10 @@ def _columns_of_solved(task: Task) -> list[str]:
 
 def _name(key: Callable | str) -> str:
     """The name of a reward of a task, as its metric has it."""
-    return key.rpartition(":")[2] if isinstance(key, str) else getattr(key, "__name__", type(key).__name__)
+    if isinstance(key, str):
+        return key.rpartition(":")[2]
+    function = key.func if isinstance(key, partial) else key
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:

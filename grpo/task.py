@@ -67,6 +67,11 @@ class Task:
     continue_final_message: bool = False
 
     def __post_init__(self) -> None:
+        if fault := _fault_of_name(self.name):
+            raise UserError(
+                f"A task's `name` is {self.name!r}, {fault}. A run's folder is named after it: use letters, digits, "
+                "- and _."
+            )
         for broken, sentence in _faults(self):
             if broken:
                 raise UserError(f"Task {self.name}: {sentence}")
@@ -142,15 +147,11 @@ class Task:
 
 def _faults(task: Task) -> list[tuple[bool, str]]:
     """(is it so, what to say) for everything that is wrong with the fields alone."""
-    texts = {"name": task.name, "data": task.data, "gold": "" if task.gold is None else task.gold}
+    texts = {"data": task.data, "gold": "" if task.gold is None else task.gold}
     functions = {"rows": task.rows, "prompt": task.prompt, "answer": task.answer}
     unknown = sorted(map(str, set(task.embedded) - set(field_names()))) if isinstance(task.embedded, dict) else []
     return [
         *((not isinstance(v, str), f"`{name}` is {v!r}. It must be text.") for name, v in texts.items()),
-        (
-            bool(fault := _fault_of_name(task.name)),
-            f"`name` is {task.name!r}, {fault}. A run's folder is named after it: use letters, digits, - and _.",
-        ),
         *((not callable(v), f"`{name}` is {v!r}. It must be a function.") for name, v in functions.items()),
         (
             not isinstance(task.rewards, Mapping),
@@ -182,7 +183,7 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
 def _fault_of_name(name: Any) -> str:
     """Why a name makes no folder of a run, in words; empty if it does."""
     if not isinstance(name, str):
-        return ""  # told as what is no text
+        return "which is no text"
     if not name.strip():
         return "which is empty"
     if len(name.encode(errors="replace")) > LONGEST_NAME:

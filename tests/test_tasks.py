@@ -6,6 +6,7 @@ import re
 import sys
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import random
@@ -127,7 +128,7 @@ def prompts_for(asker, rows):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"name": None}, "`name` is None. It must be text."),
+        ({"name": None}, "`name` is None, which is no text."),
         ({"rows": []}, "`rows` is []. It must be a function."),
         ({"rewards": [exact]}, "It must be {reward: weight}"),
         ({"rewards": None}, "`rewards` is None"),
@@ -352,6 +353,21 @@ def test_rows_without_an_end_are_refused():
     assert len(Rows(task_with(rows=endless), "test", "embedded", first=30)) == 30
 
 
+def test_rows_that_fill_one_dict_again_and_again_are_different_rows():
+    def rows(split, data):
+        row = {}
+        for number in range(3):
+            row["answer"] = str(number)
+            yield row
+
+    assert list(Rows(task_with(rows=rows), "train", "embedded")) == [{"answer": "0"}, {"answer": "1"}, {"answer": "2"}]
+
+
+def test_a_column_has_a_name():
+    with pytest.raises(UserError, match=r"A column of embedded \(train\) is called 5 \(int\)"):
+        build_questions(task_with(rows=lambda split, data: [{"answer": "2", "question": "?", 5: 6}]), SMALL_CONFIG)
+
+
 def test_rows_of_the_hub_stay_where_they_are():
     """A data set in Arrow's memory: nested columns, missing values, and rows that are asked for by place."""
     datasets = pytest.importorskip("datasets")
@@ -404,10 +420,12 @@ def test_numbers_and_texts_are_answers(value):
     assert task_with().missing_gold({"question": "?", "answer": value}) == ""
 
 
-def test_what_the_deciding_reward_reads_must_be_there_unless_it_has_a_default():
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_the_deciding_reward_reads_must_be_there_unless_it_has_a_default(wrapped):
     def right(completion, answer, unit="", numbers=()):
         return 1.0
 
+    right = partial(right, unit="m") if wrapped else right
     columns = {"question": "?", "working": " ", "answer": "4", "unit": None, "numbers": []}
     task = task_with(gold="{working}{question}", rewards={right: 1.0}, solved=("right", 1.0))
     answers = Answers(task)
