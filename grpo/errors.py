@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-
-import torch
 
 # Whose memory ran out is told by words where there is no class: torch says so of this machine's, CUDA, cuBLAS and vLLM
 # (while it warms up) of a GPU's.
@@ -26,7 +25,9 @@ class UnsuitedEngine(UserError):
 def is_out_of_memory(error: Exception) -> bool:
     """Whether this is memory that ran out, a GPU's or this machine's."""
     signs = (OUT_OF_CPU_MEMORY, *OUT_OF_GPU_MEMORY)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+    torch = sys.modules.get("torch")  # not imported for this: where nobody did, none of its errors can be
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch else MemoryError
+    return isinstance(error, kinds) or any(sign in str(error) for sign in signs)
 
 
 # sys.exit() and a cancelled task are no Exceptions, and would end the run without a word.

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import subprocess
 import sys
 from decimal import Decimal
 from fractions import Fraction
@@ -87,6 +88,16 @@ def test_gsm8k_reads_the_columns_of_the_hub(tmp_path):
     }
     assert marks(task, task.gold_text(row), row) == MAXIMA["gsm8k"]
     assert marks(task, task.gold_text({**row, "answer": "1081"}), row)["correctness"] == 0.0
+
+
+def test_a_task_file_is_loaded_without_torch():
+    """It takes more than a second to import, and --help and every mistake in a task file would wait for it."""
+    program = (
+        f"import sys; from grpo.task import load_task; load_task({str(TASKS / 'gsm8k.py')!r}); "
+        "print(sorted({'torch', 'triton', 'transformers', 'datasets', 'grpo_kernels'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 # ---- prompts
