@@ -460,6 +460,17 @@ def test_a_step_that_trains_nothing_says_why_and_what_to_do(numbers, words):
         assert word in told
 
 
+def test_a_step_in_which_all_is_solved_is_no_alarm(tmp_path):
+    with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:
+        for step, mean in enumerate([0.0, 3.0, 4.0, 4.0, 4.0]):
+            recorder.step(
+                step, EMPTY | {"reward/mean": mean, "groups/trained": 3 * (mean == 3.0), "optim/grad_norm": 0.5}
+            )
+        (warning,) = recorder.warnings()
+    assert "every completion earned 4, the most so far. These rows have no more to teach it" in warning
+    assert "too easy" in explain(EMPTY) and "the most so far" in explain(EMPTY, solved=True)
+
+
 def test_steps_that_train_nothing_are_told_as_they_come_and_at_the_end(tmp_path, capsys):
     trained = EMPTY | {"groups/trained": 3, "optim/grad_norm": 0.5}
     with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 MANY = 3
 
 _EQUAL_REMEDY = (
-    "Where all are right the rows are too easy for this model, where none is they are too hard: other rows, a reward "
-    "that also pays for part of the way, a larger --group-size, or --dynamic-sampling, which takes other rows instead."
+    "If all are right, the rows are too easy for this model; if none is, they are too hard. What helps: other rows, a "
+    "reward that also pays for part of the way, a larger --group-size, or --dynamic-sampling, which takes other rows."
 )
+_SOLVED_REMEDY = "These rows have no more to teach it: take harder ones, or fewer --steps."
 _LENGTH_REMEDY = (
     "Raise --max-completion-tokens, ask for shorter answers in the prompt, or see in completions.jsonl whether the "
     "model ends its answers at all."
@@ -29,10 +30,13 @@ class Untrained:
         self._count = 0  # of them trained nothing
         self._row = 0  # of the last ones
         self._longest = (0, 0, "")  # (steps in a row, the last of them, why)
+        self._lowest, self._highest = math.inf, -math.inf  # mean reward of a step
 
     def seen(self, step: int, metrics: Mapping[str, float | None]) -> Iterator[str]:
         """A sentence where the step trained nothing; a short one where the step before it did not either."""
         self._steps += 1
+        mean = _number(metrics, "reward/mean")
+        self._lowest, self._highest = min(self._lowest, mean), max(self._highest, mean)
         if 0 in (metrics.get("groups/trained"), metrics.get("optim/grad_norm")):
             yield from self._empty(step, metrics)
         else:
@@ -48,7 +52,8 @@ class Untrained:
     def _empty(self, step: int, metrics: Mapping[str, float | None]) -> Iterator[str]:
         self._count += 1
         self._row += 1
-        why = explain(metrics)
+        # The most that a step ever earned, where it has been less.
+        why = explain(metrics, solved=self._lowest < self._highest == _number(metrics, "reward/mean"))
         self._longest = max(self._longest, (self._row, step, why))
         if self._row == 1:
             yield f"Step {step + 1} trained nothing: {why}"
@@ -56,8 +61,8 @@ class Untrained:
             yield f"Step {step + 1} trained nothing either, {self._row} in a row: {why.partition('. ')[0]}."
 
 
-def explain(metrics: Mapping[str, float | None]) -> str:
-    """Why a step with these numbers trained nothing, and what helps."""
+def explain(metrics: Mapping[str, float | None], solved: bool = False) -> str:
+    """Why a step with these numbers trained nothing, and what helps. solved: no step has earned more, some less."""
     rolled_out, trained = _number(metrics, "groups/rolled_out"), _number(metrics, "groups/trained")
     equal = round(_number(metrics, "groups/zero_variance") * rolled_out) if rolled_out else -1  # not known
     all_cut_off = metrics.get("completion/truncated") == 1
@@ -65,6 +70,8 @@ def explain(metrics: Mapping[str, float | None]) -> str:
     if all_cut_off and (trained == 0 or equal == rolled_out):
         rewards = ", and their rewards are equal in every group" if equal == rolled_out else ""
         return f"every completion was cut off {length}{rewards}. {_LENGTH_REMEDY}"
+    if equal == rolled_out and metrics.get("reward/std") == 0 and solved:
+        return f"every completion earned {_number(metrics, 'reward/mean'):g}, the most so far. {_SOLVED_REMEDY}"
     if equal == rolled_out:
         paid = f", {_number(metrics, 'reward/mean'):g} for all" if metrics.get("reward/std") == 0 else ""
         return f"in every group all completions earned the same{paid}, so there is nothing to compare. {_EQUAL_REMEDY}"
