@@ -22,7 +22,7 @@ def test_tables_are_those_of_the_results(script):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/algorithm.md", "tasks/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/algorithm.md", "docs/metrics.md", "tasks/README.md"])
 def test_flags_in_the_documents_exist(document):
     flags = {name.replace("_", "-") for name in field_names()} | {"check", "resume", "eval", "help"}
     commands = " ".join(re.findall(r"grpo\.run[^\n`]*|`--[a-z][^`]*`", (ROOT / document).read_text()))

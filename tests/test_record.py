@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -423,11 +424,11 @@ def test_a_shorter_file_or_one_of_other_lines_is_told_before_any_is_cut(tmp_path
     assert metrics.read_bytes() == before
 
 
-def test_a_file_that_is_damaged_while_the_run_goes_on_stops_nothing(tmp_path, capsys):
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"not ours" * 9999 + b"\n"), Path.unlink])
+def test_a_file_that_is_damaged_while_the_run_goes_on_stops_nothing(damage, tmp_path, capsys):
     with Recorder(tmp_path, 6, 0, "toy", NAMES) as recorder:
         record_steps(recorder, 0, 2)
-        with (tmp_path / "metrics.jsonl").open("ab") as file:
-            file.write(b"no line of ours" * 1000 + b"\n")
+        damage(tmp_path / "metrics.jsonl")
         recorder.evaluation(2, scores_of(2))
     assert "note: curves.png is not drawn" in capsys.readouterr().out
 

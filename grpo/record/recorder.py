@@ -115,7 +115,7 @@ class Recorder:
         # A picture is no reason to stop: it can be drawn again at any time.
         try:
             draw_curves(self._metrics.path, self._run_dir / "curves.png")
-        except UserError as error:
+        except (UserError, FileNotFoundError, PermissionError) as error:
             self._console.message(f"note: curves.png is not drawn. {error}")
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
