@@ -129,7 +129,8 @@ class Asker:
         """The tokens that the tokenizer puts in front of any text, such as Llama's <|begin_of_text|>."""
         bare = self.tokenizer("1 + 1", add_special_tokens=False)["input_ids"]
         whole = self.tokenizer("1 + 1")["input_ids"]
-        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+        first = whole[: whole[:1] == [self.tokenizer.bos_token_id]]  # if the text's own tokens are not found again
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), first)
 
     def _fault_of_messages(self, messages: Any) -> str:
         """What is wrong with chat messages, in words; empty if nothing is. A message may be empty, but not all."""

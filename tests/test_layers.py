@@ -32,7 +32,7 @@ LAYERS = (
     },
     {
         "policy": ("grpo.policy.*",),
-        "task": ("grpo.task", "grpo.data", "grpo.prompts", "grpo.stream", "grpo.cautions"),
+        "task": ("grpo.task", "grpo.data", "grpo.prompts", "grpo.splits", "grpo.stream", "grpo.cautions"),
     },
     {
         "rollout": ("grpo.rollout.*",),

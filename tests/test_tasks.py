@@ -24,9 +24,10 @@ from grpo.data import JsonLines, Rows, read_rows
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.prompts import Asker, Prompts, Survey, build_prompts
-from grpo.questions import Answers, build_questions, preflight_rewards
+from grpo.questions import build_questions, preflight_rewards
 from grpo.run import main
 from grpo.seeds import mix_seed
+from grpo.splits import Answers
 from grpo.stream import PromptStream
 from grpo.task import load_task
 
@@ -477,6 +478,14 @@ def test_a_task_that_ignores_its_split_is_refused_unless_it_says_so():
     questions, notes = splits(["a", "b", "c"], ["a"], held_out=0)
     assert asked(questions.train) == asked(questions.test) == ["a", "b", "c"]
     assert "its held-out score is that of training prompts" in notes
+
+
+def test_both_splits_ask_in_the_same_way():
+    def prompt(row):
+        return row["question"] if row["question"] == "b" else [{"role": "user", "content": row["question"]}]
+
+    with pytest.raises(UserError, match="chat messages for one split and a text for the other"):
+        splits(["a"], ["b"], prompt=prompt)
 
 
 def test_held_out_prompts_are_the_same_in_any_order_and_leave_nothing_behind():

@@ -1,0 +1,175 @@
+"""Splits: the rows to train on and those held out, looked at once each before anything is made of them.
+
+Knows nothing of tokens, nor of how a reward is called.
+
+read_splits(asker, config, ...)    both, with what their rows ask; held-out prompts are no training prompts
+Answers                            gold answers that are missing
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from grpo.config import Config
+from grpo.data import Rows
+from grpo.errors import UserError
+from grpo.prompts import Asker, Survey
+from grpo.rewards import resolve_reward
+from grpo.task import Row, Task
+
+ROWS_BETWEEN_NOTES = 250_000
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+Note = Callable[[str], object]
+
+
+@dataclass
+class Split:
+    """The rows of a split and what they ask. `places` are those of the rows that are asked."""
+
+    rows: Rows
+    survey: Survey
+    columns: list[str]
+    places: Sequence[int]
+
+
+def read_splits(asker: Asker, config: Config, num_tests: int | None, note: Note) -> tuple[Split, Split]:
+    """The rows to train on, and those held out; of these at most `num_tests`.
+
+    Raises:
+        UserError: the rows, what they ask or their gold answers are not as they must be, or nothing is held out.
+    """
+    task, data = asker.task, config.data or asker.task.data
+    train = read_split(asker, Rows(task, "train", data), note)
+    if task.held_out is None:
+        test = read_split(asker, Rows(task, "test", data, first=num_tests), note)
+        check_held_out(task, train, test, note)
+        return train, test
+    if task.held_out == 0:
+        note(f"note: task {task.name} holds nothing out: its held-out score is that of training prompts.")
+        return train, replace(train, places=train.places[:num_tests])
+    return hold_out(train, task.held_out, num_tests)
+
+
+def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
+    """All rows of a split, looked at once."""
+    survey, answers = Survey(asker), Answers(asker.task)
+    for place, row in enumerate(rows):
+        survey.add(place, row)
+        answers.add(place, row)
+        if (place + 1) % ROWS_BETWEEN_NOTES == 0:
+            note(f"{place + 1:,} of {len(rows):,} rows of {rows.source} read")
+    answers.check(rows.source)
+    return Split(rows, survey, list(answers.columns), range(len(rows)))
+
+
+@dataclass
+class Answers:
+    """The gold answers of a split: those that are none. As text ("None") they would be an answer that pays."""
+
+    task: Task
+    columns: dict[str, None] = field(default_factory=dict)  # that any row has, in their order
+    num_missing: int = 0
+    shown: list[str] = field(default_factory=list)  # the first of them
+
+    def __post_init__(self) -> None:
+        self.wanted = _columns_of_solved(self.task)
+
+    def add(self, place: int, row: Row) -> None:
+        """The next row."""
+        self.columns.update(dict.fromkeys(row))
+        if missing := self.task.missing_gold(row, [name for name in self.wanted if name in self.columns]):
+            self.num_missing += 1
+            self.shown += [f"row {place}: {missing}"][: 4 - len(self.shown)]
+
+    def check(self, source: str) -> None:
+        """Raises UserError if an answer is missing, or a column has no name that a reward could ask for it by."""
+        wrong = next((name for name in self.columns if not isinstance(name, str)), None)
+        if wrong is not None:
+            raise UserError(
+                f"A column of {source} is called {wrong!r} ({type(wrong).__name__}). Rewards ask for columns by name: "
+                f"let `rows` of task {self.task.name} give it a name that is text."
+            )
+        if self.num_missing:
+            rows = "1 row" if self.num_missing == 1 else f"{self.num_missing:,} rows"
+            more = "; ..." * (self.num_missing > len(self.shown))
+            raise UserError(
+                f"The gold answer is missing in {rows} of {source} ({'; '.join(self.shown)}{more}). Leave such rows "
+                f"out in `rows` of task {self.task.name}, or mend the data. A column may be empty if the reward "
+                "that decides has a default for it."
+            )
+
+
+def _columns_of_solved(task: Task) -> list[str]:
+    """The columns that the reward which tells right from wrong cannot do without."""
+    named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
+    functions = [resolve_reward(key) if isinstance(key, str) else key for key in named]
+    with suppress(TypeError, ValueError):  # what has no signature is refused where the rewards are built
+        parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
+        return [each.name for each in parameters if each.default is each.empty and each.kind in _NAMED]
+    return []
+
+
+def _name(key: Callable | str) -> str:
+    """The name of a reward of a task, as its metric has it."""
+    if isinstance(key, str):
+        return key.rpartition(":")[2]
+    function = key.func if isinstance(key, partial) else key
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:
+    """Held-out prompts must be of the kind of the training prompts, and none of these.
+
+    Raises:
+        UserError: one is chat messages and the other a text, or all of them are training prompts.
+    """
+    if isinstance(train.survey.contents[0], str) != isinstance(test.survey.contents[0], str):
+        raise UserError(
+            f"`prompt` of task {task.name} gives chat messages for one split and a text for the other. Return the same "
+            "kind for every row."
+        )
+    trained = set(train.survey.keys)
+    shared = [place for place in test.places if test.survey.keys[place] in trained]
+    if len(shared) == len(test.places):
+        raise UserError(
+            f"Every held-out prompt of {test.rows.source} is a training prompt too: the held-out score would say "
+            f"nothing. Give --data two different splits, and let `rows` of task {task.name} look at its `split`. Where "
+            "there is no test split, say `held_out=100` in the Task: so many prompts are then kept out of training (0: "
+            "none, to try things out)."
+        )
+    if shared:
+        rows = ", ".join(map(str, shared[:4])) + ", ..." * (len(shared) > 4)
+        note(
+            f"note: {len(shared):,} of {len(test.places):,} held-out prompts of {test.rows.source} are training "
+            f"prompts too (rows {rows}), and their score is not one of held-out prompts."
+        )
+
+
+def hold_out(split: Split, count: int, num_tests: int | None) -> tuple[Split, Split]:
+    """One split as two: `count` prompts are held out, with every row that asks the same.
+
+    Which ones, their own text decides, as if by lot: they are the same in every run, whatever its seed and the order of
+    the rows, and few change when rows are added.
+
+    Raises:
+        UserError: there are no more prompts than that.
+    """
+    keys = split.survey.keys
+    chosen = heapq.nsmallest(count + 1, set(keys))
+    if len(chosen) <= count:
+        raise UserError(
+            f"`held_out` of task {split.survey.asker.task.name} is {count}, but {split.rows.source} asks only "
+            f"{len(chosen):,} different prompts. Hold out fewer."
+        )
+    first = {key: place for place, key in reversed(list(enumerate(keys))) if key <= chosen[-2]}
+    kept = array("Q", (place for place, key in enumerate(keys) if key > chosen[-2]))
+    test = [first[key] for key in chosen[:-1]]
+    return replace(split, places=kept), replace(split, places=test[:num_tests])
