@@ -1,6 +1,8 @@
-"""Writes the figures of README.md from benchmarks/results/*.json. Knows nothing of how they were measured.
+"""Writes the figures of README.md (a few) and of docs/figures.md (all) from benchmarks/results/*.json.
 
-python scripts/write_readme_table.py           rewrite what stands between the two markers
+Knows nothing of how they were measured.
+
+python scripts/write_readme_table.py           rewrite README's figures between the two markers, and docs/figures.md
 python scripts/write_readme_table.py --check   fail if that would change anything
 """
 
@@ -9,30 +11,61 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from learning_table import learning, percent
+from learning_table import learning, learning_in_short, percent
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+FIGURES = ROOT / "docs" / "figures.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures begin: python scripts/write_readme_table.py -->", "<!-- figures end -->"
 
-# Rows of the kernel results that README shows: (operation, shape).
+# Rows of the kernel results that are shown outside of kernels/README.md: (operation, shape).
 HEADLINES = (
     ("linear_logprob forward + backward", "8192 x 4096 x 128256"),
     ("linear_logprob no gradient", "8192 x 4096 x 128256"),
     ("lora_mlp silu forward + backward", "8192 x 4096 / 14336"),
 )
+# Rollouts that README shows: the largest model, and the one that rivals were measured on.
+SHAPES_IN_SHORT = ("llama-3.1-8b", "qwen3-1.7b")
+
+ABOUT = """# Figures
+
+<!-- written by python scripts/write_readme_table.py from benchmarks/results -->
+
+Every figure with the machine and the command that gave it. Kernels one by one:
+[kernels/README.md](../kernels/README.md). How they came about, and what was tried without success:
+[LOG.md](../LOG.md)."""
 
 
 def main() -> None:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
+    before, rest = README.read_text().split(BEGIN)
     _, after = rest.split(END)
-    figures = "\n\n".join(part for part in (embedded(), learning(RESULTS), rollouts(), kernels()) if part)
-    written = f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
+    written = {README: f"{before}{BEGIN}\n\n{in_short()}\n\n{END}{after}", FIGURES: everything() + "\n"}
     if "--check" in sys.argv[1:]:
-        sys.exit(f"{README} is older than the results; run python {Path(__file__).name}" if written != text else 0)
-    README.write_text(written)
+        old = [str(path) for path, text in written.items() if not path.exists() or path.read_text() != text]
+        sys.exit(f"{', '.join(old)} older than the results; run python {Path(__file__).name}" if old else 0)
+    for path, text in written.items():
+        path.write_text(text)
+
+
+def in_short() -> str:
+    """README's figures: the default run, learning in NF4, rollouts and kernels beside their rivals."""
+    return joined(embedded(), learning_in_short(RESULTS), rollouts(in_short=True), kernels(in_short=True))
+
+
+def everything() -> str:
+    """docs/figures.md."""
+    sections = {
+        "The default run": embedded(),
+        "Learning on a GPU": learning(RESULTS),
+        "Rollouts": rollouts(in_short=False),
+        "Head and MLP": kernels(in_short=False),
+    }
+    return joined(ABOUT, *(f"## {title}\n\n{text}" for title, text in sections.items() if text))
+
+
+def joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
 
 
 def embedded() -> str:
@@ -61,26 +94,27 @@ ENGINES = {
 }
 
 
-def rollouts() -> str:
+def rollouts(in_short: bool) -> str:
     """Engines side by side, on each GPU that was measured."""
     tables = []
     for path in sorted(RESULTS.glob("rollout-*.json")):
         result = json.loads(path.read_text())
-        about, cases = result["about"], result["cases"]
-        lines = [rollout_line(case, row) for case, row in cases.items() if "tokens_per_s" in row]
-        origin = (
-            f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts']} prompts of "
-            f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
-            f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
-            "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Memory: of "
-            f"the whole process, policy and optimizer included, {about['kv_cache_gib']:g} GiB of it the KV cache. "
-            "Start: with nothing compiled yet. Both where nothing else is said. Ratios hold within a run."
-        )
-        header = (
-            "| shape | engine | run | tokens/s | gap | memory, GiB | start, s |\n|---|---|---:|---:|---:|---:|---:|"
-        )
-        tables.append("\n".join([origin, "", header, *lines]))
-    return "\n\n".join(tables)
+        cases = {case: row for case, row in result["cases"].items() if "tokens_per_s" in row}
+        tables.append(rollouts_in_short(result["about"], cases) if in_short else all_rollouts(result["about"], cases))
+    return joined(*tables)
+
+
+def all_rollouts(about: dict[str, Any], cases: dict[str, Any]) -> str:
+    origin = (
+        f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts']} prompts of "
+        f"{about['prompt_tokens']} tokens, {about['group_size']} completions of {about['completion_tokens']}, LoRA "
+        f"rank {about['lora_rank']}, log-probabilities kept (`{about['command']}`). Gap: mean |log p of the "
+        "sampler - log p of the policy that is trained|, for plain vLLM that of transformers in bf16. Memory: of "
+        f"the whole process, policy and optimizer included, {about['kv_cache_gib']:g} GiB of it the KV cache. "
+        "Start: with nothing compiled yet. Both where nothing else is said. Ratios hold within a run."
+    )
+    header = "| shape | engine | run | tokens/s | gap | memory, GiB | start, s |\n|---|---|---:|---:|---:|---:|---:|"
+    return "\n".join([origin, "", header, *(rollout_line(case, row) for case, row in cases.items())])
 
 
 def rollout_line(case: str, row: dict[str, Any]) -> str:
@@ -95,22 +129,46 @@ def rollout_line(case: str, row: dict[str, Any]) -> str:
     )
 
 
-def kernels() -> str:
+def rollouts_in_short(about: dict[str, Any], cases: dict[str, Any]) -> str:
+    """Tokens a second and memory; an engine beside its rivals of the same run."""
+    alone = [s for s in SHAPES_IN_SHORT if not any(c.startswith(s) and "/ours" not in c for c in cases)]
+    origin = (
+        f"Rollouts on one {about['device']}, vLLM {about['vllm']}: {about['prompts'] * about['group_size']} "
+        f"completions of {about['completion_tokens']} tokens, LoRA rank {about['lora_rank']} (`{about['command']}`). "
+        f"Memory is that of the whole process, {about['kv_cache_gib']:g} GiB of it KV cache where nothing else is "
+        "said. Ratios hold within a run."
+        + "".join(f" No rival was measured at the shape of {shape}." for shape in alone)
+    )
+    header = "| shape | engine | run | tokens/s | memory, GiB |\n|---|---|---:|---:|---:|"
+    lines = []
+    for shape in SHAPES_IN_SHORT:
+        for case, row in cases.items():
+            if case.startswith(f"{shape}/"):
+                _, engine, *cache = case.split("/")
+                name = ENGINES[engine] + "".join(f", {size} of KV cache" for size in cache)
+                numbers = f"{row['run']} | {row['tokens_per_s']:,} | {row['after_rollouts_gib']:.1f}"
+                lines.append(f"| {shape} | {name} | {numbers} |")
+    return "\n".join([origin, "", header, *lines])
+
+
+def kernels(in_short: bool) -> str:
     """The LM head and the MLP against their rivals, on each GPU that was measured."""
     tables = []
     for path in sorted(RESULTS.glob("kernels-*.json")):
         result = json.loads(path.read_text())
         rows = [row for row in result["rows"] if (row["operation"], row["shape"]) in HEADLINES and not row["skipped"]]
+        if in_short:  # variants of ours are told apart by a comma
+            rows = [row for row in rows if not row["entry"].startswith("ours,")]
         lines = "\n".join(map(kernel_line, rows))
         machine = result["machine"]
         origin = (
             "The LM head (tokens x hidden x vocabulary) and the MLP over an NF4 base with LoRA (tokens x hidden / "
             f"inner) on one {machine['gpu']}, bfloat16, as a multiple of their plain matrix products, one and six, in "
-            f"the same run (`{machine['command']}`; all: [kernels/README.md](kernels/README.md))."
+            f"the same run (`{machine['command']}`)."
         )
         header = "| operation | shape | | × products | peak GiB |\n|---|---|---|---:|---:|"
         tables.append(f"{origin}\n\n{header}\n{lines}")
-    return "\n\n".join(tables)
+    return joined(*tables)
 
 
 def kernel_line(row: dict[str, Any]) -> str:

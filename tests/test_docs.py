@@ -1,37 +1,152 @@
-"""What the documents show is what is there: the task file in the README, the tables, the flags."""
+"""What the documents name is there: the task file in the README, tables, flags, links, paths, names, LOG's titles."""
 
+import dataclasses
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import grpo_kernels
 import pytest
 
+import grpo
 from grpo.config import field_names
+from grpo.resolve import Arguments
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md"]
+DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
+
+# A flag of the command belongs to Config or to Arguments; tyro gives --help, and --no-x to every switch.
+FIELDS = {*field_names(), *(field.name for field in dataclasses.fields(Arguments))} - {"config", "task"} | {"help"}
+FLAGS = {f"--{'no-' * negated}{name.replace('_', '-')}" for name in FIELDS for negated in (False, True)}
+# Flags of programs that are not in this repository, where the documents use them.
+OTHER_PROGRAMS = {"--no-deps", "--clock-control", "--set", "--durations"}
+
+TOPS = ("grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
+MODULES = {module.name for module in pkgutil.iter_modules(grpo.__path__)}
+
+SUBJECTS = ["Kernels", "Rollout", "Policy", "Learning", "Engineering"]
+VERDICTS = re.compile(r"\b(works|kept|measured|mended|negative|missed|failed|failure)\b")
+LONGEST_TITLE = 70
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def spans_of(document: str) -> list[str]:
+    """What is set as code: every `...`, and every line between ``` and ```."""
+    text = text_of(document)
+    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.M | re.S)
+    return re.findall(r"`([^`\n]+)`", text) + [line for block in blocks for line in block.splitlines()]
 
 
 def test_the_readme_shows_the_task_file_as_it_is():
-    assert (ROOT / "tasks" / "gsm8k.py").read_text() in (ROOT / "README.md").read_text()
+    assert text_of("tasks/gsm8k.py") in text_of("README.md")
 
 
-@pytest.mark.parametrize("script", ["write_readme_table.py", "write_kernel_table.py"])
+@pytest.mark.parametrize("script", ["write_readme_table.py", "write_kernel_table.py", "write_metrics_table.py"])
 def test_tables_are_those_of_the_results(script):
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/algorithm.md", "docs/metrics.md", "tasks/README.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_flags_in_the_documents_exist(document):
-    flags = {name.replace("_", "-") for name in field_names()} | {"check", "resume", "eval", "help"}
-    commands = " ".join(re.findall(r"grpo\.run[^\n`]*|`--[a-z][^`]*`", (ROOT / document).read_text()))
-    used = set(re.findall(r"--([a-z][a-z-]+)", commands))
-    assert used <= flags | {f"no-{name}" for name in flags}, used - flags
+    for span in spans_of(document):
+        program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
+        own = set(re.findall(r"\"(--[a-z][a-z-]*)\"", text_of(program[1]))) if program else set()
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span))
+        unknown = used - (own if program else FLAGS | OTHER_PROGRAMS)
+        assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/algorithm.md", "tasks/README.md"])
+@pytest.mark.parametrize("document", [*DOCUMENTS, "LOG.md", "CHANGELOG.md"])
 def test_links_to_files_lead_somewhere(document):
     path = ROOT / document
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text())
-    assert all((path.parent / target).exists() for target in targets), targets
+    for target, section in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", path.read_text()):
+        aim = path.parent / target if target else path
+        assert aim.exists(), f"{document}: {target}"
+        if section:
+            headings = re.findall(r"^#+ (.*)$", aim.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert section in anchors, f"{document}: no section #{section} in {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_in_the_documents_exist(document):
+    for span in spans_of(document):
+        for path in re.findall(rf"(?<![\w./])((?:{'|'.join(TOPS)})/[\w./*-]*)", span):
+            path = path.rstrip(".")
+            assert any(ROOT.glob(path)) if "*" in path else (ROOT / path).exists(), f"{document}: {path}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_of_code_in_the_documents_exist(document):
+    """`module.name` and `grpo.module.name`, where the first word is a module of ours."""
+    for span in spans_of(document):
+        match = re.fullmatch(r"((?:grpo|grpo_kernels)(?:\.\w+)+|\w+\.\w+)(\(.*\))?", span)
+        if not match or match[1].endswith((".py", ".json", ".jsonl", ".png", ".md", ".run", ".safetensors")):
+            continue
+        first, *names = match[1].split(".")
+        if first in MODULES:
+            names = [first, *names]
+        elif first not in ("grpo", "grpo_kernels"):
+            continue
+        found = grpo_kernels if first == "grpo_kernels" else grpo
+        for name in names:
+            if not hasattr(found, name):
+                found = importlib.import_module(f"{found.__name__}.{name}")
+            else:
+                found = getattr(found, name)
+
+
+def test_the_map_in_the_readme_names_every_module():
+    map_of_tree = re.search(r"## What is where\n.*?```\n(.*?)```", text_of("README.md"), re.S)[1]
+    named = set(re.findall(r"^  (\w+)(?:\.py|/)", map_of_tree, re.M)) | set(re.findall(r"(\w+)\.py\b", map_of_tree))
+    assert named >= MODULES, f"the map does not name {sorted(MODULES - named)}"
+    for name in re.findall(r"^  (\w+(?:\.py|/))", map_of_tree, re.M):
+        assert (ROOT / "grpo" / name).exists(), f"the map names {name}"
+
+
+# ---- LOG.md
+
+
+def log_titles() -> dict[str, list[str]]:
+    """Subject -> its titles, as they come."""
+    subjects: dict[str, list[str]] = {}
+    for marks, heading in re.findall(r"^(##|###) (.*)$", text_of("LOG.md"), re.M):
+        if marks == "##":
+            subjects[heading] = []
+        else:
+            subjects[next(reversed(subjects))].append(heading)
+    return subjects
+
+
+def test_the_log_is_by_subject_with_the_newest_first():
+    assert list(log_titles()) == SUBJECTS
+    for titles in log_titles().values():
+        dates = [title[:10] for title in titles]
+        assert dates == sorted(dates, reverse=True)
+
+
+@pytest.mark.parametrize("title", [title for titles in log_titles().values() for title in titles])
+def test_a_title_in_the_log_is_short_and_has_a_date_and_a_verdict(title):
+    assert len(title) <= LONGEST_TITLE
+    assert re.match(r"\d{4}-\d\d-\d\d \S", title)
+    assert VERDICTS.search(title.partition(": ")[2]), f"no verdict behind the colon of {title!r}"
+
+
+def test_what_cites_the_log_cites_one_of_its_titles():
+    titles = [title for titles in log_titles().values() for title in titles]
+    assert len(set(titles)) == len(titles)
+    tracked = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout
+    files = [ROOT / name for name in tracked.splitlines()] or [*ROOT.rglob("*.py"), *ROOT.rglob("*.md")]
+    for path in files:
+        # A citation may go on in the next line of a comment.
+        text = re.sub(r"\s*\n\s*(# )?", " ", path.read_text()) if path.exists() else ""
+        for cited in re.findall(r"\"(\d{4}-\d\d-\d\d [^\"]+)\"", text):
+            assert cited in titles, f"{path.relative_to(ROOT)} cites {cited!r}, which is no title in LOG.md"
