@@ -21,7 +21,7 @@ def unset(monkeypatch):
     for name in threads.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with restored_threads():
-        torch.set_num_threads(max(threads.usual()))
+        torch.set_num_threads(min((count for count in threads.usual() if count > 1), default=1))
         yield monkeypatch
 
 
