@@ -20,6 +20,7 @@ from grpo.task import Row, Task
 
 # Rows beyond this many are taken for rows without an end. A list of as many short ones takes 4 GiB.
 MOST_ROWS = 10_000_000
+HOLD_OUT = "Where there is no test split, a task that says `held_out=100` keeps so many training prompts for it."
 READ_AT_ONCE = 256  # rows
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -45,7 +46,7 @@ class JsonLines(Sequence[Row]):
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl.")
+            raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl. {HOLD_OUT}")
         self.path = path
         self.numbers = array("Q")  # of the lines that are not blank, counted from 1
         self.starts = array("Q")  # where each of these begins, in bytes
@@ -101,7 +102,7 @@ def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"The data set {data} ({split}) is neither a folder here nor to be had from the hub: {reason} "
-            "Check the name and the network, or pass --data FOLDER with train.jsonl and test.jsonl."
+            f"Check the name and the network, or pass --data FOLDER with train.jsonl and test.jsonl. {HOLD_OUT}"
         ) from error
 
 
@@ -134,7 +135,7 @@ class Rows(Sequence[Row]):
                 ) from missing
             self._count = len(self._rows) if first is None else min(first, len(self._rows))
         if self._count == 0:
-            raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows.")
+            raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows. {HOLD_OUT}")
         if self._count > most:
             raise UserError(
                 f"`rows` of task {task.name} gives more than {most:,} rows of {self.source}. Does it ever end? Let it "

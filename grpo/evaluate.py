@@ -149,6 +149,8 @@ def comparison(before: dict[str, float], after: dict[str, float]) -> str:
     """The final line: first against last held-out score."""
     name = headline(after)
     form = format_of(name)
+    if f"{name}/low" not in before:  # the task's `solved` was changed on the way
+        return f"held-out {name.removeprefix('eval/')}: {after[name]:{form}} after; before, something else was measured"
     first, last = (f"{s[name]:{form}} [{s[f'{name}/low']:{form}}, {s[f'{name}/high']:{form}}]" for s in (before, after))
     gain = after[name] - before[name]
     gained = f"{100 * gain:+.1f} points" if "@" in name else f"{gain:+.3f}"

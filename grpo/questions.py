@@ -16,7 +16,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.policy.load import context_length, vocabulary_size
-from grpo.prompts import Asker, build_prompts
+from grpo.prompts import Asker, Prompts, build_prompts
 from grpo.rewards import Reward, build_rewards, score
 from grpo.rewards.preflight import Preflight, preflight
 from grpo.rewards.scoring import unsampled
@@ -77,7 +77,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     )
     check_solved(task, rewards)
     count = f"{len(train_prompts):,} training and {len(test_prompts):,} held-out rows"
-    note(f"{count} of {config.data or task.data}, prompts of at most {longest:,} tokens.")
+    later = ", made when they are asked" if isinstance(train_prompts, Prompts) else ""
+    note(f"{count} of {config.data or task.data}, prompts of at most {longest:,} tokens{later}.")
     return Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, config.max_completion_tokens)
 
 

@@ -88,3 +88,8 @@ def test_one_prompt_has_no_interval():
     scores = measure_reward(scored([1.0, 2.0]))
     assert scores["eval/reward"] == 1.5 and math.isnan(scores["eval/reward/low"])
     assert "overlap" in comparison(scores, scores)
+
+
+def test_scores_that_cannot_be_compared_are_not():
+    before = {"eval/pass@1": 0.5, "eval/pass@1/low": 0.4, "eval/pass@1/high": 0.6, "eval/reward": 1.0}
+    assert comparison(before, measure_reward(scored([1.0], [2.0]))).endswith("before, something else was measured")

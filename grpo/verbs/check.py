@@ -21,8 +21,11 @@ def check(resolved: Resolved) -> int:
         console.print(preflight_table(report))
     for warning in report.warnings:
         say(f"note: {warning}")
-    if resolved.task.gold is None or resolved.task.solved is None:
-        say("Every reward ran; no gold answer says whether it pays for the right thing. The task is ready.")
+    if resolved.task.gold is None:
+        say("Every reward ran; without `gold` nobody can say whether it pays for the right thing. The task is ready.")
+        return 0
+    if resolved.task.solved is None:
+        say("Every reward ran; `solved` names none that tells right from wrong. The task is ready.")
         return 0
     name, value = resolved.task.solved
     solved = next(check for check in report.checks if check.name == name)
