@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import Params4bit
+from bnb_reference import dequantize_4bit, dequantize_linears
 from grpo_kernels.nf4 import nf4_dequantize
 from tiny_models import CPU, SIZES, build_policy, one_batch, reference_logprobs, write_checkpoint
 
@@ -46,7 +47,7 @@ def read_by_transformers(folder):
 
 def dequantized(weight):
     """What bitsandbytes makes of a quantised weight, in the dtype that it was quantised from."""
-    return bnb.dequantize_4bit(weight.data, weight.quant_state)
+    return dequantize_4bit(weight.data, weight.quant_state)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
@@ -81,7 +82,7 @@ def test_logprobs_are_those_of_transformers_with_dequantised_weights(base, quant
     config = config_of(quantized, base=base)
     policy = build_policy(config)
     theirs = read_by_transformers(quantized)
-    theirs.dequantize()
+    dequantize_linears(theirs)
     batch = one_batch(groups, config)
     logprobs = policy.logprobs(batch)[0][batch.mask]
     expected, _ = reference_logprobs(theirs, groups, 1.0)
@@ -117,7 +118,7 @@ def test_what_the_checkpoint_left_dense_is_quantised_like_any_other(checkpoint, 
     projection = loaded.store["1.qkv"]
     q, k, v = (theirs.get_submodule(part).weight for part in projection.names)
     assert left in projection.names and k.dtype == torch.float32
-    k_quantized = bnb.dequantize_4bit(*bnb.quantize_4bit(k.data, quant_type="nf4", blocksize=64))
+    k_quantized = dequantize_4bit(*bnb.quantize_4bit(k.data, quant_type="nf4", blocksize=64))
     expected = torch.cat([dequantized(q), k_quantized, dequantized(v)])
     assert torch.equal(nf4_dequantize(projection.base, torch.float32), expected)
     [dense] = [p.base for p in load(config_of(folder, base="float32")).store.projections.values() if left in p.names]
@@ -132,7 +133,7 @@ def test_a_head_in_4_bits_becomes_dense(checkpoint, tmp_path, groups):
     assert isinstance(policy.model, FusedModel)
     assert torch.equal(policy.model.head, dequantized(theirs.lm_head.weight))
     batch = one_batch(groups, config)
-    theirs.dequantize()
+    dequantize_linears(theirs)
     expected, _ = reference_logprobs(theirs, groups, 1.0)
     torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -155,7 +156,7 @@ def test_levels_of_the_scales_that_were_computed_elsewhere_are_kept():
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
     state.state2.code = torch.nextafter(state.state2.code, torch.tensor(2.0))
-    expected = bnb.dequantize_4bit(packed, state)
+    expected = dequantize_4bit(packed, state)
     base = read_nf4(Params4bit(packed, quant_state=state))
     assert base.nested_absmax is None
     assert torch.equal(nf4_dequantize(base, torch.float32), expected)
@@ -165,7 +166,7 @@ def test_bytes_kept_under_another_dtype():
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, quant_storage=torch.bfloat16)
     base = read_nf4(Params4bit(packed, quant_state=state))
-    assert torch.equal(nf4_dequantize(base, torch.float32), bnb.dequantize_4bit(packed, state))
+    assert torch.equal(nf4_dequantize(base, torch.float32), dequantize_4bit(packed, state))
 
 
 # ---- what cannot be read

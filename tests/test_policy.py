@@ -64,10 +64,14 @@ def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups
         for part, (linear, a_grad) in enumerate(
             zip(projection.names, projection.lora_a.grad.split(config.lora_rank), strict=True)
         ):
-            torch.testing.assert_close(a_grad, gradients[linear + ".lora_A"], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(
-                projection.lora_b[part].grad, gradients[linear + ".lora_B"], atol=1e-5, rtol=1e-4
-            )
+            assert_same_gradient(a_grad, gradients[linear + ".lora_A"])
+            assert_same_gradient(projection.lora_b[part].grad, gradients[linear + ".lora_B"])
+
+
+def assert_same_gradient(ours, theirs):
+    """Up to the rounding of two orders of summation, which is as large as the gradient's largest elements make it, not
+    as each small one of them."""
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 def peft_gradients(model):
@@ -81,7 +85,8 @@ def peft_gradients(model):
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt2"])
 def test_nf4_equals_bitsandbytes_dequantised_weights(name, tiny_config, groups, tmp_path):
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
+    from bnb_reference import dequantize_4bit
 
     config = tiny_config(name, base="nf4")
     policy = build_policy(config)
@@ -102,7 +107,7 @@ def test_nf4_equals_bitsandbytes_dequantised_weights(name, tiny_config, groups, 
     gradients = peft_gradients(theirs)
     projection = policy.store.projections[next(iter(policy.store.projections))]
     first = projection.lora_a.grad[: config.lora_rank]
-    torch.testing.assert_close(first, gradients[projection.names[0] + ".lora_A"], atol=1e-5, rtol=1e-4)
+    assert_same_gradient(first, gradients[projection.names[0] + ".lora_A"])
 
 
 def test_bf16_base_is_the_rounded_weight(tiny_config, groups, tmp_path):
