@@ -2,7 +2,7 @@
 
 Knows nothing of how they were measured.
 
-python scripts/write_readme_table.py           rewrite README's figures between the two markers, and docs/figures.md
+python scripts/write_readme_table.py           rewrite what stands between README's markers, and docs/figures.md
 python scripts/write_readme_table.py --check   fail if that would change anything
 """
 
@@ -18,6 +18,8 @@ README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures begin: python scripts/write_readme_table.py -->", "<!-- figures end -->"
+
+RUN_BEGIN, RUN_END = "<!-- run begin: python benchmarks/embedded.py -->", "<!-- run end -->"
 
 # Rows of the kernel results that are shown outside of kernels/README.md: (operation, shape).
 HEADLINES = (
@@ -38,14 +40,33 @@ Every figure with the machine and the command that gave it. Kernels one by one:
 
 
 def main() -> None:
-    before, rest = README.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    written = {README: f"{before}{BEGIN}\n\n{in_short()}\n\n{END}{after}", FIGURES: everything() + "\n"}
+    text = between(README.read_text(), BEGIN, in_short(), END)
+    if printed := what_a_run_showed():
+        text = between(text, RUN_BEGIN, printed, RUN_END)
+    written = {README: text, FIGURES: everything() + "\n"}
     if "--check" in sys.argv[1:]:
         old = [str(path) for path, text in written.items() if not path.exists() or path.read_text() != text]
         sys.exit(f"{', '.join(old)} older than the results; run python {Path(__file__).name}" if old else 0)
     for path, text in written.items():
         path.write_text(text)
+
+
+def between(text: str, begin: str, new: str, end: str) -> str:
+    """The text with something new between two markers."""
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
+
+
+def what_a_run_showed() -> str:
+    """The terminal of the default run, if its benchmark kept it."""
+    result = json.loads((RESULTS / "embedded-cpu.json").read_text())
+    row = next((row for row in result["rows"] if "shown" in row), None)
+    if row is None:
+        return ""
+    command = f"python -m grpo.run tasks/gsm8k.py --seed {row['seed']}"
+    cores = result["machine"]["cores"]
+    return f"From `{command}` on {cores} CPU cores, every tenth step shown:\n\n```\n{row['shown']}\n```"
 
 
 def in_short() -> str:

@@ -1,7 +1,7 @@
 """What the documents name is there: the task file in the README, tables, flags, links, paths, names, LOG's titles."""
 
-import dataclasses
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -13,15 +13,11 @@ import pytest
 
 import grpo
 from grpo.config import field_names
-from grpo.resolve import Arguments
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md"]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
-# A flag of the command belongs to Config or to Arguments; tyro gives --help, and --no-x to every switch.
-FIELDS = {*field_names(), *(field.name for field in dataclasses.fields(Arguments))} - {"config", "task"} | {"help"}
-FLAGS = {f"--{'no-' * negated}{name.replace('_', '-')}" for name in FIELDS for negated in (False, True)}
 # Flags of programs that are not in this repository, where the documents use them.
 OTHER_PROGRAMS = {"--no-deps", "--clock-control", "--set", "--durations"}
 
@@ -54,13 +50,26 @@ def test_tables_are_those_of_the_results(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def flags() -> set[str]:
+    """What --help lists."""
+    command = [sys.executable, "-m", "grpo.run", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}).stdout
+    listed = " ".join(re.findall(r"^│ (-.*?)(?:  |$)", printed, re.M))
+    return set(re.findall(r"--[a-z][a-z0-9-]*", listed))
+
+
+def test_every_field_of_the_configuration_is_a_flag(flags):
+    assert {f"--{name.replace('_', '-')}" for name in field_names()} <= flags
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_flags_in_the_documents_exist(document):
+def test_flags_in_the_documents_exist(document, flags):
     for span in spans_of(document):
         program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
-        own = set(re.findall(r"\"(--[a-z][a-z-]*)\"", text_of(program[1]))) if program else set()
-        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", span))
-        unknown = used - (own if program else FLAGS | OTHER_PROGRAMS)
+        own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_of(program[1]))) if program else set()
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
+        unknown = used - (own if program else flags | OTHER_PROGRAMS)
         assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
 
 
