@@ -80,7 +80,7 @@ class JsonLines(Sequence[Row]):
 
     def _parse(self, number: int, line: bytes) -> Row:
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.path} line {number} is not UTF-8: {error}. Save the file in that encoding."
