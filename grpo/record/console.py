@@ -36,6 +36,7 @@ _SPEED_OVER_SECONDS = 1800.0  # the time left is judged by the steps of the last
 _WIDEST_TITLE, _COMFORTABLE_TITLE = 12, 9  # cells of a title's line
 _FIRST_REWARDS = 5  # that stay longer than the other numbers when the terminal is narrow; further ones go first
 _WIDEST_NAME, _STAGE_WIDTH = 24, 10  # cells of the task's name and of the stage beside the progress bar
+_WIDEST_PART = 40  # cells of a reward in a sample
 _WIDEST_SAMPLE = 100
 _PROMPT_TAIL = 400  # characters of the prompt, and of the completion, in a sample's frame
 _COMPLETION_HEAD = 1600
@@ -190,7 +191,7 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
     """A frame with the end of the prompt, the completion, and what each reward said of it."""
     prompt, completion = group.prompt, group.completions[index]
     asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-    earned = [f"{name} {values[index].item():g}" for name, values in group.parts.items()]
+    earned = [f"{shortened(name, _WIDEST_PART)} {values[index].item():g}" for name, values in group.parts.items()]
     total = f"reward {group.rewards[index].item():.3f}   advantage {group.advantages[index].item():+.3f}"
 
     def shown(lines: list[str], style: str = "") -> Text:
