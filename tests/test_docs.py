@@ -13,6 +13,7 @@ import pytest
 
 import grpo
 from grpo.config import field_names
+from grpo.run import main
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md"]
@@ -42,6 +43,13 @@ def spans_of(document: str) -> list[str]:
 
 def test_the_readme_shows_the_task_file_as_it_is():
     assert text_of("tasks/gsm8k.py") in text_of("README.md")
+
+
+def test_the_task_in_the_guide_passes_its_check(tmp_path, capsys):
+    task = tmp_path / "capitals.py"
+    task.write_text(re.search(r"```python\n(.*?)```", text_of("docs/tasks.md"), re.S)[1])
+    assert main([str(task), "--check", "--model", "embedded"]) == 0
+    assert "full marks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["write_readme_table.py", "write_kernel_table.py", "write_metrics_table.py"])
