@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from grpo.errors import UserError
 from grpo.record import Console, Recorder, draw_curves
 from grpo.record.console import columns_for, columns_that_fit
-from grpo.record.curves import _running_mean, labels
+from grpo.record.curves import _running_mean, _thinned, labels
 from grpo.record.jsonl import JsonLines, finite, read_lines
 from grpo.record.names import in_lines
 from grpo.record.untrained import explain
@@ -488,6 +488,20 @@ def test_steps_that_train_nothing_are_told_as_they_come_and_at_the_end(tmp_path,
     assert "Step 3 trained nothing either, 3 in a row: in every group" in said
     assert "Step 4 trained" not in said
     assert warning.startswith("4 of the 5 steps trained nothing, 3 of them in a row (to step 3). In the last of th")
+
+
+@pytest.mark.parametrize("length", [1, 1999, 2000, 2001, 5000])
+def test_curves_of_many_steps_are_means_of_neighbours(length):
+    columns = np.stack([np.arange(length, dtype=np.float64), np.arange(length) % 7.0])
+    columns[1, ::3] = np.nan
+    size = math.ceil(length / 2000)
+    thin = _thinned(columns)
+    assert thin.shape == (2, math.ceil(length / size))
+    for place in (0, thin.shape[1] // 2, thin.shape[1] - 1):
+        steps, values = columns[:, size * place : size * (place + 1)]
+        known = values[~np.isnan(values)]
+        expected = [steps.mean(), known.mean() if len(known) else np.nan]
+        np.testing.assert_allclose(thin[:, place], expected)
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):

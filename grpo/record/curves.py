@@ -45,6 +45,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 _WIDEST_LABEL = 16  # cells of a line of a reward's name beside its curve
+_MOST_POINTS = 2000  # of a curve
 _LARGEST_DRAWN = 1e30  # a larger number is left out: no axis can be made for it
 _DASHES = ("-", "--", ":")  # solid until the colours are used up
 _LEGEND_LINES = 13  # that fit beside a panel at the usual size
@@ -82,8 +83,18 @@ def _read_curves(metrics_path: Path) -> Curves:
         for name, value in record.items():
             drawn = np.nan if value is None or abs(value) > _LARGEST_DRAWN else value
             points.setdefault(name, []).append((step, drawn))
-    columns = {name: np.array(pairs, dtype=np.float64).T for name, pairs in points.items()}
+    columns = {name: _thinned(np.array(pairs, dtype=np.float64).T) for name, pairs in points.items()}
     return {name: (steps, values) for name, (steps, values) in columns.items()}
+
+
+def _thinned(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[2, n] -> [2, at most _MOST_POINTS]: means of neighbours, NaN left out, where there are more than can be seen."""
+    size = -(-columns.shape[1] // _MOST_POINTS)
+    starts = np.arange(0, columns.shape[1], size)
+    known = np.isfinite(columns)
+    counts = np.add.reduceat(known.astype(np.float64), starts, axis=1)
+    totals = np.add.reduceat(np.where(known, columns, 0.0), starts, axis=1)
+    return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
 
 
 def _span(curves: Curves) -> tuple[float, float]:
