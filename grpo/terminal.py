@@ -22,12 +22,11 @@ def say(text: str) -> None:
 def working(stage: str) -> Iterator[None]:
     """Inside, a line at the bottom of a terminal says what is being done and for how long; a log file shows nothing."""
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    # What libraries write meanwhile goes its own way: their progress bars would become a line for every change.
+    # What libraries print is shown above; their progress bars, on stderr, would become a line for every change.
     line = Progress(
         *columns,
         console=console,
         transient=True,
-        redirect_stdout=False,
         redirect_stderr=False,
         disable=not console.is_interactive,
     )
