@@ -18,7 +18,7 @@ from functools import partial
 
 from grpo.config import Config
 from grpo.data import Rows
-from grpo.errors import UserError
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError
 from grpo.prompts import Asker, Survey
 from grpo.rewards import resolve_reward
 from grpo.task import Row, Task
@@ -111,7 +111,7 @@ def _columns_of_solved(task: Task) -> list[str]:
     """The columns that the reward which tells right from wrong cannot do without."""
     named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
     functions = [resolve_reward(key) if isinstance(key, str) else key for key in named]
-    with suppress(TypeError, ValueError):  # what has no signature is refused where the rewards are built
+    with suppress(*WHAT_USER_CODE_RAISES):  # what has no signature is refused where the rewards are built
         parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
         return [each.name for each in parameters if each.default is each.empty and each.kind in _NAMED]
     return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import re
 import reprlib
 import sys
 import traceback
@@ -231,9 +232,12 @@ def _fault_of_template(gold: Any) -> str:
         return ""
     hint = "{column} stands for a column of the row, and a brace that is meant as such is written twice"
     try:
-        names = [name for _, name, _, _ in _FORMATTER.parse(gold) if name is not None]
+        places = [(name, form or "") for _, name, form, _ in _FORMATTER.parse(gold) if name is not None]
     except ValueError as error:
         return f"which is no template ({error}): {hint}"
+    if wide := next((form for _, form in places if re.search(r"\d{5}", form)), ""):
+        return f"which writes a column over {wide!r} characters: a completion is not as long as that"
+    names = [name for name, _ in places]
     unnamed = any(not name or name[0].isdigit() for name in names)
     return f"where a place has no name: {hint}" if unnamed else ""
 

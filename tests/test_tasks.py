@@ -151,6 +151,7 @@ def prompts_for(asker, rows):
         ({"gold": str}, "`gold` is <class 'str'>"),
         ({"gold": "{answer}}"}, "Single '}' encountered"),
         ({"gold": "{} {answer}"}, "where a place has no name"),
+        ({"gold": "{answer:>1000000000}"}, "not as long as that"),
         ({"config": {"steps": 3}}, "`config` is {'steps': 3}. It must be a Config"),
         ({"embedded": {"modle": "embedded"}}, "`embedded` has modle"),
         ({"embedded": {"base": "fp32"}}, "base is 'fp32'"),
