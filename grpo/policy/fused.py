@@ -182,17 +182,6 @@ class FusedModel(nn.Module):
             for name in FUSED:
                 yield from getattr(layer, name).biases()
 
-    def pad_vocabulary(self, multiple: int) -> None:
-        """Keep embedding and head as the first rows of tables whose height is a multiple of this.
-
-        A rollout engine that wants padded tables can then take them as they are. Nothing changes for the model.
-        """
-        tied = self.head.data_ptr() == self.embed.weight.data_ptr()
-        padded = _padded(self.embed.weight.data, multiple)
-        self.tables = padded, padded if tied else _padded(self.head.data, multiple)
-        size = self.head.shape[0]
-        self.embed.weight.data, self.head.data = (table[:size] for table in self.tables)
-
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed(tokens)
         angles = half_angles(*self.rope(x, positions.unsqueeze(0)))
@@ -204,12 +193,6 @@ class FusedModel(nn.Module):
 def packed(layout: GroupLayout) -> Attend:
     """Attention among the tokens of a packed batch: each to its prompt and its own past."""
     return lambda index, q, k, v, scale: group_attention(q, k, v, layout, scale=scale)
-
-
-def _padded(table: Tensor, multiple: int) -> Tensor:
-    """[V, D] -> [V rounded up, D], the table itself where nothing is missing."""
-    missing = -table.shape[0] % multiple
-    return F.pad(table, (0, 0, 0, missing)) if missing else table
 
 
 def _kept(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> Tensor:

@@ -55,22 +55,41 @@ class _Lender:
 
     model: FusedModel | None = None
     store: ProjectionStore | None = None
+    tables: tuple[Tensor, Tensor] | None = None  # embedding and head
 
 
 @contextmanager
 def lending(model: FusedModel, store: ProjectionStore) -> Iterator[None]:
     """Inside, a vLLM engine that is built takes this model's weights for its own."""
-    model.pad_vocabulary(VOCABULARY_MULTIPLE)
-    _Lender.model, _Lender.store = model, store
+    _Lender.model, _Lender.store, _Lender.tables = model, store, pad_vocabulary(model)
     try:
         yield
     finally:
-        _Lender.model = _Lender.store = None
+        _Lender.model = _Lender.store = _Lender.tables = None
 
 
-def _lent() -> tuple[FusedModel, ProjectionStore]:
-    assert _Lender.model is not None and _Lender.store is not None, "no model is being lent"
-    return _Lender.model, _Lender.store
+def _lent() -> tuple[FusedModel, ProjectionStore, tuple[Tensor, Tensor]]:
+    assert _Lender.model and _Lender.store and _Lender.tables, "no model is being lent"
+    return _Lender.model, _Lender.store, _Lender.tables
+
+
+def pad_vocabulary(model: FusedModel) -> tuple[Tensor, Tensor]:
+    """Tables as vLLM wants them, embedding and head [V rounded up, D], whose first V rows are the model's from now on.
+
+    Nothing changes for the model. Where its two tables are one, so are these.
+    """
+    tied = model.head.data_ptr() == model.embed.weight.data_ptr()
+    embedding = _padded(model.embed.weight.data)
+    head = embedding if tied else _padded(model.head.data)
+    size = model.head.shape[0]
+    model.embed.weight.data, model.head.data = embedding[:size], head[:size]
+    return embedding, head
+
+
+def _padded(table: Tensor) -> Tensor:
+    """[V, D] -> [V rounded up, D], the table itself where nothing is missing."""
+    missing = -table.shape[0] % VOCABULARY_MULTIPLE
+    return nn.functional.pad(table, (0, 0, 0, missing)) if missing else table
 
 
 def layout_key(store: ProjectionStore) -> str:
@@ -257,9 +276,8 @@ class SharedConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer by its full name (model.layers.3.mlp.down_proj); None for attention and others."""
-        model, store = _lent()
+        _, store, (embedding, head) = _lent()
         if isinstance(layer, VocabParallelEmbedding):
-            embedding, head = model.tables
             return SharedTable(head if isinstance(layer, ParallelLMHead) else embedding)  # not all have a name
         if not isinstance(layer, LinearBase):
             return None
@@ -285,6 +303,6 @@ class SharedLoader(BaseModelLoader):
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes that were there before vLLM (0.32 and later ask)."""
-        model, store = _lent()
+        _, store, tables = _lent()
         projections = [t for p in store.projections.values() for t in _tensors(p, store)]
-        return sum(tensor.nbytes for tensor in [*projections, *model.tables])
+        return sum(tensor.nbytes for tensor in [*projections, *tables])
