@@ -47,7 +47,7 @@ class Untrained:
         row, last, why = self._longest
         if row >= MANY:
             share = f"{self._count} of the {self._steps} steps trained nothing"
-            yield f"{share}, {row} of them in a row (to step {last + 1}). In the last of these {why}"
+            yield f"{share}, {row} of them in a row (to step {last + 1}). Why: {why}"
 
     def _empty(self, step: int, metrics: Mapping[str, float | None]) -> Iterator[str]:
         self._count += 1
