@@ -5,7 +5,7 @@
         optimizer.safetensors                            AdamW's moments
         rng.safetensors                                  random states of torch, CUDA, numpy and Python
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
-                                                         with the size and SHA-256 of every other file
+                                                         with the size and SHA-256 of every other file, and of itself
 
 A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none. Only folders
 whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
@@ -16,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,20 +29,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.folder import CHECKPOINTS, STATE, is_checkpoint, list_checkpoints, resume_folder
+from grpo.folder import CHECKPOINTS, STATE, is_checkpoint, list_checkpoints, resume_folder, run_of
 from grpo.generators import Generators, from_tensors
 from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
-FORMAT = "grpo-checkpoint-1"
+FORMAT = "grpo-checkpoint-2"
+NO_DIGEST = "0" * 64  # stands for the SHA-256 of state.json where that is taken
 
 
 @dataclass
 class Progress:
     """How far a run is: everything of its state that is not a tensor."""
 
+    run: str = ""  # the id of the run, as config.json has it
+    held_out: str = ""  # fingerprint of what the scores below are of: prompts, samples, measure
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out
     version: int = 0  # of the policy
@@ -61,7 +66,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     generators: as they were when `progress` was.
 
     Raises:
-        UserError: it cannot be written, for want of space say; the earlier checkpoints are still there.
+        OSError: it cannot be written, for want of space say; the earlier checkpoints are still there.
     """
     checkpoints = folder / CHECKPOINTS
     final = checkpoints / f"step-{progress.step:06d}"
@@ -80,26 +85,40 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
             "format": FORMAT,
             "progress": asdict(progress),
             "files": {n: _fingerprint(c) for n, c in files.items()},
+            "sha256": NO_DIGEST,
         }
-        _write(draft / STATE, json.dumps(state, indent=2).encode())
+        _write(draft / STATE, _signed(state))
         _sync_folder(draft)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         _sync_folder(checkpoints)
-    except OSError as error:
+    except OSError:
         shutil.rmtree(draft, ignore_errors=True)
-        kept = list_checkpoints(folder)
-        last = f"The last good checkpoint is {kept[-1]}." if kept else "There is no earlier checkpoint."
-        raise UserError(
-            f"The checkpoint {final} could not be written: {error.strerror or error}. {last} "
-            f"Make room and go on with --resume {folder}."
-        ) from error
+        raise
     _remove_old(folder, keep, progress.best_step)
     return final
 
 
 def load_checkpoint(folder: Path, policy: Policy) -> Progress:
     """Put adapter, optimizer and random states back; return the progress.
+
+    Raises:
+        UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
+    """
+    progress = load_trained(folder, policy)
+    try:
+        tensors = load((folder / OPTIMIZER).read_bytes())
+        tensors.pop("none", None)
+        restore_optimizer(policy.optimizer, tensors)
+        from_tensors(load((folder / RNG).read_bytes())).restore()
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
+    policy.version = progress.version
+    return progress
+
+
+def load_trained(folder: Path, policy: Policy) -> Progress:
+    """Put the adapter of a checkpoint into the policy, after every file is what was written; return the progress.
 
     Raises:
         UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
@@ -113,14 +132,6 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
                 f"{_try_another(folder)}"
             )
     load_adapter(policy, folder)
-    try:
-        tensors = load((folder / OPTIMIZER).read_bytes())
-        tensors.pop("none", None)
-        restore_optimizer(policy.optimizer, tensors)
-        from_tensors(load((folder / RNG).read_bytes())).restore()
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
-    policy.version = progress.version
     return progress
 
 
@@ -128,15 +139,26 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, dict[str, Any]]]:
     """state.json of a checkpoint, checked: the progress, and the fingerprint of every other file.
 
     Raises:
-        UserError: it is not one.
+        UserError: it is not one, of another version, or not as it was written.
     """
     path = folder / STATE
     try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a checkpoint: its {STATE} cannot be read ({error}).") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        content = path.read_bytes()
+        state = json.loads(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder} is not a checkpoint: its {STATE} cannot be read ({error}). {_try_another(folder)}"
+        ) from error
+    if not isinstance(state, dict) or not str(state.get("format")).startswith(FORMAT[:-1]):
         raise UserError(f"{folder} is not a checkpoint of this program: its {STATE} does not say {FORMAT!r}.")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{folder} was written by another version of this program ({reprlib.repr(state['format'])}, and this one "
+            f"reads {FORMAT!r}). Go on with the version that wrote it, or start a new run; its adapter is PEFT's and "
+            "opens in PeftModel as it is."
+        )
+    if _digest(content, state.get("sha256")) != state.get("sha256"):
+        raise UserError(f"{path} is damaged: it is not what was written. {_try_another(folder)}")
     try:
         progress, files = Progress(**state["progress"]), dict(state["files"])
         unlike = [name for name, value in vars(Progress()).items() if type(getattr(progress, name)) is not type(value)]
@@ -146,6 +168,32 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, dict[str, Any]]]:
     if unlike:
         raise UserError(f"{path} is damaged: {', '.join(unlike)} cannot be so. {_try_another(folder)}")
     return progress, files
+
+
+def check_run(checkpoint: Path, run: str) -> None:
+    """A checkpoint belongs to the run whose folder it lies in: steps and files of another do not go on from it.
+
+    Raises:
+        UserError: it is of another.
+    """
+    if read_state(checkpoint)[0].run != run:
+        raise UserError(
+            f"{checkpoint} is of another run than {run_of(checkpoint)}: their ids differ. Put it back where it was "
+            "saved, or choose another."
+        )
+
+
+def _signed(state: dict[str, Any]) -> bytes:
+    """state.json: JSON that says the SHA-256 of itself, taken with zeros in its place."""
+    unsigned = json.dumps(state, indent=2).encode()
+    return unsigned.replace(NO_DIGEST.encode(), hashlib.sha256(unsigned).hexdigest().encode())
+
+
+def _digest(content: bytes, said: object) -> str:
+    """The SHA-256 of a state.json that says `said` of itself; nothing if that is none."""
+    if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
+        return ""
+    return hashlib.sha256(content.replace(said.encode(), NO_DIGEST.encode())).hexdigest()
 
 
 def _try_another(folder: Path) -> str:
@@ -161,6 +209,8 @@ def best_checkpoint(place: Path) -> Path:
     if is_checkpoint(place):
         return place
     last = resume_folder(place)
+    if last is None:
+        raise UserError(f"{place} has no checkpoint to score yet. Go on with it: --resume {run_of(place)}.")
     best = last.with_name(f"step-{read_state(last)[0].best_step:06d}")
     return best if best.is_dir() else last
 

@@ -1,8 +1,11 @@
 """Config: every number and choice of a run, each with its reason. Knows nothing of files, models or tasks.
 
-Each field is a flag of `python -m grpo.run` (`learning_rate` is `--learning-rate`) and there are no others.
-A task file gives its own defaults by building a Config; flags override them. The sentence under a field is its
-help text. Defaults that the literature supports are argued in docs/algorithm.md.
+Each field is a flag of `python -m grpo.run` (`learning_rate` is `--learning-rate`). A task file gives its own defaults
+by building a Config; flags override them. The sentence under a field is its help text. Defaults that the literature
+supports are argued in docs/algorithm.md.
+
+A Config is flat for its users. It is made of parts, one for each part of the program, which takes its own: a Config is
+each of them.
 """
 
 from __future__ import annotations
@@ -18,16 +21,50 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from grpo.errors import UserError
 
 MAY_BE_INFINITE = ("dual_clip", "off_policy_mask")  # inf means: no bound
-MOST_THREADS = 1024
 LONGEST_TIMER = 1e9  # seconds
-_LARGEST = sys.float_info.max
+LARGEST = 3.4028234663852886e38  # that float32 holds, in which all of it is computed
+MOST_COMPLETIONS = 1_000_000  # in one rollout
+TINY = 5e-324  # the least number above 0
+Check = tuple[bool, str]  # is it broken, and what to say
 
 
 @dataclass(frozen=True)
-class Config:
-    """What a run is made of."""
+class Part:
+    """Some of the numbers of a run, checked when they are put together."""
 
-    # The model
+    def __post_init__(self) -> None:
+        for name, annotation in _annotations(type(self)).items():
+            check_type(name, getattr(self, name), annotation)
+        for broken, sentence in self.checks():
+            if broken:
+                raise UserError(sentence)
+
+    def checks(self) -> list[Check]:
+        """Everything that can be known from the numbers alone. Each part adds its own to those of the parts before."""
+        values = [(name, kind, getattr(self, name)) for name, kind in _annotations(type(self)).items()]
+        numbers = [(n, v) for n, kind, v in values if kind is float and not (n in MAY_BE_INFINITE and v == math.inf)]
+        texts = [(n, v) for n, kind, v in values if kind is str]
+        return [
+            *((not abs(v) <= sys.float_info.max, f"{n} is {_shown(v)}. Use a finite number.") for n, v in numbers),
+            *((abs(v) > LARGEST, f"{n} is {_shown(v)}. Use a number that float32 can hold.") for n, v in numbers),
+            *(("\0" in v, f"{n} is {v!r}. No name of a file or a model has a NUL character in it.") for n, v in texts),
+        ]
+
+    def between(self, least: float, most: float, *names: str) -> list[Check]:
+        """The checks that fields are neither less nor more."""
+        low = "a number above 0" if least == TINY else f"{least:g} or more"
+        highest = f"{most:,}" if isinstance(most, int) else f"{most:g}"
+        too_small = [(not getattr(self, n) >= least, f"{n} is {_shown(getattr(self, n))}. Use {low}.") for n in names]
+        too_large = [
+            (not getattr(self, n) <= most, f"{n} is {_shown(getattr(self, n))}. Use at most {highest}.") for n in names
+        ]
+        return [*too_small, *too_large]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Part):
+    """The model and its adapter."""
+
     model: str = "embedded"
     """Hugging Face name or folder of a causal language model, or "embedded" for the tiny one that ships here."""
     base: Literal["float32", "bf16", "nf4"] = "nf4"
@@ -41,11 +78,19 @@ class Config:
     recompute: Literal["auto", "none", "layer"] = "auto"
     """Activations of the backward pass: keep all (none) or recompute each layer; auto recomputes on a GPU."""
 
-    # The data
-    data: str = ""
-    """A folder with train.jsonl and test.jsonl, a hub data set, or "embedded"; empty means the task's own."""
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(1, 10**15, "lora_rank"),
+            # Its share of the rank is a number of float32, and neither 0 nor infinite there.
+            *self.between(1e-6, 1e6, "lora_alpha"),
+        ]
 
-    # The rollout
+
+@dataclass(frozen=True)
+class RolloutConfig(Part):
+    """The rollout: who samples the completions, and how many."""
+
     engine: Literal["auto", "vllm", "torch"] = "auto"
     """Who samples the completions. vllm: vLLM in this process over the policy's own weights. torch: the policy's own
     model in PyTorch. auto: vllm if it is installed, there is a GPU, and it takes the model."""
@@ -70,7 +115,29 @@ class Config:
     max_refills: int = 4
     """Dynamic sampling gives up after this many further rollouts and trains on what it has."""
 
-    # The advantage and the loss
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            (self.group_size < 2, f"group_size is {self.group_size}, so every advantage would be 0. Use 2 or more."),
+            *self.between(1, MOST_COMPLETIONS, "prompts_per_step", "group_size"),
+            (
+                self.prompts_per_step * self.group_size > MOST_COMPLETIONS,
+                f"prompts_per_step x group_size is {self.prompts_per_step * self.group_size:,} completions a step. Use "
+                f"at most {MOST_COMPLETIONS:,}.",
+            ),
+            *self.between(1, 10**9, "max_completion_tokens"),
+            *self.between(0, 10**9, "max_context"),
+            *self.between(0, 10_000, "max_refills"),
+            *self.between(0, 10**6, "kv_cache_gib"),
+            # Logits are divided by it in float32: less makes them infinite, and there is nothing left to explore.
+            *self.between(1e-4, 1e4, "temperature"),
+        ]
+
+
+@dataclass(frozen=True)
+class LossConfig(Part):
+    """The advantage and the loss."""
+
     advantage: Literal["grpo", "dr_grpo", "lite_ppo", "rloo", "gdpo"] = "grpo"
     """Reward minus group mean, over: group std (grpo), nothing (dr_grpo), batch std (lite_ppo); leave-one-out
     baseline (rloo); each reward normalised in its group, then summed (gdpo)."""
@@ -109,7 +176,27 @@ class Config:
     correction_floor: float = 0.5
     """Smallest importance weight that a mask lets through."""
 
-    # The update
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(0, LARGEST, "kl_coef", "entropy_coef", "clip_low", "clip_high"),
+            *self.between(0, math.inf, "off_policy_mask"),
+            *self.between(TINY, LARGEST, "correction_cap", "cispo_cap"),
+            *self.between(TINY, math.inf, "dual_clip"),
+            (not 0 < self.top_entropy <= 1, f"top_entropy is {self.top_entropy}. Use a share above 0 and at most 1."),
+            (self.clip_low > 1, f"clip_low is {self.clip_low}. The ratio is never negative, so use at most 1."),
+            (
+                not 0 <= self.correction_floor <= self.correction_cap,
+                f"correction_floor is {self.correction_floor} and correction_cap is {self.correction_cap}. "
+                "Use 0 <= correction_floor <= correction_cap.",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class UpdateConfig(Part):
+    """The update of the adapter."""
+
     mini_batches: int = 1
     """Optimizer steps that the groups of one rollout are dealt out to."""
     epochs: int = 1
@@ -131,7 +218,27 @@ class Config:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this norm."""
 
-    # The held-out score
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(1, MOST_COMPLETIONS, "mini_batches", "epochs"),
+            *self.between(1, 10**9, "tokens_per_batch"),
+            # AdamW moves each number by about the rate, whatever the gradient: beyond this nothing of a model is left.
+            *self.between(TINY, 1000, "learning_rate"),
+            *self.between(0, 10**9, "warmup_steps"),
+            *self.between(0, LARGEST, "weight_decay"),
+            *self.between(TINY, LARGEST, "max_grad_norm"),
+            (
+                not 0 <= self.adam_beta1 < 1 or not 0 <= self.adam_beta2 < 1,
+                "adam_beta1 and adam_beta2 must be in [0, 1).",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class EvalConfig(Part):
+    """The held-out score."""
+
     eval_every: int = 20
     """Steps between two held-out scores, beside the first and the last; 0: only these two."""
     eval_prompts: int = 128
@@ -141,7 +248,26 @@ class Config:
     eval_k: int = 4
     """k of pass@k and majority@k; at most eval_samples."""
 
-    # The run
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(0, 10**9, "eval_every"),
+            *self.between(1, 10**9, "eval_prompts"),
+            *self.between(1, MOST_COMPLETIONS, "eval_samples", "eval_k"),
+            (
+                self.eval_k > self.eval_samples,
+                f"eval_k is {self.eval_k} but eval_samples is {self.eval_samples}: pass@k needs k samples of a prompt. "
+                "Raise eval_samples or lower eval_k.",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class RunConfig(Part):
+    """The run: its data, its length, its folder."""
+
+    data: str = ""
+    """A folder with train.jsonl and test.jsonl, a hub data set, or "embedded"; empty means the task's own."""
     steps: int = 200
     """Steps of the run."""
     seed: int = 0
@@ -158,17 +284,52 @@ class Config:
     reward_timeout: float = 0.0
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
-    def __post_init__(self) -> None:
-        for name, annotation in _annotations().items():
-            check_type(name, getattr(self, name), annotation)
-        for broken, sentence in _checks(self):
-            if broken:
-                raise UserError(sentence)
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(0, 10**9, "steps"),
+            *self.between(1, 10**9, "save_every", "keep"),
+            (
+                self.reward_timeout > LONGEST_TIMER,
+                f"reward_timeout is {self.reward_timeout}. The system's timer takes at "
+                f"most {LONGEST_TIMER:g} seconds; 0 sets no limit.",
+            ),
+            *self.between(0, LONGEST_TIMER, "reward_timeout"),
+            *self.between(0, 1024, "threads"),
+            *self.between(0, 2**32 - 1, "seed"),
+        ]
+
+
+# In the order in which --help shows them. (Fields of a dataclass begin with those of its last base.)
+PARTS = (ModelConfig, RolloutConfig, LossConfig, UpdateConfig, EvalConfig, RunConfig)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig, EvalConfig, UpdateConfig, LossConfig, RolloutConfig, ModelConfig):
+    """What a run is made of."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            (
+                self.mini_batches > self.prompts_per_step,
+                f"mini_batches is {self.mini_batches} but a step has only {self.prompts_per_step} groups to deal out. "
+                "Lower mini_batches or raise prompts_per_step.",
+            ),
+        ]
 
 
 @cache
-def _annotations() -> dict[str, Any]:
-    return get_type_hints(Config)
+def _annotations(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _shown(value: object) -> str:
+    """A value in a sentence; 10**400 would fill the screen, and Python refuses to write 10**5000."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {round(value.bit_length() / math.log2(10))} digits"
+    return repr(value)
 
 
 def check_type(name: str, value: object, annotation: Any) -> None:
@@ -182,7 +343,7 @@ def check_type(name: str, value: object, annotation: Any) -> None:
             allowed = f"one of {', '.join(map(repr, get_args(annotation)))}"
         else:
             allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,))
-        raise UserError(f"{name} is {value!r} ({type(value).__name__}). It must be {allowed}.")
+        raise UserError(f"{name} is {_shown(value)} ({type(value).__name__}). It must be {allowed}.")
 
 
 _WORDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "text (str)", type(None): "None"}
@@ -196,53 +357,6 @@ def _fits(value: object, annotation: Any) -> bool:
     if isinstance(value, bool):
         return annotation is bool
     return isinstance(value, (int, float) if annotation is float else annotation)
-
-
-def _checks(c: Config) -> list[tuple[bool, str]]:
-    """(is it broken, what to say) for everything that can be known from the numbers alone."""
-    at_least_one = ("lora_rank", "prompts_per_step", "max_completion_tokens", "mini_batches", "epochs",
-                    "tokens_per_batch", "eval_prompts", "eval_samples", "eval_k", "save_every", "keep")  # fmt: skip
-    not_negative = ("steps", "max_context", "max_refills", "warmup_steps", "weight_decay", "eval_every",
-                    "kl_coef", "entropy_coef", "clip_low", "clip_high", "seed", "threads", "reward_timeout",
-                    "kv_cache_gib", "off_policy_mask")  # fmt: skip
-    positive = ("temperature", "lora_alpha", "learning_rate", "max_grad_norm", "correction_cap", "dual_clip",
-                "cispo_cap")  # fmt: skip
-    finite = [name for name, kind in _annotations().items() if kind is float and name not in MAY_BE_INFINITE]
-    return [
-        *((not abs(getattr(c, f)) <= _LARGEST, f"{f} is {getattr(c, f)}. Use a finite number.") for f in finite),
-        (c.group_size < 2, f"group_size is {c.group_size}, so every advantage would be 0. Use 2 or more."),
-        *((getattr(c, f) < 1, f"{f} is {getattr(c, f)}. Use 1 or more.") for f in at_least_one),
-        *((not getattr(c, f) >= 0, f"{f} is {getattr(c, f)}. Use 0 or more.") for f in not_negative),
-        *((not getattr(c, f) > 0, f"{f} is {getattr(c, f)}. Use a number above 0.") for f in positive),
-        (not 0 < c.top_entropy <= 1, f"top_entropy is {c.top_entropy}. Use a share above 0 and at most 1."),
-        (
-            not 0 <= c.adam_beta1 < 1 or not 0 <= c.adam_beta2 < 1,
-            "adam_beta1 and adam_beta2 must be in [0, 1).",
-        ),
-        (
-            c.reward_timeout > LONGEST_TIMER,
-            f"reward_timeout is {c.reward_timeout}. The system's timer takes at most {LONGEST_TIMER:g} seconds; "
-            "0 sets no limit.",
-        ),
-        (c.threads > MOST_THREADS, f"threads is {c.threads}. Use at most {MOST_THREADS}, or 0 for the fastest."),
-        (c.seed >= 2**32, f"seed is {c.seed}. Use less than 2**32."),
-        (c.clip_low > 1, f"clip_low is {c.clip_low}. The ratio is never negative, so use at most 1."),
-        (
-            not 0 <= c.correction_floor <= c.correction_cap,
-            f"correction_floor is {c.correction_floor} and correction_cap is {c.correction_cap}. "
-            "Use 0 <= correction_floor <= correction_cap.",
-        ),
-        (
-            c.eval_k > c.eval_samples,
-            f"eval_k is {c.eval_k} but eval_samples is {c.eval_samples}: pass@k needs k samples of a prompt. "
-            "Raise eval_samples or lower eval_k.",
-        ),
-        (
-            c.mini_batches > c.prompts_per_step,
-            f"mini_batches is {c.mini_batches} but a step has only {c.prompts_per_step} groups to deal out. "
-            "Lower mini_batches or raise prompts_per_step.",
-        ),
-    ]
 
 
 def field_names() -> list[str]:

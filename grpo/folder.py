@@ -1,22 +1,27 @@
 """A run's folder: its name, its lock, config.json, and which checkpoints are in it. Knows nothing of models.
 
 runs/<task>-<time>/
-    config.json                   the task file, every value and where it came from
-    metrics.jsonl completions.jsonl curves.png tensorboard/        what grpo/record writes
-    checkpoints/step-000010/      what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
+    config.json                the run's id, the task file and its SHA-256, every value and where it came from
+    metrics.jsonl, completions.jsonl, curves.png, tensorboard/        what grpo/record writes
+    checkpoints/step-000010/   what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
+    left-1/                    what was recorded before a run without a checkpoint started over
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +30,69 @@ from grpo.errors import UserError
 
 CONFIG_FILE = "config.json"
 STATE = "state.json"  # of a checkpoint, written last
-CHECKPOINT_NAME = re.compile(r"step-(\d+)")
+CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
-LEFT = "left-"  # before the name of a checkpoint whose course the run has left
+LEFT = "left-"  # before the name of what belongs to a course that the run has left
+RECORDED = ("metrics.jsonl", "completions.jsonl", "curves.png", "tensorboard")
 
 
-# ---- the folder and config.json
+# ---- the folder
 
 
 def new_run_folder(task_name: str, config: Config) -> Path:
-    """The run's own folder, made now; an existing one is never written into.
+    """The run's own folder, made now; an existing one is never written into. Two runs that start in the same second
+    have two.
 
     Raises:
-        UserError: it exists.
+        UserError: it exists, or cannot be made.
     """
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    folder = Path(config.run_dir or f"runs/{task_name}-{stamp}")
-    try:
-        folder.mkdir(parents=True, exist_ok=False)
-    except FileExistsError as error:
-        raise UserError(
-            f"The run folder {folder} exists already, and a run never overwrites another. Choose another --run-dir, or "
-            f"go on with that run by --resume {folder}."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"The run folder {folder} cannot be made: {error.strerror}. Choose another --run-dir."
-        ) from error
+    name = f"runs/{task_name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in count(1):
+        check_new(config)
+        folder = Path(config.run_dir or (name if number == 1 else f"{name}-{number}"))
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"The run folder {folder} cannot be made: {error.strerror}. Choose another --run-dir."
+            ) from error
     return folder
 
 
-@contextmanager
-def removed_if_empty(folder: Path) -> Iterator[None]:
-    """What cannot be built leaves no empty folder behind, whose name would be taken."""
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
-        raise
+def check_new(config: Config) -> None:
+    """The folder that a run is to be written into, where one is named, is not there yet.
+
+    Raises:
+        UserError: it is.
+    """
+    if config.run_dir and os.path.lexists(config.run_dir):
+        raise UserError(
+            f"The run folder {config.run_dir} exists already, and a run never overwrites another. Choose another "
+            f"--run-dir, or go on with that run by --resume {config.run_dir}."
+        )
+
+
+def remove_unused(folder: Path) -> None:
+    """Take away the folder of a run that could not be built: its name would be taken."""
+    with suppress(OSError):
+        (folder / CONFIG_FILE).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Where a run without a checkpoint starts over: what it had recorded goes to left-1, left-2 ... beside it."""
+    recorded = [folder / name for name in RECORDED if (folder / name).exists()]
+    if not recorded:
+        return None
+    place = next(place for number in count(1) if not (place := folder / f"{LEFT}{number}").exists())
+    place.mkdir()
+    for path in recorded:
+        path.rename(place / path.name)
+    return place
 
 
 @contextmanager
@@ -74,6 +103,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         UserError: one does.
     """
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,50 +115,122 @@ def alone_in(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        os.close(descriptor)
+        if descriptor in _locks:
+            _locks.remove(descriptor)
+            os.close(descriptor)
 
 
-def write_config(folder: Path, task_path: str, task_name: str, config: Config, origins: dict[str, str]) -> None:
+_locks: set[int] = set()  # descriptors that hold one
+
+
+def _let_go() -> None:
+    """In a forked child, of a reward's process pool say: it would hold the lock for as long as it lives."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+# ---- config.json
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run's config.json says."""
+
+    folder: Path
+    id: str  # of the run; its checkpoints have it too
+    task: str  # the task file, a whole path
+    task_sha256: str  # of that file when the run was started, or last resumed with a task file
+    name: str  # of the task
+    config: Config
+    origins: dict[str, str]  # field -> where its value came from
+
+
+def write_config(saved: Saved) -> None:
     """Write config.json, from which the run is resumed."""
     content = {
-        "task": str(Path(task_path).resolve()),
-        "name": task_name,
-        "config": dataclasses.asdict(config),
-        "origins": {name: origins.get(name, "default") for name in field_names()},
+        "id": saved.id,
+        "task": saved.task,
+        "task_sha256": saved.task_sha256,
+        "name": saved.name,
+        "config": dataclasses.asdict(saved.config),
+        "origins": {name: saved.origins.get(name, "default") for name in field_names()},
     }
     # Beside its place first: on a full disk the file that a resumed run began with must stay.
-    draft = folder / f".{CONFIG_FILE}.partial"
+    draft = saved.folder / f".{CONFIG_FILE}.partial"
     draft.write_text(json.dumps(content, indent=2))
-    draft.replace(folder / CONFIG_FILE)
+    draft.replace(saved.folder / CONFIG_FILE)
 
 
-def saved_run(path: str) -> dict[str, Any]:
-    """config.json of the run that `path` is, or is a checkpoint of; empty if it is neither.
+def new_id() -> str:
+    """A run's id: nothing of the run follows from it."""
+    return uuid.uuid4().hex
+
+
+def fingerprint_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def is_run(place: Path) -> bool:
+    """Whether a folder is a run's. A model's folder has a config.json too: a run's is known by what it says."""
+    folder = run_of(place)
+    if (folder / "metrics.jsonl").exists() or list_checkpoints(folder):
+        return True
+    with suppress(UserError):
+        return {"task", "config", "origins"} <= read_json(folder / CONFIG_FILE).keys()
+    return False
+
+
+def saved_run(place: str | None) -> Saved | None:
+    """config.json of the run that `place` is, or is a checkpoint of; None if it is neither.
 
     Raises:
-        UserError: that file is gone or damaged.
+        UserError: that file is gone, damaged or of another version.
     """
-    if not path:
-        return {}
-    folder = run_of(Path(path))
-    # A run is known by what else is there: a model's folder has a config.json too.
-    if not (folder / "metrics.jsonl").exists() and not list_checkpoints(folder):
-        return {}
+    if not place or not is_run(Path(place)):
+        return None
+    folder = run_of(Path(place))
     file = folder / CONFIG_FILE
-    try:
-        saved = json.loads(file.read_text())
-        check_type("task", saved["task"], str)
-        check_type("origins", saved["origins"], dict)
-        from_dict(saved["config"])
-    except FileNotFoundError as error:
+    if not file.exists():
+        raise UserError(f"{file} is missing, which says what the run is made of. Put it back, or start a new run.")
+    read = read_json(file)
+    if "config" in read and "id" not in read:
         raise UserError(
-            f"{file} is missing, which says what the run is made of. Put it back, or start a new run."
-        ) from error
-    except (UserError, OSError, ValueError, TypeError, KeyError) as error:
+            f"{file} was written by an earlier version of this program, which knew neither ids of runs nor the SHA-256 "
+            "of the task file. Go on with the version that wrote it, or start a new run."
+        )
+    try:
+        for name in ("id", "task", "task_sha256", "name"):
+            check_type(name, read[name], str)
+        check_type("origins", read["origins"], dict)
+        saved = Saved(**(read | {"folder": folder, "config": from_dict(read["config"])}))
+    except (UserError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}). Put it back as it was, or start a new run."
         ) from error
+    if "\0" in saved.task:
+        raise UserError(f"{file} is damaged: no file's name has a NUL character in it. Put it back as it was.")
     return saved
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it cannot be read, is not JSON, or is something else.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error}). Put it back as it was.") from error
+    if not isinstance(read, dict):
+        raise UserError(f"{path} is damaged: it is not an object of JSON. Put it back as it was.")
+    return read
 
 
 # ---- the checkpoints in it
@@ -166,11 +268,12 @@ def run_of(place: Path) -> Path:
     return place.parent.parent if place.parent.name == CHECKPOINTS else place
 
 
-def resume_folder(place: Path) -> Path:
-    """The checkpoint that --resume means: `place` itself if it is one, else the last of the run.
+def resume_folder(place: Path) -> Path | None:
+    """The checkpoint that --resume means: `place` itself if it is one, else the last of the run; None if it has none
+    yet, and starts over.
 
     Raises:
-        UserError: there is none, or it is of a course that the run has left.
+        UserError: it is not there, or of a course that the run has left.
     """
     if is_checkpoint(place) and place.name.startswith(LEFT):
         raise UserError(
@@ -182,10 +285,7 @@ def resume_folder(place: Path) -> Path:
     run = run_of(place)
     if not place.is_dir():
         raise UserError(f"There is no checkpoint {place}. --resume takes one of {run}, or {run} for the last.")
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise UserError(f"{run} has no checkpoint to resume from. Start the run again without --resume.")
-    return checkpoints[-1]
+    return next(reversed(list_checkpoints(run)), None)
 
 
 def is_checkpoint(place: Path) -> bool:

@@ -1,38 +1,120 @@
-"""Guards: what a machine does to a run (Ctrl-C, memory and disks that run out), in words. Knows nothing of tasks."""
+"""Guards: what a machine does to a run (signals, memory and disks that run out, files that vanish), in words.
+
+Knows nothing of tasks.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
+import resource
+import shlex
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Protocol
 
 from grpo.config import Config
 from grpo.errors import OUT_OF_CPU_MEMORY, UserError, is_out_of_memory
-from grpo.folder import list_checkpoints
+from grpo.folder import CONFIG_FILE, list_checkpoints
 
 # No room, no quota, larger than allowed, read-only by now, a disk that fails.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to stop at once."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Stoppable(Protocol):
+    """What a signal is told to: a run."""
+
+    stop_requested: bool
+
+
+# ---- signals
 
 
 @contextmanager
-def stops_gently(run: Any) -> Iterator[None]:
-    """The first Ctrl-C lets the step finish, the second one does not."""
+def stopped_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP stop the program as Ctrl-C does: by an exception, so that what is open is closed."""
+    with _on_signals(_stop):
+        yield
 
-    def request(signal_number: int, frame: object) -> None:
-        run.stop_requested = True
-        run.recorder.message("Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays).")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, request)
+@dataclass
+class Asked:
+    """Which signal has asked a run to stop."""
+
+    number: int = signal.SIGINT
+
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
+        return 128 + self.number
+
+
+@contextmanager
+def stops_gently(run: Stoppable, tell: Callable[[str], object]) -> Iterator[Asked]:
+    """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish, the second one does not."""
+    asked = Asked()
+
+    def request(number: int, frame: FrameType | None) -> None:
+        asked.number, run.stop_requested = number, True
+        for each in STOPPING:
+            if signal.getsignal(each) is request:
+                signal.signal(each, _stop)
+        _leave_a_lost_terminal()
+        with suppress(OSError):  # nobody may be there to read it
+            tell("Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays).")
+
+    with _on_signals(request):
+        yield asked
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _leave_a_lost_terminal()
+    raise Stopped(number)
+
+
+@contextmanager
+def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one alone
+        yield
+        return
+    # nohup has SIGHUP ignored, and means it.
+    heeded = [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, handle) for each in heeded}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+
+
+def _leave_a_lost_terminal() -> None:
+    """Where the terminal is gone every line would fail, and the step with it: from now on they go nowhere."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
+
+
+# ---- memory and files
 
 
 @contextmanager
@@ -59,39 +141,72 @@ def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str
         f"The memory of {whose} ran out{told}. Lower --tokens-per-batch ({config.tokens_per_batch}) for the "
         f"update, or for the rollout --max-completion-tokens ({config.max_completion_tokens}), --prompts-per-step "
         f"({config.prompts_per_step}), --group-size ({config.group_size}) or --eval-prompts ({config.eval_prompts})"
-        f"{in_4_bits}. {_how_to_go_on(folder, 'lower values')}"
+        f"{in_4_bits}. {how_to_go_on(folder, 'lower values')}"
     )
 
 
 @contextmanager
-def full_disk_in_words(folder: Path) -> Iterator[None]:
-    """Inside, a file that cannot be written is told in a sentence, with how the run in `folder` goes on.
+def files_in_words(folder: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written or read is told in a sentence, with how the run in `folder` goes on.
 
     Raises:
-        UserError: there is no room, or the disk takes nothing more.
+        UserError: there is no room, no permission, no such folder any more, or the system refuses it otherwise.
     """
     hook = threading.excepthook
     # TensorBoard writes in a thread of its own: what fails there is raised here too, and told once.
-    threading.excepthook = lambda failed: None if _is_full_disk(failed.exc_value) else hook(failed)
+    threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else hook(failed)
     try:
         yield
     except OSError as error:
-        if not _is_full_disk(error):
-            raise
-        raise UserError(
-            f"What the run in {folder} records could not be written: {error.strerror}. "
-            f"{_how_to_go_on(folder, 'more room')}"
-        ) from error
+        raise UserError(_refused(error, folder)) from error
     finally:
         threading.excepthook = hook
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+def _refused(error: OSError, folder: Path) -> str:
+    """What the system refused, and what to do."""
+    what = f"What the run in {folder} records could not be written"
+    which = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    if error.errno in DISK_ERRORS:
+        return f"{what}: {which}. {how_to_go_on(folder, 'more room')}"
+    if error.errno in TOO_MANY_FILES:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return (
+            f"The process has too many files open: the system allows it {limit} (`ulimit -n`). Raise that, or close "
+            f"what the rewards open. {how_to_go_on(folder, 'a higher limit')}"
+        )
+    if not folder.is_dir():
+        return f"The run folder {folder} is gone: something has taken it away. Put it back, or start a new run."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"{what}: {which}. {how_to_go_on(folder, 'the right to write there')}"
+    return f"The run in {folder} was refused a file: {which}. {how_to_go_on(folder, 'that put right')}"
 
 
-def _how_to_go_on(folder: Path | None, needed: str) -> str:
+@contextmanager
+def told_how_to_go_on(folder: Path) -> Iterator[None]:
+    """Inside, whatever goes wrong ends with the command that goes on with the run in `folder`.
+
+    Raises:
+        UserError: with that command, where it did not say it yet.
+    """
+    try:
+        yield
+    except UserError as error:
+        if "--resume" in str(error) or not folder.is_dir():
+            raise
+        raise UserError(f"{error} {how_to_go_on(folder)}") from error
+    except Exception as error:  # a fault of ours: its traceback ends with the same words
+        error.add_note(how_to_go_on(folder))
+        raise
+
+
+def how_to_go_on(folder: Path | None, needed: str = "") -> str:
+    """The sentence with the command. needed: what is to be changed first, if it is known."""
+    with_what = f" and {needed}" if needed else ""
+    command = f"`python -m grpo.run --resume {shlex.quote(str(folder))}`"
     checkpoints = list_checkpoints(folder) if folder else []
-    if not checkpoints:
-        return f"There is no checkpoint to go on from: start again with {needed}."
-    return f"The last checkpoint is {checkpoints[-1]}: go on with `python -m grpo.run --resume {folder}` and {needed}."
+    if checkpoints:
+        return f"The last checkpoint is {checkpoints[-1]}: go on with {command}{with_what}."
+    if folder and (folder / CONFIG_FILE).is_file():
+        return f"There is no checkpoint yet: start over in the same folder with {command}{with_what}."
+    return f"There is no checkpoint to go on from: start again{f' with {needed}' if needed else ''}."

@@ -1,39 +1,25 @@
 """Resolve: a command line -> the task, the configuration, and where each value came from. Loads no model.
 
 The values of a run are, each over the ones before: the defaults of Config, the task file's, what the embedded default
-sets where something is missing, the flags. A resumed run begins with the values it was saved with.
+sets where something is missing, the recipe's, the flags. A resumed run begins with the values it was saved with, in
+place of the first three.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
-from grpo.config import Config, field_names, from_dict
+from grpo.command import Options, parse
+from grpo.config import Config, field_names
 from grpo.errors import UserError
-from grpo.folder import saved_run
+from grpo.folder import Saved, fingerprint_of, is_run, run_of, saved_run
+from grpo.recipes import RECIPES
 from grpo.task import Task, load_task
 
 HUB_TIMEOUT = 3.0  # seconds
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """Train a language model with GRPO on the task of a Python file."""
-
-    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK.py")] = ""
-    """The task file, such as tasks/gsm8k.py; it comes first. With --resume or --eval RUN it may be left out."""
-    check: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Try the data and the rewards on every gold answer, then stop. Loads no model."""
-    resume: str = ""
-    """A run's folder, or one checkpoint in it: go on with that run."""
-    eval: str = ""
-    """A run's folder, a checkpoint, or a model: print its held-out scores, then stop."""
-    config: tyro.conf.OmitArgPrefixes[Config] = field(default_factory=Config)
 
 
 @dataclass(frozen=True)
@@ -42,99 +28,190 @@ class Resolved:
 
     task: Task
     task_path: str
+    task_sha256: str  # of that file
     config: Config
-    origins: dict[str, str]  # field -> "default", "task", "embedded" or "flag"; a resumed run keeps those it began with
+    origins: dict[str, str]  # field -> "default", "task", "embedded", "recipe" or "flag"; a resumed run keeps its own
     missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
 
+    def as_saved(self, folder: Path, run: str) -> Saved:
+        """What config.json says of it, in the folder of the run with that id."""
+        path = str(Path(self.task_path).resolve())
+        return Saved(folder, run, path, self.task_sha256, self.task.name, self.config, self.origins)
 
-def resolve(argv: list[str]) -> tuple[Arguments, Resolved]:
-    """Task file (or saved run), then flags, then the embedded default where something is missing."""
-    resumed, scored = _option(argv, "--resume"), _option(argv, "--eval")
-    saved = saved_run(resumed or scored)
-    if resumed and not saved:
-        why = ": neither metrics.jsonl nor a checkpoint is in it" if Path(resumed).is_dir() else ""
-        raise UserError(
-            f"There is no run folder {resumed}{why}. --resume takes one, such as runs/gsm8k-20260101-120000."
-        )
-    task_path = argv[0] if argv and not argv[0].startswith("-") else saved.get("task", "")
-    task = load_task(task_path) if task_path else None
-    base, origins = _before_flags(task, saved)
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m grpo.run", default=Arguments(config=base))
-    if task is None and scored and not Path(scored).exists():
-        raise UserError(
-            f"There is no folder {scored}. --eval takes a run's folder or a checkpoint, or a model after a task file."
-        )
-    if task is None:
-        raise UserError("Give a task file first, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
-    config, flags = arguments.config, _flags(argv)
-    if resumed:
-        _check_same_run(saved, task, task_path, resumed, flags)
-    if scored and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
-        config, flags = dataclasses.replace(config, model=scored), [*flags, "model"]
-    origins |= dict.fromkeys(flags, "flag")
+
+def resolve(argv: list[str]) -> tuple[Options, Resolved]:
+    """Task file (or saved run), the embedded default where something is missing, the recipe, the flags.
+
+    Raises:
+        UserError: they do not go together, or something that they name is not there.
+    """
+    options, flags = parse(argv)
+    options = _settled(options, flags)
+    saved = saved_run(options.resume or options.eval)
+    if options.resume and not saved:
+        raise UserError(_no_run(options.resume))
+    task, task_path = _task(options, saved)
+    if options.resume and saved:
+        _check_same_run(saved, task, task_path, options.resume, flags)
+    if options.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
+        flags = flags | {"model": options.eval}
+    config, origins = (saved.config, dict(saved.origins)) if saved else _of_task(task)
+    layers = {"recipe": RECIPES[options.recipe] if options.recipe else {}, "flag": flags}
     missing: list[str] = []
-    if task.embedded and not saved:
-        missing = [] if "model" in flags else what_is_missing(config, task)
-        if missing or config.model == "embedded":
-            overrides = {name: value for name, value in task.embedded.items() if name not in flags}
-            config = dataclasses.replace(config, **overrides)
-            origins |= dict.fromkeys(overrides, "embedded")
-    return arguments, Resolved(task, task_path, config, origins, missing)
+    if not saved and task.embedded:
+        missing, layers = _embedded_where_missing(task, config, layers)
+    origins |= {name: origin for origin, layer in layers.items() for name in layer}
+    config = Config(**_over(config, layers))
+    config = dataclasses.replace(config, **_absolute(config, task))
+    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), config, origins, missing)
 
 
-def _before_flags(task: Task | None, saved: dict[str, Any]) -> tuple[Config, dict[str, str]]:
-    """The configuration that flags change, and where its values are from: the saved run's, else the task's."""
+Layers = dict[str, dict[str, Any]]  # origin -> values, the later over the earlier
+
+
+def _embedded_where_missing(task: Task, config: Config, layers: Layers) -> tuple[list[str], Layers]:
+    """What the task's own model and data lack here, and the layers with the embedded default where they lack something,
+    or where that is asked for."""
+    with_embedded = {"embedded": task.embedded} | layers
+    _check_either(config, with_embedded, layers)  # before something slow is asked
+    asked = _over(config, layers)
+    missing = [] if "model" in layers["flag"] else what_is_missing(asked["model"], asked["data"] or task.data)
+    return missing, with_embedded if missing or asked["model"] == "embedded" else layers
+
+
+def _over(config: Config, layers: Layers) -> dict[str, Any]:
+    """The values of a configuration with layers over it, the later over the earlier."""
+    return {**vars(config), **{name: value for layer in layers.values() for name, value in layer.items()}}
+
+
+def _check_either(config: Config, *several: Layers) -> None:
+    """One of several layers makes a configuration.
+
+    Raises:
+        UserError: none does; what is wrong with the last.
+    """
+    errors = []
+    for layers in several:
+        try:
+            Config(**_over(config, layers))
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == len(several):
+        raise errors[-1]
+
+
+def _settled(options: Options, flags: dict[str, Any]) -> Options:
+    """The options with --resume-or-start decided.
+
+    Raises:
+        UserError: two of them cannot be had together, or one is empty.
+    """
+    given = {name: getattr(options, name) for name in ("resume", "eval") if getattr(options, name) is not None}
+    for name, place in given.items():
+        if not place or "\0" in place:
+            raise UserError(f"--{name} is {place!r}. It takes a run's folder, such as runs/gsm8k-20260101-120000.")
+    things = [f"--{name}" for name in ("check", "resume", "eval", "resume_or_start") if getattr(options, name)]
+    if len(things) > 1:
+        raise UserError(f"{' and '.join(things)} are different things to do. Give one of them.".replace("_", "-"))
+    if not options.resume_or_start:
+        return options
+    if not (place := flags.get("run_dir")):
+        raise UserError("--resume-or-start needs --run-dir D: it goes on with the run in D, or starts one there.")
+    if is_run(Path(place)):
+        del flags["run_dir"]
+        return dataclasses.replace(options, resume=place)
+    return options
+
+
+def _task(options: Options, saved: Saved | None) -> tuple[Task, str]:
+    """The task of the command line, else the saved run's.
+
+    Raises:
+        UserError: there is none, or what a saved run names is not the file that it was started with.
+    """
+    if options.task:
+        return load_task(options.task), options.task
     if saved:
-        return from_dict(saved["config"]), saved["origins"]
-    if task is None:
-        return Config(), {}
+        _check_task_file(saved)
+        return load_task(saved.task), saved.task
+    if options.eval and not Path(options.eval).exists():
+        raise UserError(
+            f"There is no folder {options.eval}. --eval takes a run's folder or a checkpoint, or a model beside a task "
+            "file."
+        )
+    raise UserError("Give a task file, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
+
+
+def _check_task_file(saved: Saved) -> None:
+    """A task file is a program. One that only a run's config.json names runs if it is what the run was started with
+    and did not come with the run: whoever downloads a run does not run what its sender wrote.
+
+    Raises:
+        UserError: it is to be named on the command line.
+    """
+    path = Path(saved.task)
+    name_it = f"look at it and name it: `python -m grpo.run {path} --resume {saved.folder}` (or --eval)"
+    if not path.is_file():
+        raise UserError(
+            f"The task file {path} that {saved.folder} was started with is not there. Name it where it is now: "
+            f"`python -m grpo.run TASK.py --resume {saved.folder}` (or --eval)."
+        )
+    if path.resolve().is_relative_to(saved.folder.resolve()):
+        raise UserError(
+            f"The task file {path} lies in the run's own folder. Running it is running a program that came with the "
+            f"run, so it is not run unasked: {name_it}."
+        )
+    if fingerprint_of(path) != saved.task_sha256:
+        raise UserError(
+            f"{path} is not the file that {saved.folder} was started with: its SHA-256 differs. If that is what you "
+            f"mean, {name_it}."
+        )
+
+
+def _of_task(task: Task) -> tuple[Config, dict[str, str]]:
+    """The task's own configuration, and which of its values are the task's."""
     named = [name for name in field_names() if getattr(task.config, name) != getattr(Config(), name)]
     return task.config, dict.fromkeys(named, "task")
 
 
-def _check_same_run(saved: dict[str, Any], task: Task, task_path: str, resumed: str, flags: list[str]) -> None:
+def _check_same_run(saved: Saved, task: Task, task_path: str, resumed: str, flags: dict[str, Any]) -> None:
     """A run goes on with its own task, wherever its file lies by now, and in its own folder.
 
     Raises:
         UserError: the command line names another.
     """
-    begun_with = saved.get("name", task.name)
-    if task.name != begun_with and str(Path(task_path).resolve()) != saved["task"]:
+    if task.name != saved.name and str(Path(task_path).resolve()) != saved.task:
         raise UserError(
-            f"{task_path} is task {task.name}, but {resumed} is a run of task {begun_with}, and a run keeps its task. "
-            f"Leave the task file out, or give {saved['task']}."
+            f"{task_path} is task {task.name}, but {resumed} is a run of task {saved.name}, and a run keeps its task. "
+            f"Leave the task file out, or give {saved.task}."
         )
     if "run_dir" in flags:
         raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
 
 
-def _option(argv: list[str], name: str) -> str:
-    """The value of an option before the real parsing, which needs to know its defaults first."""
-    for place, word in enumerate(argv):
-        if word == name and place + 1 < len(argv):
-            return argv[place + 1]
-        if word.startswith(name + "="):
-            return word.partition("=")[2]
-    return ""
+def _no_run(place: str) -> str:
+    inside = ": neither metrics.jsonl nor a checkpoint nor a run's config.json is in it" if Path(place).is_dir() else ""
+    checkpoint = run_of(Path(place))
+    hint = f" There is a run {checkpoint}, but no such checkpoint in it." if is_run(checkpoint) else ""
+    return f"There is no run folder {place}{inside}. --resume takes one, such as runs/gsm8k-20260101-120000.{hint}"
 
 
-def _flags(argv: list[str]) -> list[str]:
-    """The fields of Config that the command line names."""
-    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    given = {option.removeprefix("--").removeprefix("no-").replace("-", "_") for option in options}
-    return [name for name in field_names() if name in given]
+def _absolute(config: Config, task: Task) -> dict[str, str]:
+    """Folders of data and of a model by their whole paths, so that the run goes on from any other folder too."""
+    data = config.data or task.data
+    folders = {"data": data if data != "embedded" else "", "model": config.model if config.model != "embedded" else ""}
+    return {name: str(Path(place).resolve()) for name, place in folders.items() if place and Path(place).is_dir()}
 
 
-def what_is_missing(config: Config, task: Task) -> list[str]:
+def what_is_missing(model: str, data: str) -> list[str]:
     """What the task's own model and data need and this machine does not have."""
     import torch  # it takes seconds, and --help needs none
 
-    data = config.data or task.data
     missing = []
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU")
-    if not (Path(config.model).is_dir() or _hub_has(config.model, "model")):
-        missing.append(f"the model {config.model} (no network, and it is not in the local cache)")
+    if not (Path(model).is_dir() or _hub_has(model, "model")):
+        missing.append(f"the model {model} (no network, and it is not in the local cache)")
     if not (Path(data).is_dir() or data == "embedded" or _hub_has(data, "dataset")):
         missing.append(f"the data set {data} (no network)")
     return missing

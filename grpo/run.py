@@ -3,49 +3,58 @@
     python -m grpo.run tasks/gsm8k.py                     train
     python -m grpo.run tasks/gsm8k.py --check             try data and rewards, no training
     python -m grpo.run --resume runs/gsm8k-...            go on where the last checkpoint was
+    python -m grpo.run tasks/gsm8k.py --run-dir D --resume-or-start       the same command as often as a scheduler likes
     python -m grpo.run --eval runs/gsm8k-...              held-out score of a run, or of any model with a task file
 
-Bad input, and memory or a disk that runs out, end with one sentence and exit code 2; Ctrl-C finishes the step, saves,
-and ends with exit code 130.
+Bad input, and memory or a disk that runs out, end with one sentence and exit code 2. Ctrl-C, SIGTERM and SIGHUP finish
+the step, save, and end with exit codes 130, 143 and 129.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from grpo.errors import UserError
+from grpo.guards import Stopped, stopped_by_signals
 from grpo.resolve import resolve
-from grpo.terminal import console, say
+from grpo.terminal import console, plain, say
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(argv)
+        with stopped_by_signals():
+            return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        console.file.flush()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return _tell(str(error))
+    except OSError as error:  # what the system refuses outside of a run: a file of the command line's, mostly
+        return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.")
+    except KeyboardInterrupt as error:
         say("Stopped at once. What the last checkpoint holds is there: go on with --resume.")
-        return 130
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def _tell(error: str) -> int:
+    console.file.flush()
+    print(f"error: {plain(error)}", file=sys.stderr)
+    return 2
 
 
 def _dispatch(argv: list[str]) -> int:
     """Each verb is imported when it is wanted: all need PyTorch, and neither --help nor a mistyped flag does."""
-    arguments, resolved = resolve(argv)
-    if arguments.check:
+    options, resolved = resolve(argv)
+    if options.check:
         from grpo.verbs.check import check
 
         return check(resolved)
-    if arguments.eval:
+    if options.eval:
         from grpo.verbs.evaluate import evaluate
 
-        return evaluate(resolved, arguments.eval)
+        return evaluate(resolved, options.eval)
     from grpo.verbs.train import start
 
-    return start(resolved, arguments.resume)
+    return start(options, resolved)
 
 
 if __name__ == "__main__":

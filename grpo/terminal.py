@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 # Without a terminal there is no width to keep to.
 console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
 
 
+# Control codes but for tabs and new lines, marks that turn the direction of writing, halves of surrogate pairs.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """Text from wherever (a path, a name, an error about a run that was downloaded) for a terminal: what it would obey
+    instead of show is written as Python writes it. An escape code reads \\x1b[31m and turns nothing red."""
+    return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def literal(text: str) -> Text:
+    """The same for tables and panels of rich, which take brackets as markup and :names: as pictures."""
+    return Text(plain(text))
+
+
 def say(text: str) -> None:
     """A line as it is: never wrapped, so that paths and commands can be copied."""
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(literal(text), soft_wrap=True)
 
 
 @contextmanager

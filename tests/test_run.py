@@ -262,7 +262,8 @@ LIMIT = 12
     assert list_checkpoints(folder)[-1].name == f"step-{len(done):06d}"
     Path(path).write_text(Path(path).read_text().replace("LIMIT = 12", "LIMIT = 10**9"))
     steps = str(len(done) + 2)
-    assert main(["--resume", str(folder), "--steps", steps]) == 0
+    fails(["--resume", str(folder)], capsys, path, "is not the file", "name it")
+    assert main([path, "--resume", str(folder), "--steps", steps]) == 0
     assert [line["step"] for line in metrics_of(folder) if "reward/mean" in line] == list(range(len(done) + 2))
     assert main([path, *SMALL, "--steps", steps, "--run-dir", str(tmp_path / "whole")]) == 0
     assert metrics_of(folder) == metrics_of(tmp_path / "whole")
@@ -327,7 +328,7 @@ def test_memory_that_runs_out_is_told_and_nothing_is_lost(
     fails(argv, capsys, *words, *flags_to_lower, f"--resume {folder}`")
     assert 1 <= len([line for line in metrics_of(folder) if "reward/mean" in line]) <= 4
     path.write_text(patient_task())
-    assert main(["--resume", str(folder), "--tokens-per-batch", "16000"]) == 0
+    assert main([str(path), "--resume", str(folder), "--tokens-per-batch", "16000"]) == 0
     assert metrics_of(folder) == untroubled_metrics
 
 
@@ -349,7 +350,7 @@ def test_an_interrupted_evaluation_is_made_up(times, done, untroubled_metrics, t
     assert list_checkpoints(folder)[-1].name == f"step-{done:06d}"
     assert metrics_of(folder)[-1]["step"] == done - 1
     path.write_text(patient_task())
-    assert main(["--resume", str(folder)]) == 0
+    assert main([str(path), "--resume", str(folder)]) == 0
     assert metrics_of(folder) == untroubled_metrics
     resumed = metrics_of(folder)
     assert main(["--resume", str(folder)]) == 0  # and then it is not due again
@@ -414,12 +415,19 @@ def test_a_gpu_that_is_not_there(task_file, capsys):
         fails([task_file(), "--device", "cuda"], capsys, "sees no GPU")
 
 
-def test_a_mistyped_flag_names_the_nearest(task_file, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main([task_file(), "--learning-rat", "1e-5"])
-    assert stopped.value.code == 2
-    output = capsys.readouterr()
-    assert "--learning-rate" in output.err + output.out
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--learning-rat", "--learning-rate"),
+        ("--lr", "--learning-rate"),
+        ("--num_generations", "--group-size"),
+        ("--beta=0.1", "--kl-coef"),
+        ("--no-mask-truncate", "--mask-truncated"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_told_with_the_one_that_is_meant(flag, named, task_file, capsys):
+    fails([task_file(), flag, "3"], capsys, "There is no flag", f"`{named}`")
+    fails([flag, "3", task_file()], capsys, "There is no flag", f"`{named}`")
 
 
 def test_help_explains_every_field(capsys):
@@ -524,15 +532,19 @@ def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, 
     zeros = metrics.read_text().splitlines(keepends=True)
     zeros[1] = "\0" * (len(zeros[1]) - 1) + "\n"
     damages = [
-        (state, changed(state, lambda read: read.pop("files")), ["state.json", "'files'", "another checkpoint"]),
-        (state, changed(state, lambda read: read["files"].pop("rng.safetensors")), ["state.json", "rng.safetensors"]),
-        (state, changed(state, lambda read: read["progress"].update(pace=1)), ["state.json", "'pace'"]),
-        (state, changed(state, lambda read: read["progress"].update(step="3")), ["state.json", "step cannot"]),
+        (state, changed(state, lambda read: read.pop("files")), ["state.json", "damaged", "another checkpoint"]),
+        (state, changed(state, lambda read: read["progress"].update(step=2)), ["state.json", "damaged"]),
+        (state, changed(state, lambda read: read.pop("sha256")), ["state.json", "damaged"]),
+        (state, changed(state, lambda read: read.update(format="grpo-checkpoint-1")), ["another version", "PeftModel"]),
+        (state, "[" * 100_000, ["state.json", "cannot be read"]),
         (config, changed(config, lambda read: read.pop("config")), ["config.json", "'config'"]),
         (config, changed(config, lambda read: read["config"].update(steps="ten")), ["config.json", "steps"]),
         (config, changed(config, lambda read: read["config"].update(group_size=4.5)), ["config.json", "group_size"]),
         (config, changed(config, lambda read: read.update(config=[])), ["config.json"]),
+        (config, changed(config, lambda read: read.pop("id")), ["config.json", "earlier version"]),
+        (config, changed(config, lambda read: read.update(task=3)), ["config.json", "task is 3"]),
         (config, "[]", ["config.json"]),
+        (config, "[" * 100_000, ["config.json"]),
         (config, None, ["config.json is missing"]),
         (metrics, "".join(zeros), ["metrics.jsonl", "line 2"]),
         (metrics, None, ["metrics.jsonl", "taken it away"]),
@@ -581,7 +593,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys
     good = list_checkpoints(folder)[-1]
     largest = max(path.stat().st_size for path in good.iterdir())
     with files_of_at_most(largest - 1):
-        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "Make room")
+        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "more room")
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [good.name]
     assert main(["--resume", str(folder), "--steps", "6"]) == 0
 
@@ -600,7 +612,7 @@ def test_a_run_keeps_its_task_and_its_folder(task_file, tmp_path, capsys):
 
 def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):
     fails(["--eval", str(tmp_path / "typo")], capsys, "There is no folder", "typo")
-    fails(["--eval", str(tmp_path)], capsys, "Give a task file first")
+    fails(["--eval", str(tmp_path)], capsys, "Give a task file")
 
 
 def test_the_origin_of_every_value_is_known(task_file):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from grpo.config import Config
+from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
@@ -40,7 +40,7 @@ class Loaded:
     source: str  # name or folder, as the adapter's files record it
 
 
-def choose_device(config: Config) -> torch.device:
+def choose_device(config: ModelConfig) -> torch.device:
     """The device a run is on.
 
     Raises:
@@ -79,7 +79,7 @@ def vocabulary_size(name: str) -> int:
     return _from_hub(AutoConfig.from_pretrained, name).get_text_config().vocab_size
 
 
-def context_length(name: str, config: Config) -> int:
+def context_length(name: str, config: RolloutConfig) -> int:
     """Prompt + completion in tokens: --max-context, else what the model was built for.
 
     Raises:
@@ -170,7 +170,7 @@ def _projection(
     name: str,
     linears: list[Linear],
     names: list[str],
-    config: Config,
+    config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Projection:

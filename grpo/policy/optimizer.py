@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Config
+from grpo.config import Config, UpdateConfig
 from grpo.errors import UserError
 
 
@@ -24,7 +24,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * warm * shape[config.schedule](left)
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: Config) -> torch.optim.AdamW:
+def build_optimizer(parameters: list[nn.Parameter], config: UpdateConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over the float32 masters of the adapter."""
     return torch.optim.AdamW(
         parameters,

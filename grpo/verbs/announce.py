@@ -8,7 +8,7 @@ from rich.table import Table
 from grpo.config import field_names
 from grpo.folder import CONFIG_FILE
 from grpo.resolve import Resolved
-from grpo.terminal import console
+from grpo.terminal import console, literal
 
 
 def announce(resolved: Resolved) -> None:
@@ -22,12 +22,14 @@ def banner(resolved: Resolved) -> Panel:
     """One visible notice that this is not the real thing, and how to get it."""
     task, missing = resolved.task, "\n".join(f"  - {what}" for what in resolved.missing)
     return Panel(
-        f"Missing here:\n{missing}\n"
-        "So this run uses what ships with the package: a tiny model and "
-        f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
-        f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
-        f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} "
-        f"--data {task.data}",
+        literal(
+            f"Missing here:\n{missing}\n"
+            "So this run uses what ships with the package: a tiny model and "
+            f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
+            f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
+            f"  python -m grpo.run {resolved.task_path} --model {task.config.model} --base {task.config.base} "
+            f"--data {task.data}"
+        ),
         title="EMBEDDED DEFAULT",
         border_style="yellow",
     )
@@ -41,7 +43,7 @@ def describe(resolved: Resolved) -> Table:
     for name in field_names():
         origin = resolved.origins.get(name, "default")
         if origin != "default":
-            table.add_row(name, str(getattr(resolved.config, name)), origin)
+            table.add_row(name, literal(str(getattr(resolved.config, name))), literal(origin))
     defaults = sum(resolved.origins.get(name, "default") == "default" for name in field_names())
     table.caption = f"and {defaults} defaults; all are in {CONFIG_FILE}, --help explains them"
     table.caption_justify = "left"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo.build import build_engine, build_evaluator, build_policy, settle_threads
-from grpo.checkpoint import best_checkpoint
+from grpo.checkpoint import best_checkpoint, check_run, load_trained
 from grpo.evaluate import score_lines
 from grpo.folder import saved_run
 from grpo.guards import memory_in_words
-from grpo.policy.adapter import load_adapter
 from grpo.questions import build_questions
 from grpo.resolve import Resolved
 from grpo.terminal import say, working
@@ -22,14 +21,14 @@ def evaluate(resolved: Resolved, target: str) -> int:
     """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
     announce(resolved)
     config = resolved.config
+    checkpoint = _checkpoint(target)
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
-    checkpoint = best_checkpoint(Path(target)) if saved_run(target) else None
     with memory_in_words(config), restored_threads():
         policy = build_policy(config, questions.longest_sequence)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
-            load_adapter(policy, checkpoint)
+            load_trained(checkpoint, policy)
             say(f"adapter of {checkpoint}")
         engine = build_engine(
             config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, say
@@ -42,3 +41,12 @@ def evaluate(resolved: Resolved, target: str) -> int:
     for line in score_lines(scores):
         say("  " + line)
     return 0
+
+
+def _checkpoint(target: str) -> Path | None:
+    """The one to score; None for a model."""
+    if not (saved := saved_run(target)):
+        return None
+    checkpoint = best_checkpoint(Path(target))
+    check_run(checkpoint, saved.id)
+    return checkpoint

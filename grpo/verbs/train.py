@@ -2,55 +2,136 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from grpo.build import build_run
-from grpo.checkpoint import read_state
+from grpo.checkpoint import check_run, read_state
+from grpo.command import Options
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.evaluate import comparison
-from grpo.folder import alone_in, new_run_folder, removed_if_empty, resume_folder, run_of, write_config
-from grpo.guards import full_disk_in_words, memory_in_words, stops_gently
-from grpo.questions import build_questions, preflight_rewards
+from grpo.folder import (
+    Saved,
+    alone_in,
+    check_new,
+    new_id,
+    new_run_folder,
+    remove_unused,
+    resume_folder,
+    saved_run,
+    set_aside,
+    write_config,
+)
+from grpo.guards import Asked, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
+from grpo.questions import Questions, build_questions, preflight_rewards
 from grpo.resolve import Resolved
+from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
-from grpo.train import Run, is_unsaved, save, train
+from grpo.train import Run, evaluate, is_unsaved, save, train
 from grpo.verbs.announce import announce
 from grpo.verbs.opening import opening
 
 
-def start(resolved: Resolved, resume: str) -> int:
+def start(options: Options, resolved: Resolved) -> int:
     """Train, from the start or from a checkpoint."""
     announce(resolved)
-    checkpoint = resume_folder(Path(resume)) if resume else None
-    if checkpoint:
+    saved = saved_run(options.resume)
+    checkpoint = resume_folder(Path(options.resume)) if options.resume else None
+    if checkpoint and saved:
+        check_run(checkpoint, saved.id)
         _check_steps(resolved.config, checkpoint)
+    if options.resume_or_start and not saved:
+        with suppress(OSError):  # an empty folder, made for the run by a scheduler or by one that died at once
+            Path(resolved.config.run_dir).rmdir()
+    if not saved:
+        check_new(resolved.config)
+    questions = _questions(resolved)
+    folder = saved.folder if saved else new_run_folder(resolved.task.name, resolved.config)
+    as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
+    with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
+        with memory_in_words(resolved.config, folder):
+            run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
+            with run.recorder, stops_gently(run, run.recorder.message) as asked:
+                _score_anew(run, resolved.task)
+                _train_and_keep(run)
+    run.engine.close()
+    return _closing(run, asked)
+
+
+def _questions(resolved: Resolved) -> Questions:
+    """Rows, prompts and rewards; the rewards tried."""
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, note=say)
     with working("preflight of the rewards"):
         report = preflight_rewards(resolved.task, questions, every_row=False)
     for warning in report.warnings:
         say(f"note: {warning}")
-    folder = run_of(checkpoint) if checkpoint else new_run_folder(resolved.task.name, resolved.config)
-    with alone_in(folder), full_disk_in_words(folder), memory_in_words(resolved.config, folder), restored_threads():
-        with removed_if_empty(folder), working("model and engine"):
-            run = build_run(resolved.task, resolved.config, folder, questions, checkpoint, say)
-        write_config(folder, resolved.task_path, resolved.task.name, resolved.config, resolved.origins)
-        for line in opening(resolved.config, run.policy, run.engine, folder):
-            say(line)
-        with run.recorder, stops_gently(run):
-            _train_and_keep(run)
-    run.engine.close()
+    return questions
+
+
+def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: Path | None, starts_over: bool) -> Run:
+    """The run, its config.json written: before anything is trained, so that a run that is killed goes on.
+
+    A new run's is there before it is built, for that takes minutes; a resumed one's stays as it was until all is well.
+    """
+    is_new = not checkpoint and not starts_over
+    try:
+        if is_new:
+            write_config(saved)
+        elif starts_over and (place := set_aside(saved.folder)):
+            say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {place}.")
+        with working("model and engine"):
+            run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say)
+    except BaseException:
+        if is_new:
+            remove_unused(saved.folder)
+        raise
+    write_config(saved)
+    run.progress.run = saved.id
+    for line in opening(resolved.config, run.policy, run.engine, saved.folder):
+        say(line)
+    return run
+
+
+def _score_anew(run: Run, task: Task) -> None:
+    """What is held out is what the scores so far are of. Otherwise they are no measure of what comes: not for the best
+    checkpoint, nor for the comparison at the end. Then the policy is scored on it now."""
+    progress, held_out = run.progress, _fingerprint_of_held_out(run, task)
+    if progress.held_out and progress.held_out != held_out:
+        run.recorder.message(
+            "note: the held-out prompts, their samples or their measure are not those of the scores so far. The policy "
+            "is scored anew; the best checkpoint and the comparison at the end begin here."
+        )
+        progress.best, progress.best_step, progress.first_scores = -1.0, -1, {}
+        evaluate(run)
+        run.saved = (0, -1)
+    progress.held_out = held_out
+
+
+def _fingerprint_of_held_out(run: Run, task: Task) -> str:
+    """The SHA-256 of all that a held-out score depends on beside the policy."""
+    asked, config = run.evaluator, run.config
+    measure = (task.solved, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
+    said = [asked.samples, measure, *(prompt.tokens for prompt in asked.prompts)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _closing(run: Run, asked: Asked) -> int:
+    """The last lines, and the exit code."""
     for warning in run.recorder.warnings():
         say(f"warning: {warning}")
-    if run.progress.step < resolved.config.steps:
-        say(f"Stopped after step {run.progress.step} of {resolved.config.steps}; everything is saved. Go on with")
-        say(f"  python -m grpo.run --resume {folder}")
-        return 130
+    if run.progress.step < run.config.steps:
+        say(f"Stopped after step {run.progress.step} of {run.config.steps}; everything is saved. Go on with")
+        say(f"  python -m grpo.run --resume {shlex.quote(str(run.folder))}")
+        return asked.exit_code
     say(comparison(run.progress.first_scores, run.progress.last_scores))
     files = {"curves": "curves.png", "completions": "completions.jsonl", "adapter": "checkpoints"}
-    say("   ".join(f"{what}: {folder / name}" for what, name in files.items()))
+    say("   ".join(f"{what}: {run.folder / name}" for what, name in files.items()))
     return 0
 
 

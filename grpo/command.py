@@ -1,0 +1,162 @@
+"""The command line itself: which flags there are, and which of them are given. Knows nothing of tasks and folders.
+
+It is read once. What is given is told apart from what is not, so that nothing needs to know a default before it may
+read; --help alone shows the defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Annotated, Any, NoReturn, TypedDict, get_type_hints
+
+import tyro
+
+from grpo.config import (
+    Config,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    UpdateConfig,
+    field_names,
+)
+from grpo.errors import UserError, nearest
+from grpo.recipes import Recipe
+
+PROGRAM = "python -m grpo.run"
+HELP = ("-h", "--help")
+_MARKS = (tyro.conf.DisallowNone,)  # None means that a flag is not given, and is no word to give
+
+# What others call these (TRL, Unsloth, verl, transformers, vLLM), and what a hand in a hurry types.
+_OTHER_NAMES = {
+    "learning_rate": "lr",
+    "kl_coef": "beta kl_beta kl_loss_coef",
+    "kl_estimator": "kl_loss_type",
+    "group_size": "num_generations n rollout_n",
+    "epochs": "num_iterations ppo_epochs mu",
+    "clip_low": "epsilon cliprange clip_ratio clip_ratio_low",
+    "clip_high": "epsilon_high clip_ratio_high",
+    "dual_clip": "delta clip_ratio_c",
+    "max_completion_tokens": "max_completion_length max_new_tokens max_tokens max_response_length",
+    "max_context": "max_seq_length max_model_len max_length",
+    "steps": "max_steps num_steps total_training_steps",
+    "prompts_per_step": "train_batch_size per_device_train_batch_size batch_size",
+    "mini_batches": "ppo_mini_batch_size",
+    "tokens_per_batch": "gradient_accumulation_steps max_token_len_per_gpu",
+    "lora_rank": "lora_r r rank",
+    "lora_alpha": "alpha",
+    "normalization": "loss_type loss_agg_mode",
+    "advantage": "scale_rewards adv_estimator advantage_estimator",
+    "objective": "importance_sampling_level",
+    "mask_truncated": "mask_truncated_completions",
+    "top_entropy": "top_entropy_quantile",
+    "entropy_coef": "entropy_coeff",
+    "schedule": "lr_scheduler_type",
+    "warmup_steps": "num_warmup_steps lr_warmup_steps",
+    "max_grad_norm": "grad_clip max_norm",
+    "eval_every": "eval_steps test_freq",
+    "save_every": "save_steps save_freq",
+    "keep": "save_total_limit",
+    "run_dir": "output_dir out",
+    "data": "dataset dataset_name train_files",
+    "model": "model_name model_name_or_path",
+    "base": "load_in_4bit",
+    "engine": "use_vllm",
+    "dynamic_sampling": "filter_groups",
+    "recompute": "gradient_checkpointing",
+    "resume": "resume_from_checkpoint",
+    "eval": "evaluate",
+    "recipe": "preset",
+}
+ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a language model with GRPO on the task of a Python file.
+
+    Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence; 130, 143 or 129 stopped by
+    Ctrl-C, SIGTERM or SIGHUP, after the step was finished and saved (a second one stops at once).
+    """
+
+    task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK.py")] = ""
+    """The task file, such as tasks/gsm8k.py. With --resume or --eval RUN it may be left out."""
+    check: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Try the data and the rewards on every gold answer, then stop. Loads no model."""
+    resume: str | None = None
+    """A run's folder, or one checkpoint in it: go on with that run. Without a checkpoint it starts over there."""
+    resume_or_start: tyro.conf.FlagCreatePairsOff[bool] = False
+    """With --run-dir D, for schedulers that start the same command again: go on with the run in D, or start it."""
+    eval: str | None = None
+    """A run's folder, a checkpoint, or a model: print its held-out scores, then stop."""
+    recipe: Recipe | None = None
+    """Several fields at once, as a paper means its objective: grpo (arXiv 2402.03300), dapo (2503.14476), dr_grpo
+    (2503.20783), gspo (2507.18071), cispo (2506.13585). Over the task's values, under the flags; docs/algorithm.md has
+    the values."""
+
+
+@dataclass(frozen=True)
+class _Help(Options):
+    """All that --help shows, the fields of Config by its parts."""
+
+    model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
+    rollout: tyro.conf.OmitArgPrefixes[RolloutConfig] = field(default_factory=RolloutConfig)
+    loss: tyro.conf.OmitArgPrefixes[LossConfig] = field(default_factory=LossConfig)
+    update: tyro.conf.OmitArgPrefixes[UpdateConfig] = field(default_factory=UpdateConfig)
+    held_out: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
+    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+
+
+_Help.__doc__ = Options.__doc__
+
+_Flags = TypedDict("_Flags", {n: h for n, h in get_type_hints(Config).items() if n in field_names()}, total=False)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class _Given(Options):
+    flags: tyro.conf.OmitArgPrefixes[_Flags] = field(default_factory=dict)  # type: ignore
+
+
+def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
+    """The options, and the fields of Config that are given, each with its value.
+
+    Raises:
+        UserError: a flag that does not exist, or a word that is none.
+        SystemExit: after help; and code 2 after a value that cannot be read, which is told with the flag's own help.
+    """
+    try:
+        with redirect_stderr(StringIO()):
+            given, unknown = tyro.cli(
+                _Given, args=argv, prog=PROGRAM, return_unknown_args=True, add_help=False, config=_MARKS
+            )
+    except SystemExit:
+        _show_help(argv)
+    if set(HELP) & set(unknown):
+        _show_help(["--help"])
+    if unknown:
+        raise UserError(_unknown(unknown))
+    options = {name: getattr(given, name) for name in Options.__dataclass_fields__}
+    return Options(**options), dict(given.flags)
+
+
+def _show_help(argv: list[str]) -> NoReturn:
+    """Help, or what is wrong with a value beside the help of its flag."""
+    tyro.cli(_Help, args=argv, prog=PROGRAM, config=_MARKS)
+    sys.exit(2)
+
+
+def _unknown(words: list[str]) -> str:
+    """What to say of words that are no flags."""
+    flag = next((word for word in words if word.startswith("-")), None)
+    if flag is None:
+        return f"There is no place for {words[0]!r}: one task file is given, and everything else is a flag. See --help."
+    name = flag.partition("=")[0].lstrip("-").replace("-", "_").replace(".", "_")
+    known = [*field_names(), *Options.__dataclass_fields__]
+    meant = ALIASES.get(name) or ALIASES.get(name.removeprefix("no_"))
+    hint = f" Here it is `--{meant.replace('_', '-')}`." if meant else ""
+    near = nearest("--" + name.replace("_", "-"), ["--" + each.replace("_", "-") for each in known])
+    return f"There is no flag {flag.partition('=')[0]}.{hint or near} --help lists them all."
