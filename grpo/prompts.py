@@ -25,6 +25,7 @@ from grpo.types import Message, Prompt
 MADE_AT_ONCE = 10_000
 # Of more, so many: the longest. The others are made when they are asked for.
 LONGEST_MADE = 2_048
+SPARE = 8  # tokens that a tokenizer may put in front of a text's own
 
 Content = list[Message] | str  # what `prompt` of a task gives
 
@@ -229,7 +230,7 @@ def build_prompts(
     *longest, next_longest = heapq.nlargest(LONGEST_MADE + 1, places, key=survey.sizes.__getitem__)
     prompts = made(longest)
     of_the_template = max(len(prompt.text.encode()) - survey.sizes[prompt.index] for prompt in prompts)
-    bound = min(asker.room, survey.sizes[next_longest] + of_the_template + 1)
+    bound = min(asker.room, survey.sizes[next_longest] + of_the_template + SPARE)
     most = max(bound, *(len(prompt.tokens) for prompt in prompts))
     return Prompts(asker, rows, places, most), most
 
