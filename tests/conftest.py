@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and m
 
 import pytest
 import torch
-from tiny_models import KNOWN, UNKNOWN, VOCABULARY, write_checkpoint
+from tiny_models import FUSED, GENERIC, VOCABULARY, write_checkpoint
 
 from grpo.config import Config
 from grpo.types import Completion, Group, Prompt
@@ -20,7 +20,7 @@ def checkpoint(tmp_path_factory):
     def folder(name):
         if name not in written:
             path = tmp_path_factory.mktemp(name)
-            written[name] = str(write_checkpoint(path, (KNOWN | UNKNOWN)[name]()))
+            written[name] = str(write_checkpoint(path, (FUSED | GENERIC)[name]()))
         return written[name]
 
     return folder

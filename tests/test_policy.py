@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_models import CPU, KNOWN, UNKNOWN, build_policy, one_batch, randomise, reference_logprobs
+from tiny_models import CPU, FUSED, GENERIC, build_policy, one_batch, randomise, reference_logprobs
 
 from grpo.loss import build_loss
 from grpo.policy import load_model
@@ -29,21 +29,21 @@ def reference_model(config):
     return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("name", [*FUSED, *GENERIC])
 def test_architectures_are_told_apart_by_what_they_compute(name, tiny_config):
     model = load_model(tiny_config(name), CPU, 64).model
-    assert isinstance(model, FusedModel if name in KNOWN else GenericModel)
+    assert isinstance(model, FusedModel if name in FUSED else GenericModel)
 
 
-@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("name", [*FUSED, *GENERIC])
 def test_they_are_told_apart_in_bf16_and_with_freshly_initialised_weights_too(name):
     """Where a layer adds little to its input, and rounding is coarse, a wrong layer must not pass for the right one."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config((KNOWN | UNKNOWN)[name](), dtype=torch.bfloat16).eval()
-    assert recognise(model, longest=64) == (name in KNOWN)
+    model = transformers.AutoModelForCausalLM.from_config((FUSED | GENERIC)[name](), dtype=torch.bfloat16).eval()
+    assert recognise(model, longest=64) == (name in FUSED)
 
 
-@pytest.mark.parametrize("name", [*KNOWN, *UNKNOWN])
+@pytest.mark.parametrize("name", [*FUSED, *GENERIC])
 def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups, tmp_path):
     config = tiny_config(name, temperature=0.7)
     policy = build_policy(config)

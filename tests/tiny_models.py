@@ -23,7 +23,7 @@ SIZES = dict(
 )
 
 # Architectures by name: those that FusedModel must recognise, and some that it must not.
-KNOWN = {
+FUSED = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
     "llama3-rope": lambda: transformers.LlamaConfig(
         **SIZES,
@@ -40,7 +40,7 @@ KNOWN = {
     "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True),
 }
-UNKNOWN = {
+GENERIC = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=1
     ),

@@ -233,7 +233,7 @@ def _has_structure(model: Any, longest: int) -> bool:
         modules = {name: module for name, module in layer.named_modules() if name}
         if not {*parts, *norms} <= set(modules) <= allowed:
             return False
-        if not all(isinstance(modules[part], nn.Linear | NF4Linear) for part in parts):
+        if not all(type(modules[part]) in (nn.Linear, NF4Linear) for part in parts):
             return False
         of_heads = [modules[name] for name in ("self_attn.q_norm", "self_attn.k_norm") if name in modules]
         if not all(hasattr(norm, "variance_epsilon") for norm in [*(modules[name] for name in norms), *of_heads]):

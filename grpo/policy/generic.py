@@ -7,19 +7,19 @@ copy of the prompt, because an unknown architecture cannot be trusted with packe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UserError
-from grpo.policy.linears import Linear
+from grpo.policy.linears import Linear, is_linear
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.types import Batch
-
-# Attributes by which Hugging Face's attention hands a probability to a dropout function, not to a module.
-FUNCTIONAL_DROPOUT = {"attention_dropout", "attn_dropout_p", "dropout_p"}
 
 
 class GenericModel(nn.Module):
@@ -29,21 +29,11 @@ class GenericModel(nn.Module):
         super().__init__()
         self.model = model
         self.head, self.softcap = _find_head(model)
-        self.recompute = recompute and model.supports_gradient_checkpointing
-        if self.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        silence(model)
+        if recompute:
+            recompute_layers(model)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
-        # Hugging Face recomputes layers in train mode only, and there it silently refuses to keep a key/value cache.
-        self.model.train(self.recompute and torch.is_grad_enabled())
-        try:
-            return self._hidden(batch)
-        finally:
-            self.model.eval()
-
-    def _hidden(self, batch: Batch) -> Tensor:
         layout = batch.layout
         heads = batch.tokens[: layout.num_prompt_tokens].split(layout.prompt_lengths)
         rest = iter(batch.tokens[layout.num_prompt_tokens :].split([n for g in layout.completion_lengths for n in g]))
@@ -59,16 +49,31 @@ class GenericModel(nn.Module):
 
 def last_hidden(model: Any, tokens: Tensor) -> Tensor:
     """What the head reads: [rows, L] -> [rows, L, D]."""
-    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    return body_of(model)(input_ids=tokens, use_cache=False).last_hidden_state
 
 
-def silence(model: nn.Module) -> None:
-    """Dropout off, in train mode too: the policy that is trained must be the policy that sampled."""
+def body_of(model: Any) -> Any:
+    """The model without its head. Some classes (Llama 4) do not name theirs as Hugging Face's `base_model` looks for
+    it."""
+    return model.get_decoder() if model.base_model is model else model.base_model
+
+
+def recompute_layers(model: Any) -> None:
+    """Keep only each layer's input for the backward pass, where there is one, and compute the layer again for it.
+
+    Hugging Face does so in train mode only, in which dropout is on, routers are noisy and some layers read the weights
+    of their linears past their forward. The policy that is trained must be the policy that sampled: it never is in
+    that mode.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in FUNCTIONAL_DROPOUT & vars(module).keys():
-            setattr(module, name, 0.0)
+        if isinstance(module, GradientCheckpointingLayer):
+            module.forward = partial(_recomputed, module.forward)
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
 
 def _find_head(model: Any) -> tuple[Tensor, float | None]:
@@ -121,5 +126,5 @@ def _linears(model: Any) -> Iterator[tuple[Any, str, str, Linear]]:
     head = model.get_output_embeddings()
     for parent_name, parent in model.named_modules():
         for child, module in parent.named_children():
-            if isinstance(module, Linear) and module is not head:
+            if is_linear(module) and module is not head:
                 yield parent, child, f"{parent_name}.{child}" if parent_name else child, module

@@ -43,6 +43,12 @@ class NF4Linear(nn.Module):
 Linear = nn.Linear | Conv1D | NF4Linear
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear and nothing more. A class that derives from one computes something else as well,
+    such as the routers of Phi-MoE and Llama 4, and stays as it is."""
+    return type(module) in (nn.Linear, Conv1D, NF4Linear)
+
+
 def weight_of(linear: Linear) -> Tensor | NF4:
     """The weight of a linear, [M, K]. Conv1D (GPT-2) stores it transposed."""
     if isinstance(linear, NF4Linear):

@@ -21,6 +21,7 @@ from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
+from grpo.policy.rope import check_rope
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 
@@ -105,6 +106,7 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype)
     model.eval().requires_grad_(False)
+    check_rope(model.config, longest, config.model)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
     build = partial(_projection, config=config, dtype=dtype, device=device)
     stop_tokens = _stop_tokens(model)

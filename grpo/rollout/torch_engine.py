@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import torch
 from grpo_kernels.attention import GroupLayout
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo.policy import Policy
 from grpo.policy.fused import FusedModel
-from grpo.policy.generic import GenericModel
+from grpo.policy.generic import GenericModel, body_of
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import completion_of
 from grpo.seeds import uniforms
@@ -34,6 +34,8 @@ CANARY_COMPLETIONS, CANARY_TOKENS = 8, 4
 
 # Finished sequences are dropped when they are at least this share of the computation: dropping copies the cache.
 DROP_SHARE = 0.25
+# Layers of Hugging Face's cache that hold keys and values alone.
+DROPPABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class TorchEngine:
@@ -90,6 +92,7 @@ class TorchEngine:
         hidden = decoder.start(*_counted([request.context for request in requests]), longest)
         draws = torch.from_numpy(uniforms([request.seed for request in requests], longest)).to(hidden.device)
         drafts = [_Draft(request.max_tokens) for request in requests]
+        most_kept = 1 - DROP_SHARE if decoder.can_drop else 0.0
         rows = list(range(len(drafts)))  # the draft that each row of the decoder writes
         for place in range(longest):
             logprobs = self._distribution(hidden)  # [rows, V]
@@ -100,7 +103,7 @@ class TorchEngine:
             going = [at for at, row in enumerate(rows) if not drafts[row].is_done]
             if not going:
                 break
-            if len(going) <= (1 - DROP_SHARE) * len(rows):
+            if len(going) <= most_kept * len(rows):
                 decoder.keep(going)
                 rows, tokens = [rows[at] for at in going], tokens[going]
             hidden = decoder.step(tokens)
@@ -151,7 +154,9 @@ class _Draft:
 
 
 class Decoder(Protocol):
-    """The state of S sequences being written."""
+    """The state of S sequences being written. `can_drop` is known after the start."""
+
+    can_drop: bool
 
     def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
         """Read the prompts, each for its number of `copies`, S sequences in all that get at most `room` more tokens;
@@ -169,6 +174,8 @@ class Decoder(Protocol):
 
 class PackedDecoder:
     """Prompts packed and read once each; then one token a sequence over a KeyValueCache."""
+
+    can_drop = True
 
     def __init__(self, model: FusedModel):
         self.model = model
@@ -204,6 +211,8 @@ class PaddedDecoder:
         tokens = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
         self.mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
         self.cache = DynamicCache(config=self.model.config)
+        # The states of linear attention and of convolutions have no way to leave some rows out.
+        self.can_drop = all(type(layer) in DROPPABLE for layer in self.cache.layers)
         return self._run(tokens, (self.mask.cumsum(1) - 1).clamp(min=0))
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -219,7 +228,7 @@ class PaddedDecoder:
         self.cache.batch_select_indices(index)
 
     def _run(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        out = self.model.base_model(
+        out = body_of(self.model)(
             input_ids=tokens,
             attention_mask=self.mask,
             position_ids=positions,

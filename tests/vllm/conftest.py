@@ -2,7 +2,7 @@
 
 import pytest
 from tiny_engines import Letters, contexts, prompts
-from tiny_models import KNOWN, build_policy, randomise, write_checkpoint
+from tiny_models import FUSED, build_policy, randomise, write_checkpoint
 
 from grpo.config import Config
 from grpo.rollout.vllm_compat import is_installed
@@ -21,7 +21,7 @@ def vllm_config(tmp_path_factory):
 
     def build(name="qwen3", tied=None, **overrides):
         if (name, tied) not in written:
-            settings = KNOWN[name]()
+            settings = FUSED[name]()
             settings.hidden_size, settings.head_dim = 128, 32
             settings.tie_word_embeddings = settings.tie_word_embeddings if tied is None else tied
             written[name, tied] = str(write_checkpoint(tmp_path_factory.mktemp(name), settings))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from grpo_kernels import NF4
 from tiny_engines import Letters, batch_of, check_ends, contexts, learn, prompts, rollout, surprise_z, tokens_of
-from tiny_models import KNOWN, build_policy, write_checkpoint
+from tiny_models import FUSED, build_policy, write_checkpoint
 from torch import Tensor
 
 from grpo import build
@@ -178,7 +178,7 @@ def test_the_smallest_cache_that_is_taken_is_enough(vllm_config, open_engine):
 
 
 def test_heads_that_vllm_has_no_attention_for_are_refused_in_words(tmp_path, open_engine):
-    settings = KNOWN["qwen3"]()
+    settings = FUSED["qwen3"]()
     settings.hidden_size, settings.head_dim = 128, 16
     source = str(write_checkpoint(tmp_path, settings))
     config = Config(model=source, base="float32", device="cpu", engine="vllm", lora_rank=3, max_completion_tokens=23)
@@ -195,7 +195,7 @@ def test_memory_that_runs_out_while_vllm_starts_is_not_taken_for_a_refusal():
 def test_where_the_choice_is_free_pytorch_takes_over_what_vllm_refuses(tmp_path, monkeypatch):
     """As on a GPU, where vLLM is the first choice."""
     monkeypatch.setattr(build, "suits_vllm", lambda config, policy: True)
-    settings = KNOWN["qwen3"]()
+    settings = FUSED["qwen3"]()
     settings.hidden_size, settings.head_dim = 128, 16
     source = str(write_checkpoint(tmp_path, settings))
     config = Config(model=source, base="float32", device="cpu", lora_rank=3, max_completion_tokens=23)
