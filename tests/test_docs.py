@@ -1,5 +1,6 @@
 """What the documents name is there: the task file in the README, tables, flags, links, paths, names, LOG's titles."""
 
+import dataclasses
 import importlib
 import os
 import pkgutil
@@ -14,6 +15,7 @@ import pytest
 import grpo
 from grpo.config import field_names
 from grpo.run import main
+from grpo.task import Task
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md"]
@@ -50,6 +52,11 @@ def test_the_task_in_the_guide_passes_its_check(tmp_path, capsys):
     task.write_text(re.search(r"```python\n(.*?)```", text_of("docs/tasks.md"), re.S)[1])
     assert main([str(task), "--check", "--model", "embedded"]) == 0
     assert "full marks" in capsys.readouterr().out
+
+
+def test_the_guide_tells_every_field_of_a_task():
+    told = set(re.findall(r"^\| `(\w+)[`(]", text_of("docs/tasks.md"), re.M))
+    assert {field.name for field in dataclasses.fields(Task)} <= told
 
 
 @pytest.mark.parametrize("script", ["write_readme_table.py", "write_kernel_table.py", "write_metrics_table.py"])
