@@ -35,8 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
+    about = machine()
     rows = [run(seed, is_shown=seed == seeds[0]) for seed in seeds]
-    RESULT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    RESULT.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
     print(f"written: {RESULT.relative_to(ROOT)}")
 
 
@@ -94,6 +95,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # by others, for the runs have not begun
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
