@@ -23,8 +23,9 @@ bench:
 	python benchmarks/embedded.py
 	python benchmarks/kernels.py --peers
 
-# The tables in the docs are written from benchmarks/results/*.json and grpo/metrics.py, never by hand.
+# The tables in the docs are written from benchmarks/results/*.json, grpo/metrics.py and grpo/recipes.py, never by hand.
 tables:
 	python scripts/write_kernel_table.py
 	python scripts/write_readme_table.py
 	python scripts/write_metrics_table.py
+	python scripts/write_recipe_table.py

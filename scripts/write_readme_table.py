@@ -101,9 +101,9 @@ def embedded() -> str:
         for row in result["rows"]
     ]
     load = machine.get("load", 0)
-    busy = f" that others kept busy (load average {load:g})" if load > BUSY * machine["cores"] else ""
+    busy = f" that others kept busy too (load average {load:g})" if load > BUSY * machine["cores"] else ""
     return (
-        f"The default run on {machine['cores']} cores{busy} of an {machine['processor']} CPU, torch "
+        f"The default run on {machine['cores']} cores of an {machine['processor']} CPU{busy}, torch "
         f"{machine['torch']}, {machine['date']} (`{machine['command']}`): held-out pass@1 with its 95% interval, and "
         "the seconds of the whole command.\n\n"
         "| seed | before | after | points | steps | seconds |\n|---:|---|---|---:|---:|---:|\n" + "\n".join(lines)

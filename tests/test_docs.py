@@ -59,7 +59,9 @@ def test_the_guide_tells_every_field_of_a_task():
     assert {field.name for field in dataclasses.fields(Task)} <= told
 
 
-@pytest.mark.parametrize("script", ["write_readme_table.py", "write_kernel_table.py", "write_metrics_table.py"])
+@pytest.mark.parametrize(
+    "script", ["write_readme_table.py", "write_kernel_table.py", "write_metrics_table.py", "write_recipe_table.py"]
+)
 def test_tables_are_those_of_the_results(script):
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -70,7 +72,7 @@ def flags() -> set[str]:
     """What --help lists."""
     command = [sys.executable, "-m", "grpo.run", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}).stdout
-    listed = " ".join(re.findall(r"^│ (-.*?)(?:  |$)", printed, re.M))
+    listed = " ".join(re.findall(r"│ (-.*?)(?:  |│)", printed))
     return set(re.findall(r"--[a-z][a-z0-9-]*", listed))
 
 

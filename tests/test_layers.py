@@ -21,6 +21,7 @@ LAYERS = (
         "terminal": ("grpo.terminal",),
         "threads": ("grpo.threads",),
         "metrics": ("grpo.metrics",),
+        "recipes": ("grpo.recipes",),
         "embedded": ("grpo.embedded.*",),
     },
     {
@@ -28,6 +29,7 @@ LAYERS = (
         "rewards": ("grpo.rewards.*",),
         "record": ("grpo.record.*",),
         "folder": ("grpo.folder", "grpo.guards"),
+        "command line": ("grpo.command",),
         "clock": ("grpo.clock",),
     },
     {
