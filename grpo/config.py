@@ -281,7 +281,7 @@ class RunConfig(Part):
     threads: int = 0
     """Threads of the CPU; 0 takes what is fastest here, OMP_NUM_THREADS or torch's own number where one is set. Equal
     runs need equal numbers; a resumed run keeps its own."""
-    reward_timeout: float = 0.0
+    reward_timeout: float = 60.0
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
     def checks(self) -> list[Check]:

@@ -18,6 +18,14 @@ class UserError(Exception):
     """What was given, what is allowed, what to do; full sentences, because the user reads nothing else."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to stop at once."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
 class UnsuitedEngine(UserError):
     """The rollout engine has no way to sample from this model; another one may have."""
 
@@ -46,7 +54,7 @@ def user_code(told: Callable[[str], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:  # a class of the user's own may be no Exception
-        if isinstance(error, UserError) or type(error) is KeyboardInterrupt:
+        if isinstance(error, UserError) or type(error) in (KeyboardInterrupt, Stopped):
             raise
         raise UserError(told(in_words(error))) from error
 

@@ -20,21 +20,13 @@ from types import FrameType
 from typing import Protocol
 
 from grpo.config import Config
-from grpo.errors import OUT_OF_CPU_MEMORY, UserError, is_out_of_memory
+from grpo.errors import OUT_OF_CPU_MEMORY, Stopped, UserError, is_out_of_memory
 from grpo.folder import CONFIG_FILE, list_checkpoints
 
 # No room, no quota, larger than allowed, read-only by now, a disk that fails.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asks the program to stop at once."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = number
 
 
 class Stoppable(Protocol):
@@ -200,10 +192,15 @@ def told_how_to_go_on(folder: Path) -> Iterator[None]:
         raise
 
 
+def command_to_go_on(folder: Path | None) -> str:
+    """For a shell."""
+    return f"python -m grpo.run --resume {shlex.quote(str(folder))}"
+
+
 def how_to_go_on(folder: Path | None, needed: str = "") -> str:
     """The sentence with the command. needed: what is to be changed first, if it is known."""
     with_what = f" and {needed}" if needed else ""
-    command = f"`python -m grpo.run --resume {shlex.quote(str(folder))}`"
+    command = f"`{command_to_go_on(folder)}`"
     checkpoints = list_checkpoints(folder) if folder else []
     if checkpoints:
         return f"The last checkpoint is {checkpoints[-1]}: go on with {command}{with_what}."

@@ -15,8 +15,8 @@ from __future__ import annotations
 import signal
 import sys
 
-from grpo.errors import UserError
-from grpo.guards import Stopped, stopped_by_signals
+from grpo.errors import Stopped, UserError
+from grpo.guards import stopped_by_signals
 from grpo.resolve import resolve
 from grpo.terminal import console, plain, say
 

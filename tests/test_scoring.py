@@ -5,6 +5,7 @@ import copy
 import functools
 import itertools
 import math
+import os
 import sys
 import threading
 import time
@@ -12,7 +13,6 @@ import types
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
-from functools import cache
 
 import numpy as np
 import pandas
@@ -630,13 +630,13 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
 
 def test_an_async_reward_that_blocks_for_ever_is_an_error_too(monkeypatch):
     # A loop of its own: this one never comes back.
-    monkeypatch.setattr(calling, "_event_loop", cache(calling._event_loop.__wrapped__))
+    monkeypatch.setattr(calling, "_loops", [])
     release = threading.Event()
 
     async def blocks(completion):
         release.wait()
 
-    with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, and the event loop .* is blocked"):
+    with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, .*the event loop .* is blocked"):
         scored({blocks: 1.0}, timeout=0.05)
     release.set()
 
@@ -805,3 +805,86 @@ def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
     cells = list(preflight_table(report).columns[2].cells)
     assert cells == ["1", "does not apply", "0"]
     assert list(preflight_table(report).columns[-1].cells) == ["599 of 600", "0 of 600", "600 of 600"]
+
+
+class Unspeakable(BaseException):
+    def __str__(self):
+        raise SystemExit
+
+
+class CtrlC(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error", [Unspeakable, CtrlC, GeneratorExit, asyncio.CancelledError, SystemExit, StopIteration]
+)
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_whatever_a_reward_raises_is_told_in_a_sentence(error, timeout):
+    def one(completion):
+        raise error
+
+    def batch(completions):
+        raise error
+
+    def listed(completions):
+        yield 1.0
+        raise error
+
+    async def later(completion):
+        raise error
+
+    async def batch_later(completions):
+        raise error
+
+    for reward in (one, batch, listed, later, batch_later):
+        told = error_of({reward: 1.0}, timeout=timeout)
+        assert told.startswith(f"Reward `{reward.__name__}` raised ")
+        assert "never scored 0" in told
+
+
+def test_ctrl_c_is_not_a_rewards_error():
+    def interrupted(completion):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored({interrupted: 1.0}, timeout=60.0)
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_reward_that_stops_the_loop_of_all_is_told_and_the_next_run_has_another(timeout):
+    async def stops(completion):
+        asyncio.get_running_loop().stop()
+        await asyncio.Event().wait()
+
+    async def cancels(completion):
+        for task in asyncio.all_tasks():
+            task.cancel()
+        await asyncio.Event().wait()
+
+    async def well(completion):
+        return 1.0
+
+    assert "the event loop that all async rewards share was stopped" in error_of({stops: 1.0}, timeout=timeout)
+    assert "`cancels` raised CancelledError" in error_of({cancels: 1.0}, timeout=timeout)
+    assert scored({well: 1.0}, timeout=timeout)[0].rewards.tolist() == [1, 1]
+
+
+def test_a_process_that_a_reward_forks_does_not_go_on_with_the_run(capfd):
+    def forks(completion):
+        copy = os.fork()
+        if copy == 0:
+            if completion == "four":
+                raise ValueError("in the copy")
+            return 0.0
+        return float(os.waitpid(copy, 0)[1] != 0)
+
+    assert scored({forks: 1.0}, timeout=60.0)[0].rewards.tolist() == [0, 1]
+    assert "ValueError: in the copy" in capfd.readouterr().err
+
+
+def test_a_coroutine_that_nobody_awaits_is_told():
+    async def right(completion, answer):
+        return 1.0
+
+    assert "It must be awaited: write the reward" in error_of({quiet(right): 1.0})

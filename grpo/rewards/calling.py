@@ -14,32 +14,28 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import signal
+import os
+import sys
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import (
-    AbstractAsyncContextManager,
-    AbstractContextManager,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
-from functools import cache, partial
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
-from grpo.errors import UserError, nearest, user_code
+from grpo.errors import UserError, in_words, nearest, user_code
 from grpo.rewards.samples import OF_CHATS, OF_ONE_COMPLETION, OF_TEXTS, Samples, Source, column_source, where
 from grpo.rewards.values import listed, shown
+from grpo.rewards.watchdog import Watchdog, late, watchdog
 
-Caller = Callable[[Samples], Any]  # a list of S values, or whatever else the function returned
-AsyncCaller = Callable[[Samples], Awaitable[Any]]
-Finish = Callable[[], Any]
-Limit = Callable[[], AbstractContextManager[Any]]  # the time that one call may take
-AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]
+Caller = Callable[[Samples], list[Any]]  # S values
+AsyncCaller = Callable[[Samples], Awaitable[list[Any]]]
+Finish = Callable[[], list[Any]]
+Call = Callable[[str, Callable, dict[str, Any]], Any]  # what it is in words, a function and its arguments -> its result
+AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]  # the time that one call may take
 Start = Callable[[Samples], Finish]  # returns with async rewards under way; Finish waits for the values
 
 _NAMES_A_BATCH = {"prompts", "completions", "completion_ids"}
@@ -150,25 +146,33 @@ def _choose_sources(
     return {key: available[key] for key in named if key in available}
 
 
-def _call_each(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> list[Any]:
-    values = []
+def _call_each(
+    name: str, function: Callable, sources: dict[str, Source], begin: Callable[[], Call], samples: Samples
+) -> list[Any]:
+    call, values = begin(), []
     for index, arguments in enumerate(_rows(sources, samples)):
-        with user_code(_told(name, samples, slice(index, index + 1))), limit():
-            values.append(function(**arguments))
+        scored = slice(index, index + 1)
+        with _code_of_reward(name, samples, scored):
+            values.append(call(_what(name, samples, scored), function, arguments))
     return values
 
 
-def _call_batch(name: str, function: Callable, sources: dict[str, Source], limit: Limit, samples: Samples) -> Any:
-    with user_code(_told(name, samples, slice(None))), limit():
-        returned = function(**{key: source(samples) for key, source in sources.items()})
-        return listed(name, returned, samples)
+def _call_batch(
+    name: str, function: Callable, sources: dict[str, Source], begin: Callable[[], Call], samples: Samples
+) -> list[Any]:
+    def listing(**arguments: Any) -> list[Any]:  # a generator computes while it is listed
+        return listed(name, function(**arguments), samples)
+
+    call, arguments = begin(), {key: source(samples) for key, source in sources.items()}
+    with _code_of_reward(name, samples, slice(None)):
+        return call(_what(name, samples, slice(None)), listing, arguments)
 
 
 async def _call_each_async(
     name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
 ) -> list[Any]:
     async def call_one(index: int, arguments: dict[str, Any]) -> Any:
-        with user_code(_told(name, samples, slice(index, index + 1))):
+        with _code_of_reward(name, samples, slice(index, index + 1)), _no_ctrl_c():
             async with limit():
                 return await function(**arguments)
 
@@ -178,8 +182,8 @@ async def _call_each_async(
 
 async def _call_batch_async(
     name: str, function: Callable, sources: dict[str, Source], limit: AsyncLimit, samples: Samples
-) -> Any:
-    with user_code(_told(name, samples, slice(None))):
+) -> list[Any]:
+    with _code_of_reward(name, samples, slice(None)), _no_ctrl_c():
         async with limit():
             returned = await function(**{key: source(samples) for key, source in sources.items()})
             return listed(name, returned, samples)
@@ -190,35 +194,94 @@ def _rows(sources: dict[str, Source], samples: Samples) -> Iterator[dict[str, An
     return (dict(zip(sources, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _told(name: str, samples: Samples, scored: slice) -> Callable[[str], str]:
-    """What was raised, in words -> the sentence about it."""
-    return lambda raised: (
+@contextmanager
+def _code_of_reward(name: str, samples: Samples, scored: slice) -> Iterator[None]:
+    """Inside runs a reward: what it raises is told, and a copy of the process that it has forked ends here."""
+    process = os.getpid()
+    with user_code(partial(_told, name, samples, scored)):
+        try:
+            yield
+        finally:
+            if os.getpid() != process:
+                _end_copy()
+
+
+def _told(name: str, samples: Samples, scored: slice, raised: str) -> str:
+    return (
         f"Reward `{name}` raised {raised} on {where(samples, scored)}. A crash or a time-out is never scored 0: "
         "mend the reward, or let it return None where it does not apply."
     )
+
+
+def _end_copy() -> None:
+    """A second process must not go on with the run, nor clean up what is the first one's."""
+    error = sys.exception()
+    if error is not None and not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    os._exit(1 if error else 0)
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """In the event loop's thread a KeyboardInterrupt is no Ctrl-C, and would end the loop."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise RuntimeError(in_words(error)) from error
+
+
+def _what(name: str, samples: Samples, scored: slice) -> str:
+    return f"reward `{name}` on {where(samples, scored)}"
+
+
+# ---- plain rewards
 
 
 def _start_sync(call: Caller, samples: Samples) -> Finish:
     return partial(call, samples)
 
 
-def _start_async(finish: Callable[[Future[Any]], Any], call: AsyncCaller, samples: Samples) -> Finish:
-    async def run() -> Any:
-        return await call(samples)
+def _sync_way(name: str, timeout: float | None) -> tuple[Callable[[], Call], Any, Any, Any]:
+    if timeout is None:
+        return lambda: _call_unwatched, _start_sync, _call_each, _call_batch
+    _living_watchdog()  # that it cannot be had is told before the run
+    return lambda: partial(_living_watchdog().call, timeout), _start_sync, _call_each, _call_batch
 
-    return partial(finish, asyncio.run_coroutine_threadsafe(run(), _event_loop()))
+
+def _call_unwatched(what: str, function: Callable, arguments: dict[str, Any]) -> Any:
+    return function(**arguments)
 
 
-def _sync_way(name: str, timeout: float | None) -> tuple[Limit, Any, Any, Any]:
-    return _time_limit(name, timeout), _start_sync, _call_each, _call_batch
+def _living_watchdog() -> Watchdog:
+    try:
+        return watchdog()
+    except OSError as error:
+        raise UserError(
+            f"The process that watches how long rewards take cannot be started: {error}. Leave it room, or set no "
+            "limit with --reward-timeout 0."
+        ) from error
+
+
+# ---- async rewards, all in one event loop
+
+_LOOK = 0.5  # seconds between two looks at whether the loop still runs
+_PATIENCE = 2.0  # seconds that the loop gets to stop a late call by itself, which tells its row
 
 
 def _async_way(name: str, timeout: float | None) -> tuple[AsyncLimit, Any, Any, Any]:
     if timeout is None:
-        return nullcontext, partial(_start_async, Future.result), _call_each_async, _call_batch_async
+        return nullcontext, partial(_start_async, partial(_result, name)), _call_each_async, _call_batch_async
+    _living_watchdog()
     deadlines: dict[object, float] = {}
-    finish = partial(_result_unless_blocked, name, timeout, deadlines)
+    finish = partial(_result_in_time, name, timeout, deadlines)
     return partial(_deadline, timeout, deadlines), partial(_start_async, finish), _call_each_async, _call_batch_async
+
+
+def _start_async(finish: Callable[[Samples, Future[Any]], Any], call: AsyncCaller, samples: Samples) -> Finish:
+    async def run() -> list[Any]:
+        return await call(samples)
+
+    return partial(finish, samples, asyncio.run_coroutine_threadsafe(run(), _living_loop()))
 
 
 @asynccontextmanager
@@ -230,74 +293,75 @@ async def _deadline(timeout: float, deadlines: dict[object, float]) -> AsyncIter
         async with asyncio.timeout(timeout) as limit:
             yield
     except TimeoutError as error:
-        raise TimeoutError(_late(timeout) if limit.expired() else str(error)) from error
+        raise TimeoutError(late(timeout) if limit.expired() else str(error)) from error
     finally:
         deadline = deadlines.pop(call)
     if time.monotonic() > deadline:  # it never gave the loop a chance to stop it
-        raise TimeoutError(_late(timeout))
+        raise TimeoutError(late(timeout))
 
 
-def _result_unless_blocked(name: str, timeout: float, deadlines: dict[object, float], future: Future[Any]) -> Any:
+def _result(name: str, samples: Samples, future: Future[list[Any]]) -> list[Any]:
+    """The result; an error if a reward has stopped the loop."""
+    while not wait([future], _LOOK).done:
+        _check_loop_runs(name)
+    with user_code(partial(_told, name, samples, slice(None))):  # a reward may cancel the tasks of all
+        return future.result()
+
+
+def _result_in_time(
+    name: str, timeout: float, deadlines: dict[object, float], samples: Samples, future: Future[list[Any]]
+) -> list[Any]:
     """The result; an error if a call has blocked the loop, which nobody can interrupt, for more than its time.
 
-    The loop gets `timeout` seconds to stop a late call by itself, which tells its row.
+    What holds the interpreter too does not let us look, and is ended by the watchdog.
     """
-    while not wait([future], timeout).done:
-        if any(time.monotonic() > deadline + timeout for deadline in list(deadlines.values())):
-            raise UserError(
-                f"Reward `{name}` gave {_late(timeout)}, and the event loop that all async rewards share is blocked. A "
-                "time-out is never scored 0: let them `await` what they wait for, or write them with `def`."
-            )
-    return future.result()
+    dog, patience = _living_watchdog(), min(_PATIENCE, timeout)
+    watch = dog.show(None, timeout, _what(name, samples, slice(None)))
+    began = time.monotonic()
+    try:
+        while not wait([future], min(_LOOK, timeout)).done:
+            _check_loop_runs(name)
+            dog.beat(watch)
+            if any(time.monotonic() > max(began, deadline) + patience for deadline in list(deadlines.values())):
+                raise UserError(
+                    f"Reward `{name}` gave {late(timeout)}, and the event loop of all async rewards is blocked. "
+                    "A time-out is never scored 0: let them `await` what they wait for, or write them with `def`."
+                )
+    finally:
+        dog.hide(watch)
+    return _result(name, samples, future)
 
 
-def _late(timeout: float) -> str:
-    return f"no result in {timeout:g} s"
+_loops: list[asyncio.AbstractEventLoop] = []  # the last one runs
+_unfinished: list[asyncio.Task[Any]] = []  # in loops that were stopped; kept, because thrown away they would complain
 
 
-@cache
-def _event_loop() -> asyncio.AbstractEventLoop:
+def _living_loop() -> asyncio.AbstractEventLoop:
     # One loop for all async rewards and steps, so that a client which a reward keeps stays usable. On its own
     # thread, so that they run while other rewards compute, and inside a notebook's running loop too.
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="grpo-async-rewards", daemon=True).start()
-    return loop
+    if not _loop_runs():
+        loop, runs = asyncio.new_event_loop(), threading.Event()
+        loop.call_soon(runs.set)
+        threading.Thread(target=loop.run_forever, name="grpo-async-rewards", daemon=True).start()
+        runs.wait()
+        _loops.append(loop)
+    return _loops[-1]
 
 
-def _time_limit(name: str, timeout: float | None) -> Limit:
-    if timeout is None:
-        return nullcontext
-    if threading.current_thread() is not threading.main_thread():
+def _loop_runs() -> bool:
+    return bool(_loops) and _loops[-1].is_running()
+
+
+def _check_loop_runs(name: str) -> None:
+    if not _loop_runs():
+        _unfinished.extend(asyncio.all_tasks(_loops[-1]))
         raise UserError(
-            f"Reward `{name}` cannot have a time limit outside the main thread. Start the run from the main "
-            "thread, write the reward as `async def`, or set no timeout."
+            f"Reward `{name}` never came back: the event loop that all async rewards share was stopped or closed. It "
+            "belongs to all of them: a reward must not stop it."
         )
-    return partial(_alarm, timeout)
 
 
-@contextmanager
-def _alarm(timeout: float) -> Iterator[None]:
-    # A signal, because a thread that waits cannot interrupt a regular expression that holds the interpreter.
-    rung = threading.Event()
-
-    def ring(signal_number: int, frame: object) -> None:
-        rung.set()
-        raise _TimeIsUp
-
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
-    try:
-        with suppress(_TimeIsUp):
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    if rung.is_set():  # also where a bare `except:` caught it
-        raise TimeoutError(_late(timeout))
-
-
-class _TimeIsUp(BaseException):
-    """No Exception, because a reward may turn any of those into a score."""
+# ---- which form of a batch a reward wants
 
 
 class _WatchedMessage(dict[str, str]):

@@ -26,9 +26,10 @@ from grpo.folder import (
     set_aside,
     write_config,
 )
-from grpo.guards import Asked, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
+from grpo.guards import Asked, command_to_go_on, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
 from grpo.questions import Questions, build_questions, preflight_rewards
 from grpo.resolve import Resolved
+from grpo.rewards import watchdog
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -53,6 +54,7 @@ def start(options: Options, resolved: Resolved) -> int:
     questions = _questions(resolved)
     folder = saved.folder if saved else new_run_folder(resolved.task.name, resolved.config)
     as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
+    watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         with memory_in_words(resolved.config, folder):
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))

@@ -1,0 +1,296 @@
+"""Watchdog: ends a call that takes too long, whatever it does. Knows nothing of rewards, only of calls and sentences.
+
+A call may loop in Python, wait, or hold the interpreter in C (a regular expression, a power of large integers); it may
+catch every exception, and libraries like math_verify take SIGALRM for themselves. So it is watched from outside: a
+child process (this file, run as a script, without anything else of the package) reads in shared memory what is being
+called and by when it must be over, and
+
+    when the time is up    sends SIGNAL, again every second, whose handler raises TimeIsUp in the thread of the late
+                           call; that ends Python, waiting and regular expressions, and the run ends by its own sentence
+    after GRACE more       writes the sentence itself and kills the process, because nothing else ends a call that still
+                           runs then; what the last checkpoint holds is there
+    when the process dies  writes what was being called: after os._exit() or a crash nobody else can say it
+
+A call costs a few writes to memory, no system call. Copies of the process that a reward forks are not watched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+GRACE = 5.0  # seconds that a late call gets to end by an exception
+# Of the real-time signals, which nobody uses by default; where there are none (macOS), the second for users.
+SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
+_TICK = 0.1  # seconds between two looks
+_BETWEEN_SIGNALS = 1.0  # seconds, so that a call can clean up
+
+# The shared memory: a page with advice, then a page for each call that is under way at the same time.
+_PAGE, _NUM_CALLS = 1024, 64
+_CALL = struct.Struct("ddI")  # monotonic time by when it must be over, 0 for no call; seconds it has; bytes of its text
+_TEXT = struct.Struct("I")  # bytes of the advice
+
+
+class TimeIsUp(BaseException):
+    """Raised inside of a late call. No Exception, because a call may turn any of those into a result."""
+
+
+class Watch:
+    """A call that is watched: where it runs, and by when it must be over."""
+
+    def __init__(self, thread: int | None, seconds: float, place: int):
+        self.thread = thread  # where TimeIsUp is raised; None: nowhere
+        self.seconds = seconds
+        self.deadline = time.monotonic() + seconds
+        self.place = place  # of its page
+        self.is_over = False
+        self.has_rung = False
+
+
+class Watchdog:
+    """The child process, and what we tell it.
+
+    Raises:
+        OSError: the child cannot be started.
+    """
+
+    def __init__(self, advice: str) -> None:
+        self.pid = os.getpid()
+        with tempfile.TemporaryFile() as file:
+            file.truncate(_PAGE * (1 + _NUM_CALLS))
+            self.memory = mmap.mmap(file.fileno(), 0)
+            self.advise(advice)
+            takes_signals = self._take_signals()
+            self.child = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, *map(str, (file.fileno(), self.pid, GRACE, int(takes_signals)))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[file.fileno()],
+            )
+        self.free = [_PAGE * (1 + number) for number in range(_NUM_CALLS)]
+        self.watches: dict[int, Watch] = {}  # by place
+        if not takes_signals:
+            threading.Thread(target=self._ring_for_ever, name="grpo-watchdog", daemon=True).start()
+
+    def call(self, seconds: float, what: str, function: Callable, arguments: dict[str, Any]) -> Any:
+        """function(**arguments), which must be back in so many seconds; `what` it is, in words.
+
+        Raises:
+            TimeoutError: it was not, whatever it made of the exception.
+        """
+        watch = self.show(threading.get_ident(), seconds, what)
+        returned = None
+        try:
+            try:
+                with suppress(TimeIsUp):
+                    returned = function(**arguments)
+            finally:
+                watch.is_over = True
+                _take_breath()
+        finally:
+            self.hide(watch)
+            if watch.has_rung:
+                raise TimeoutError(late(seconds))
+        return returned
+
+    def show(self, thread: int | None, seconds: float, what: str) -> Watch:
+        """Watch a call that begins now, until it is hidden."""
+        watch = Watch(thread, seconds, self.free.pop())
+        text = what.encode(errors="replace")[: _PAGE - _CALL.size]
+        # The text before the time, which makes it count.
+        self.memory[watch.place + _CALL.size : watch.place + _CALL.size + len(text)] = text
+        _CALL.pack_into(self.memory, watch.place, watch.deadline, seconds, len(text))
+        self.watches[watch.place] = watch
+        return watch
+
+    def beat(self, watch: Watch) -> None:
+        """It is not late yet: count its seconds from now."""
+        watch.deadline = time.monotonic() + watch.seconds
+        struct.pack_into("d", self.memory, watch.place, watch.deadline)
+
+    def hide(self, watch: Watch) -> None:
+        """The call is over."""
+        struct.pack_into("d", self.memory, watch.place, 0.0)
+        del self.watches[watch.place]
+        self.free.append(watch.place)
+
+    def advise(self, text: str) -> None:
+        """What the child adds to its sentences."""
+        encoded = text.encode(errors="replace")[: _PAGE - _TEXT.size]
+        self.memory[_TEXT.size : _TEXT.size + len(encoded)] = encoded
+        _TEXT.pack_into(self.memory, 0, len(encoded))
+
+    def is_alive(self) -> bool:
+        """The child is there."""
+        return self.child.poll() is None
+
+    def close(self) -> None:
+        """End the child."""
+        if os.getpid() == self.pid:
+            self.child.kill()
+            self.child.wait()
+
+    def _take_signals(self) -> bool:
+        # Python handles signals in its main thread, and has them set there alone.
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        signal.signal(SIGNAL, lambda number, frame: self._ring())
+        return True
+
+    def _ring_for_ever(self) -> None:
+        while True:
+            time.sleep(_BETWEEN_SIGNALS)
+            self._ring()
+
+    def _ring(self) -> None:
+        """Raise TimeIsUp in the thread of every late call, this one last."""
+        late_here = False
+        for watch in list(self.watches.values()):
+            if watch.thread is None or watch.is_over or time.monotonic() < watch.deadline:
+                continue
+            watch.has_rung = True
+            if watch.thread == threading.get_ident():
+                late_here = True
+            else:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watch.thread), ctypes.py_object(TimeIsUp))
+        if late_here:
+            raise TimeIsUp
+
+
+def late(seconds: float) -> str:
+    """What a late call did, in words."""
+    return f"no result in {seconds:g} s, the --reward-timeout"
+
+
+def _take_breath() -> None:
+    """Where an exception that was raised from another thread comes in at the latest: Python looks when it enters."""
+
+
+# ---- one watchdog for the process
+
+_watchdog: Watchdog | None = None
+_advice = ""
+
+
+def watchdog() -> Watchdog:
+    """That of this process, started when it is first asked for.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    global _watchdog
+    if _watchdog is None or not _watchdog.is_alive():
+        _watchdog = Watchdog(_advice)
+        atexit.register(_watchdog.close)
+    return _watchdog
+
+
+def advise(text: str) -> None:
+    """What to do when a call has ended the whole process, such as how to go on with the run."""
+    global _advice
+    _advice = text
+    if _watchdog is not None:
+        _watchdog.advise(text)
+
+
+def _forget() -> None:
+    """In a forked copy: neither watched, nor able to write into what the child process reads."""
+    global _watchdog
+    if _watchdog is not None:
+        _watchdog.memory = mmap.mmap(-1, len(_watchdog.memory))
+    _watchdog = None
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+# ---- the child process
+
+
+Calls = dict[tuple[int, float], tuple[float, str]]  # (place, monotonic time by when it must be over) -> (seconds, what)
+
+
+def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> None:
+    """Look at the calls of the parent until it is gone."""
+    memory = mmap.mmap(descriptor, 0)
+    excused: dict[tuple[int, float], float] = {}  # seconds that do not count
+    rung: dict[tuple[int, float], float] = {}  # when it was last interrupted
+    looked = time.monotonic()
+    while True:
+        parent_lives, calls, now = os.getppid() == parent, _calls(memory), time.monotonic()
+        if not parent_lives:
+            _tell_the_end(memory, calls)
+            return
+        # Stopped with Ctrl-Z, or a machine too busy to let us look: then the call had no time either.
+        pause = max(0.0, now - looked - 1.0)
+        excused = {call: excused.get(call, 0.0) + pause for call in calls}
+        rung = {call: when for call, when in rung.items() if call in calls}
+        for call, (seconds, what) in calls.items():
+            over = now - excused[call] - call[1]
+            if over > grace:
+                _end(memory, parent, seconds, what)
+                return
+            if over > 0 and sends_signals and now > rung.get(call, 0.0) + _BETWEEN_SIGNALS:
+                rung[call] = now
+                os.kill(parent, SIGNAL)
+        looked = now
+        time.sleep(_TICK)
+
+
+def _calls(memory: mmap.mmap) -> Calls:
+    """The calls that are under way."""
+    calls: Calls = {}
+    for place in range(_PAGE, _PAGE * (1 + _NUM_CALLS), _PAGE):
+        deadline, seconds, length = _CALL.unpack_from(memory, place)
+        if deadline:
+            text = memory[place + _CALL.size : place + _CALL.size + length]
+            calls[place, deadline] = seconds, text.decode(errors="replace")
+    return calls
+
+
+def _tell_the_end(memory: mmap.mmap, calls: Calls) -> None:
+    """The process is gone: if a call was under way, say so."""
+    for _, what in calls.values():
+        _say(
+            memory,
+            f"The run ended without a word during {what}: it called os._exit() or crashed Python, or the process was "
+            "killed from outside, as the system does when memory runs out.",
+        )
+
+
+def _end(memory: mmap.mmap, parent: int, seconds: float, what: str) -> None:
+    """Say what is late, and end the process. From the end of this no `finally` of it runs."""
+    _say(
+        memory,
+        f"{what[:1].upper()}{what[1:]} gave {late(seconds)}, and could not be interrupted, so the run was ended. A "
+        "time-out is never scored 0: mend the reward, or give it more time.",
+    )
+    with suppress(ProcessLookupError):
+        os.kill(parent, signal.SIGKILL)
+
+
+def _say(memory: mmap.mmap, sentence: str) -> None:
+    (length,) = _TEXT.unpack_from(memory)
+    advice = memory[_TEXT.size : _TEXT.size + length].decode(errors="replace")
+    with suppress(OSError):  # nobody may be there to read it
+        # On a line of its own: a progress bar may stand in this one.
+        os.write(2, f"\nerror: {sentence} {advice}".rstrip().encode(errors="replace") + b"\n")
+
+
+if __name__ == "__main__":
+    # What ends the run from the keyboard or by its group leaves us to see how it ends; we end with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    _watch(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "1")
