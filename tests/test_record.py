@@ -303,7 +303,7 @@ def test_the_bar_says_the_stage_and_takes_no_orders_from_names(monkeypatch):
     console.close()
     shown = out.getvalue()
     assert "rollout" in shown and "evaluation" in shown
-    assert "[red]toy[/blue][2J_with." in shown
+    assert "[red]toy[/blue]\\x1b[2J\\." in shown
     assert "\x1b[2J" not in shown and "\u202e" not in shown
 
 
@@ -312,7 +312,7 @@ def test_a_message_gives_the_terminal_no_orders():
     console = Console(50, 0, "toy", ["tone"], file=out)
     console.message("a \x1b[31m[bold]row[/bold]\x07\u202e told\nin two lines " + "x" * 400)
     console.close()
-    assert out.getvalue() == "a [31m[bold]row[/bold] told\nin two lines " + "x" * 400 + "\n"
+    assert out.getvalue() == "a \\x1b[31m[bold]row[/bold]\\x07\\u202e told\nin two lines " + "x" * 400 + "\n"
 
 
 def test_a_completion_of_a_megabyte_is_a_frame_of_a_screen():
@@ -343,7 +343,12 @@ def test_a_sample_shows_text_as_it_is_without_control_codes():
     console.close()
     shown = out.getvalue()
     assert "\x1b" not in shown and "\x07" not in shown
-    for piece in ("step 5, row 7", "What is 2 + 3?", "[bold]5[/bold] :smile: [31m \\ é 你好", "correctness 2"):
+    for piece in (
+        "step 5, row 7",
+        "What is 2 + 3?",
+        "[bold]5[/bold] :smile: \\x1b[31m\\x07 \\ é 你好",
+        "correctness 2",
+    ):
         assert piece in shown
     assert "[3 tokens, stopped by itself]" in shown
     assert "reward 2.000   advantage +0.100" in shown

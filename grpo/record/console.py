@@ -27,7 +27,8 @@ from rich.progress import (
 from rich.text import Text
 
 from grpo.metrics import HEADLINES, METRICS, Column
-from grpo.record.names import in_lines, printable, shortened, told_apart
+from grpo.record.names import in_lines, shortened, told_apart
+from grpo.terminal import plain
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
@@ -134,7 +135,7 @@ class Console:
             speed_estimate_period=_SPEED_OVER_SECONDS,
             disable=not self._terminal.is_interactive,
         )
-        name = shortened(printable(task_name).replace("\n", " "), _WIDEST_NAME)
+        name = shortened(plain(task_name).replace("\n", " "), _WIDEST_NAME)
         self._bar = self._progress.add_task(name, total=total_steps, completed=start_step, stage=" " * _STAGE_WIDTH)
 
     def start(self) -> None:
@@ -163,7 +164,7 @@ class Console:
 
     def message(self, text: str, style: str = "") -> None:
         """A line, as it is but for what a terminal would take as an order."""
-        self._terminal.print(Text(_encodable(printable(text), self._terminal.encoding), style=style), soft_wrap=True)
+        self._terminal.print(Text(_encodable(plain(text), self._terminal.encoding), style=style), soft_wrap=True)
 
     def sample(self, step: int, group: Group, index: int = 0) -> None:
         """One completion of a group in a frame, with what it earned."""
@@ -191,21 +192,22 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
     """A frame with the end of the prompt, the completion, and what each reward said of it."""
     prompt, completion = group.prompt, group.completions[index]
     asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-    earned = [f"{shortened(name, _WIDEST_PART)} {values[index].item():g}" for name, values in group.parts.items()]
+    parts = [(shortened(plain(name), _WIDEST_PART), values[index].item()) for name, values in group.parts.items()]
+    earned = "   ".join(f"{name} {value:g}" for name, value in parts)
     total = f"reward {group.rewards[index].item():.3f}   advantage {group.advantages[index].item():+.3f}"
 
     def shown(lines: list[str], style: str = "") -> Text:
         return Text(_encodable("\n".join(lines), encoding), style=style)
 
-    said = shown(printable(completion.text[:_COMPLETION_HEAD]).split("\n")[:_SAMPLE_LINES])
+    said = shown(plain(completion.text[:_COMPLETION_HEAD])[:_COMPLETION_HEAD].split("\n")[:_SAMPLE_LINES])
     said.append(f"  [{len(completion.tokens)} tokens, {_FINISHES[completion.finish]}]", style="dim")
     return Panel(
         Stack(
-            shown(printable(asked[-_PROMPT_TAIL:]).split("\n")[-_SAMPLE_LINES:], style="dim"),
+            shown(plain(asked[-_PROMPT_TAIL:])[-_PROMPT_TAIL:].split("\n")[-_SAMPLE_LINES:], style="dim"),
             "",
             said,
             "",
-            shown([printable("   ".join(earned)).replace("\n", " ")], style="cyan"),
+            shown([earned], style="cyan"),
             Text(total, style="bold"),
         ),
         title=Text(f"a completion of step {step + 1}, row {prompt.index}"),

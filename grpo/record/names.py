@@ -11,21 +11,17 @@ from itertools import combinations, pairwise
 
 from rich.cells import cell_len, set_cell_size
 
+from grpo.terminal import plain
+
 _BETWEEN_WORDS = re.compile(r"[_\s-]+|(?<=[a-z])(?=[A-Z])|(?<=\w)[.:/]+(?=[^\W\d])")
 _LEFT_OUT = ".."
 _MOST_WORDS = 8
 
 
-def printable(text: str) -> str:
-    """What can be shown of text that a model, a data set or a task file may hold anything in: no control codes, no
-    marks that turn the direction of writing, no invisible characters. Lines stay, tabs become spaces."""
-    return "".join(character for character in text.expandtabs(4) if character.isprintable() or character == "\n")
-
-
 def in_lines(name: str, widest: int, comfortable: int, fewest: int, most: int) -> tuple[str, ...]:
     """A name on `fewest` to `most` lines of at most `widest` cells, few lines if `comfortable` cells are enough for
     them: words whole where they fit, the middle left out where they are too many."""
-    words = [shortened(word, widest) for word in _BETWEEN_WORDS.split(printable(name)) if word] or ["?"]
+    words = [shortened(word, widest) for word in _BETWEEN_WORDS.split(plain(name)) if word] or ["?"]
     for kept in range(min(len(words), _MOST_WORDS), 1, -1):
         left = [] if kept == len(words) else [_LEFT_OUT]
         laid = _laid([*words[: -(-kept // 2)], *left, *words[len(words) - kept // 2 :]], comfortable, fewest, most)
