@@ -81,3 +81,10 @@ def test_an_architecture_that_goes_past_its_linears(tmp_path):
 def test_a_model_without_a_tokenizer(name, told, checkpoint):
     with pytest.raises(UserError, match=told):
         load_tokenizer(checkpoint(name))
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(folder):
+    configure(folder, model_type="strange", auto_map={"AutoConfig": "strange.Strange"})
+    (folder / "strange.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    assert "code of its own" in error_of(folder)
+    assert not (folder / "ran").exists()

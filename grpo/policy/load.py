@@ -208,10 +208,16 @@ def _from_hub(load: Any, name: str) -> Any:
     """load(source), with the dozen ways in which a hub can fail, or a file be damaged, told as one sentence."""
     source = model_source(name)
     try:
-        return load(source)
+        # Said, because transformers asks on the terminal otherwise, and "y" runs whatever came with the weights.
+        return load(source, trust_remote_code=False)
     except Exception as error:  # each file format, and the hub's client, raises classes of its own
         if is_out_of_memory(error):
             raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"The model {name} comes with code of its own, which loading it would run. It is not run "
+                "(trust_remote_code is off): use a model whose kind transformers knows by itself."
+            ) from error
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".:")
         if Path(source).is_dir():
             raise UserError(
