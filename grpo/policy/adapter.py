@@ -7,23 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
+from grpo.policy.adapter_settings import AdapterSettings, read_settings
 from grpo.policy.policy import Policy
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
+
+Factors = dict[str, tuple[Tensor, Tensor]]  # Hugging Face name of a linear -> A [r, K], B [M, r]
+
+
+def tensor_name(linear: str, factor: str) -> str:
+    """PEFT's name of factor "A" or "B" of the linear with this Hugging Face name."""
+    return f"base_model.model.{linear}.lora_{factor}.weight"
 
 
 def adapter_files(policy: Policy) -> dict[str, bytes]:
     """File name -> content of the adapter as it is now, in float32."""
     tensors: dict[str, Tensor] = {}
     for name, a, b in policy.store.factors():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.cpu().contiguous()
+        tensors[tensor_name(name, "A")] = a.cpu().contiguous()
+        tensors[tensor_name(name, "B")] = b.cpu().contiguous()
     return {
         WEIGHTS: save(tensors, {"format": "pt"}),
         SETTINGS: json.dumps(_settings(policy), indent=2).encode(),
@@ -32,13 +40,12 @@ def adapter_files(policy: Policy) -> dict[str, bytes]:
 
 def _settings(policy: Policy) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig that differ from its defaults or that a reader looks for."""
-    config = policy.config
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": policy.source,
-        "r": config.lora_rank,
-        "lora_alpha": config.lora_alpha,
+        "r": policy.store.rank,
+        "lora_alpha": policy.store.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -50,31 +57,84 @@ def _settings(policy: Policy) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_adapter(policy: Policy, folder: Path) -> None:
-    """Copy an adapter in PEFT's format into the policy's store.
+    """Take over an adapter in PEFT's format, so that the policy computes what PEFT computes with it.
+
+    A linear without an adapter in the files gets B zero. The store has one scale, that of the first linear; another
+    linear's scale goes into its B. Where one's rank is lower than the others', the rows of A beyond it stay as they
+    are, against columns of B that are zero. Nothing is changed before all is checked.
 
     Raises:
-        UserError: the files are missing or damaged, or belong to another model or rank.
+        UserError: the files are missing or damaged, belong to another model or rank, or are not plain LoRA.
     """
-    try:
-        tensors = load((folder / WEIGHTS).read_bytes())
-        settings = json.loads((folder / SETTINGS).read_bytes())
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"The adapter in {folder} cannot be read: {error}. Choose another checkpoint.") from error
-    wanted = {
-        f"{PREFIX}{name}.lora_{x}.weight": t for name, a, b in policy.store.factors() for x, t in (("A", a), ("B", b))
-    }
-    missing = sorted(set(wanted) - set(tensors))
-    if missing or len(tensors) != len(wanted):
-        raise UserError(
-            f"The adapter in {folder} was made for {settings.get('base_model_name_or_path')}, not for this model "
-            f"({policy.source}): it has {len(tensors)} tensors where {len(wanted)} are needed. Give its --model."
-        )
-    for name, target in wanted.items():
-        if tensors[name].shape != target.shape:
-            raise UserError(
-                f"The adapter in {folder} has {name} of shape {list(tensors[name].shape)} where this run has "
-                f"{list(target.shape)}. Give the --lora-rank ({settings.get('r')}) and --model it was trained with."
-            )
-        target.copy_(tensors[name])
-    policy.store.set_alpha(settings["lora_alpha"])
+    settings = read_settings(folder / SETTINGS)
+    tensors = _read_tensors(folder)
+    ours = {name: (a, b) for name, a, b in policy.store.factors()}
+    theirs = _by_linear(tensors, settings, ours, folder)
+    _check_shapes(theirs, settings, ours, folder)
+    rank = policy.store.rank
+    alpha = settings.alpha_over(rank, next(iter(theirs)))
+    for name, (a, b) in ours.items():
+        if name in theirs:
+            their_a, their_b = theirs[name]
+            own = len(their_a)
+            a[:own] = their_a
+            b.copy_(F.pad(their_b * (settings.alpha_over(rank, name) / alpha), (0, rank - own)))
+        else:
+            b.zero_()
+    policy.store.set_alpha(alpha)
     policy.store.refresh()
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by PEFT's names, in float32."""
+    try:
+        tensors = {name: tensor.float() for name, tensor in load((folder / WEIGHTS).read_bytes()).items()}
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"The adapter in {folder} cannot be read: {error}. Choose another checkpoint.") from error
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise UserError(
+            f"The adapter in {folder} has values that are no finite numbers, in {len(broken)} of its tensors, such as "
+            f"{broken[0]}. Choose another checkpoint."
+        )
+    return tensors
+
+
+def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, folder: Path) -> Factors:
+    """The factors of each linear that has an adapter in the files, which are whole and hold nothing else."""
+    places = {tensor_name(name, x): name for name in ours for x in "AB"}
+    surplus = sorted(tensors.keys() - places.keys())
+    if surplus:
+        raise UserError(
+            f"The adapter in {folder} has {len(surplus)} tensors that go with no linear layer of this model, such as "
+            f"{surplus[0]}. Give the --model that it was trained with."
+        )
+    adapted = {name for name in ours if settings.is_target(name)} | {places[tensor] for tensor in tensors}
+    missing = sorted(tensor for tensor, name in places.items() if name in adapted and tensor not in tensors)
+    if missing or not adapted:
+        raise UserError(
+            f"The adapter in {folder} lacks {len(missing) or 'all'} of the tensors that this model needs by its "
+            f"{SETTINGS}{f', such as {missing[0]}' if missing else ''}. Choose another checkpoint, or give the --model "
+            "that it was trained with."
+        )
+    return {
+        name: (tensors[tensor_name(name, "A")], tensors[tensor_name(name, "B")]) for name in ours if name in adapted
+    }
+
+
+def _check_shapes(theirs: Factors, settings: AdapterSettings, ours: Factors, folder: Path) -> None:
+    """Each linear's factors are of its size and of the rank that the settings say; the largest rank is the run's."""
+    for name, factors in theirs.items():
+        for x, there, here in zip("AB", factors, ours[name], strict=True):
+            needed = list(here.shape)
+            needed[x == "B"] = settings.rank_of(name)
+            if list(there.shape) != needed:
+                raise UserError(
+                    f"The adapter in {folder} has {tensor_name(name, x)} of shape {list(there.shape)} where this model "
+                    f"and the adapter's rank need {needed}. Give the --model that it was trained with."
+                )
+    largest, rank = max(map(settings.rank_of, theirs)), len(next(iter(ours.values()))[0])
+    if largest != rank:
+        raise UserError(
+            f"The adapter in {folder} is of rank {largest}, and --lora-rank is {rank}. Give --lora-rank {largest}."
+        )

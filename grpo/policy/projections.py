@@ -134,7 +134,7 @@ class ProjectionStore:
     def __init__(self) -> None:
         self.projections: dict[str, Projection] = {}
         self.scale = torch.ones(1)
-        self._alpha_over_rank = 1.0
+        self.alpha = 1.0
 
     def __getitem__(self, name: str) -> Projection:
         return self.projections[name]
@@ -143,6 +143,11 @@ class ProjectionStore:
     def compute_dtype(self) -> torch.dtype:
         """The dtype that projections compute in."""
         return next(iter(self.projections.values())).mirrors[0].dtype
+
+    @property
+    def rank(self) -> int:
+        """The rank of every projection's adapter."""
+        return next(iter(self.projections.values())).rank
 
     def add(self, name: str, projection: Projection) -> None:
         """Take a projection in; its scale becomes the store's."""
@@ -161,8 +166,8 @@ class ProjectionStore:
 
     def set_alpha(self, alpha: float) -> None:
         """Scale the adapter by alpha / rank."""
-        self._alpha_over_rank = alpha / next(iter(self.projections.values())).rank
-        self.scale.fill_(self._alpha_over_rank)
+        self.alpha = alpha
+        self.scale.fill_(alpha / self.rank)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -171,7 +176,7 @@ class ProjectionStore:
         try:
             yield
         finally:
-            self.scale.fill_(self._alpha_over_rank)
+            self.scale.fill_(self.alpha / self.rank)
 
     def parameters(self) -> list[nn.Parameter]:
         """The float32 masters, in a fixed order."""

@@ -34,6 +34,7 @@ import torch
 
 from grpo import generators
 from grpo.errors import UserError
+from grpo.policy.adapter import tensor_name
 
 SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
 INSTALL = 'pip install "grpo[gpu]"'
@@ -402,7 +403,7 @@ def find_lora_slices(llm: Any, adapter: int) -> Callable[[str], list[LoraSlice]]
         return [LoraSlice(a[slot, 0], b[slot, 0]) for a, b in pairs]
 
     def find(name: str) -> list[LoraSlice]:
-        translated, _ = parse_fine_tuned_lora_name(f"base_model.model.{name}.lora_A.weight", mapper)
+        translated, _ = parse_fine_tuned_lora_name(tensor_name(name, "A"), mapper)
         if translated in parts:
             layer, number, count = parts[translated]
             found = slices(layer)
