@@ -2,11 +2,12 @@
 is trained.
 
 Right is: log-probabilities as transformers' own forward gives them, a sequence at a time and unpadded; the same with
-layers recomputed and a gradient taken; and completions of the PyTorch engine that carry the policy's
-log-probabilities, with finished rows dropped on the way. Dropout, noise of routers and the like are switched on in
-every configuration that has them.
+layers recomputed and a gradient taken; the same through PEFT with the adapter's files; and completions of the PyTorch
+engine that carry the policy's log-probabilities, with finished rows dropped on the way. Dropout, noise of routers and
+the like are switched on in every configuration that has them.
 """
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,6 +17,7 @@ from tiny_models import build_policy, randomise, reference_logprobs, write_check
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.packing import lay_out_to_read
+from grpo.policy.adapter import adapter_files
 from grpo.rollout.torch_engine import TorchEngine
 
 SIZES = dict(
@@ -367,6 +369,13 @@ def test_right_or_refused(name, groups, tmp_path):
         gradients = torch.autograd.grad(logprobs.sum(), policy.store.parameters(), allow_unused=True)
         assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
     randomise(policy, size=0.05)
+    batch = lay_out_to_read(groups, policy.device)
+    for file, content in adapter_files(policy).items():
+        (tmp_path / file).write_bytes(content)
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path).eval()
+    with torch.no_grad():
+        expected, _ = reference_logprobs(adapted, groups, 1.0)
+        torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
     engine = TorchEngine(policy, Letters(), contexts(prompts(2)), 1.0)
     sampled = rollout(engine, prompts(), 6, seed=3)
     assert len({len(completion.tokens) for group in sampled for completion in group.completions}) > 1

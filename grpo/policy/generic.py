@@ -21,6 +21,11 @@ from grpo.policy.linears import Linear, is_linear
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.types import Batch
 
+# Names that PEFT takes for those of experts where the experts are one tensor: an adapter on a shared expert, or on the
+# first layers' dense MLP, would be opened as another one, without an error. So these linears have none. Of a Mamba
+# layer (one with A_log) it refuses the output projection, whose weight the fast kernels read past its forward.
+EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+
 
 class GenericModel(nn.Module):
     """The same calls as FusedModel for training; for rollouts `PaddedDecoder` runs `model` itself."""
@@ -53,9 +58,8 @@ def last_hidden(model: Any, tokens: Tensor) -> Tensor:
 
 
 def body_of(model: Any) -> Any:
-    """The model without its head. Some classes (Llama 4) do not name theirs as Hugging Face's `base_model` looks for
-    it."""
-    return model.get_decoder() if model.base_model is model else model.base_model
+    """The model without its head. Llama 4's has not the name that Hugging Face's `base_model` looks for."""
+    return model.model if model.base_model is model else model.base_model
 
 
 def recompute_layers(model: Any) -> None:
@@ -121,10 +125,18 @@ def fuse(model: Any, build: Callable[[str, list, list[str]], Projection]) -> Pro
     return store
 
 
+def _has_fused_experts(model: Any) -> bool:
+    """Whether the experts of a layer are one tensor, [experts, rows, columns]."""
+    return any(p.dim() == 3 and name.endswith("experts.gate_up_proj") for name, p in model.named_parameters())
+
+
 def _linears(model: Any) -> Iterator[tuple[Any, str, str, Linear]]:
-    """(parent, attribute, full name, linear) of every linear but the head, in the model's order."""
+    """(parent, attribute, full name, linear) of every linear that gets an adapter, in the model's order: all but the
+    head and those whose adapter PEFT could not open."""
     head = model.get_output_embeddings()
+    names_of_experts = EXPERT_LINEARS if _has_fused_experts(model) else ()
     for parent_name, parent in model.named_modules():
         for child, module in parent.named_children():
-            if is_linear(module) and module is not head:
+            taken = child in names_of_experts or (child == "out_proj" and hasattr(parent, "A_log"))
+            if is_linear(module) and module is not head and not taken:
                 yield parent, child, f"{parent_name}.{child}" if parent_name else child, module

@@ -44,9 +44,22 @@ Linear = nn.Linear | Conv1D | NF4Linear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear and nothing more. A class that derives from one computes something else as well,
-    such as the routers of Phi-MoE and Llama 4, and stays as it is."""
-    return type(module) in (nn.Linear, Conv1D, NF4Linear)
+    """Whether a module computes a linear map and nothing more. What derives from one may compute something else as
+    well, as the routers of Phi-MoE and Llama 4 do, or the same (Falcon): that shows in a trial."""
+    if type(module) in (nn.Linear, Conv1D, NF4Linear):
+        return True
+    return isinstance(module, nn.Linear) and _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight)
+    try:
+        y = module(x)
+    except (TypeError, RuntimeError, ValueError, IndexError):  # it wants another input: no plain linear
+        return False
+    expected = F.linear(x, module.weight, module.bias)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
 def weight_of(linear: Linear) -> Tensor | NF4:
