@@ -68,7 +68,7 @@ def measure(engine_name: str, arguments: argparse.Namespace) -> None:
         eval_prompts=arguments.prompts, eval_samples=arguments.samples, max_completion_tokens=160,
     )  # fmt: skip
     questions = build_questions(task, config)
-    policy = build_policy(config, questions.longest_sequence)
+    policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
     engine = build_engine(config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence)
     print(f"{'engine':<8}{'seed':>5}{'pass@1':>9}{'surprise':>10}{'entropy':>10}{'z':>7}{'gap':>10}", flush=True)
     name, value = task.solved

@@ -252,7 +252,7 @@ def held_out(task: Task, folder: Path, prompts: int, **changes: Any) -> dict[str
     settings = {"engine": "torch", "eval_prompts": prompts, "eval_samples": 8, "eval_k": 8} | changes
     config = dataclasses.replace(task.config, model=str(folder), base="bf16", **settings)
     questions = build_questions(task, config)
-    policy = build_policy(config, questions.longest_sequence)
+    policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
     engine = build_engine(config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence)
     try:
         return build_evaluator(task, config, questions)(engine)

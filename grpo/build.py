@@ -1,6 +1,6 @@
 """Build: a task and a configuration -> the objects that the loop calls. Every choice of a run is made here.
 
-build_policy(config, longest)        the model over its projections; without data
+build_policy(config, tokenizer, ...) the model over its projections; without data
 build_engine(config, policy, ...)    who samples from it; without data but for a few prompts' tokens
 build_run(...)                       a Run, ready to train or resumed
 """
@@ -51,12 +51,12 @@ PROBE_ROWS, PROBE_TOKENS = 64, 32
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def build_policy(config: Config, longest: int) -> Policy:
+def build_policy(config: Config, tokenizer: Any, longest: int) -> Policy:
     """The model of a configuration with a fresh adapter and its optimizer.
 
     longest: prompt and completion together, in tokens, that will be run at most.
     """
-    return Policy(load_model(config, choose_device(config), longest), config)
+    return Policy(load_model(config, choose_device(config), longest, tokenizer), config)
 
 
 def settle_threads(
@@ -153,7 +153,7 @@ def build_run(
     note: Callable[[str], object] = print,
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
-    policy = build_policy(config, questions.longest_sequence)
+    policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()

@@ -57,6 +57,34 @@ def test_weights_that_are_missing(folder):
     assert "model.layers.2.input_layernorm.weight" in message
 
 
+def test_weights_that_are_too_many(folder):
+    """More layers, or more in a layer, than the config asks for: transformers leaves them out without a word."""
+    configure(folder, num_hidden_layers=1)
+    message = error_of(folder)
+    assert "has 13 weights that its config.json does not ask for" in message
+    assert "such as model.layers.1.input_layernorm.weight" in message
+    configure(folder, num_hidden_layers=2, attention_bias=False)
+    assert "has 8 weights that its config.json does not ask for" in error_of(folder)
+
+
+def test_what_a_checkpoint_keeps_besides_its_layers_is_no_fault(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    weights["model.layers.1.self_attn.masked_bias"] = torch.ones(1)
+    weights["model.vision_tower.layers.0.mlp.up_proj.weight"] = torch.ones(2, 2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    load_model(Config(model=str(folder), base="float32", device="cpu", lora_rank=3), CPU, 64)
+
+
+def test_a_folder_with_an_adapter_in_it(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "holds a model and, by its adapter_config.json, an adapter too" in error_of(folder)
+    (folder / "config.json").unlink()
+    assert "holds an adapter, not a model. Give its model as --model" in error_of(folder)
+    with pytest.raises(UserError, match="holds an adapter, not a model"):
+        load_tokenizer(str(folder))
+
+
 def test_one_weight_that_is_missing(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

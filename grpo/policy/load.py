@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -22,10 +26,16 @@ from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 from grpo.policy.rope import check_rope
+from grpo.policy.stop import stop_tokens
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 
 Model = FusedModel | GenericModel
+
+ADAPTER = "adapter_config.json"
+
+# What old checkpoints keep in their layers although the model computes it: masks, positions and rotary frequencies.
+COMPUTED = re.compile(r"(rotary_emb\.\w+|masked_bias|attn\.bias|attention\.bias|position_ids|_extra_state)$")
 
 UNLIMITED_CONTEXT = 2**20  # tokens
 
@@ -94,11 +104,12 @@ def context_length(name: str, config: RolloutConfig) -> int:
     return config.max_context or built_for
 
 
-def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
+def load_model(config: Config, device: torch.device, longest: int, tokenizer: Any = None) -> Loaded:
     """The model of a configuration over a fresh adapter, on `device`.
 
     The checkpoint is read into the CPU's memory and each projection is moved and quantised on its own, so the GPU never
-    holds more than the finished model. longest: the longest sequence that will be run, in tokens.
+    holds more than the finished model. longest: the longest sequence that will be run, in tokens. tokenizer: what is
+    asked, beside the generation settings, which tokens end a completion.
 
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
@@ -109,7 +120,7 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
     check_rope(model.config, longest, config.model)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
     build = partial(_projection, config=config, dtype=dtype, device=device)
-    stop_tokens = _stop_tokens(model)
+    stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     if fused.recognise(model, longest):
         store = fused.fuse(model, build)
@@ -119,7 +130,7 @@ def load_model(config: Config, device: torch.device, longest: int) -> Loaded:
         ours = GenericModel(model.to(device), recompute)
     store.initialise(config.lora_alpha, config.seed)
     gc.collect()
-    return Loaded(ours, store, conv1d, stop_tokens, model_source(config.model))
+    return Loaded(ours, store, conv1d, stop, model_source(config.model))
 
 
 def compute_dtype(base: str, device: torch.device) -> torch.dtype:
@@ -146,13 +157,19 @@ def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
     # Without a device_map transformers would put a quantised checkpoint on the GPU.
     model, report = _from_hub(partial(read, device_map="cpu") if quantized else read, name)
     _check_complete(name, model, report)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"The model {name} comes with an adapter beside its weights. Merge it with PEFT's merge_and_unload, "
+            "and give a folder that holds the merged model alone."
+        )
     if quantized:
         adopt_quantized(model, dtype)
     return model
 
 
 def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
-    """Every parameter came from the checkpoint: transformers draws the others at random and goes on."""
+    """Every parameter came from the checkpoint, and every weight of its layers has a place: transformers draws the
+    others at random, leaves out what is too many, and goes on."""
     missing = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
     if missing:
         raise UserError(
@@ -166,6 +183,25 @@ def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
             f"The checkpoint of {name} does not go with its config.json: {weight} is {list(found)} where the config "
             f"asks for {list(wanted)} ({len(mismatched)} such weights). Get the config.json that belongs to it."
         )
+    surplus = _surplus(model, report["unexpected_keys"])
+    if surplus:
+        raise UserError(
+            f"The checkpoint of {name} has {len(surplus)} weights that its config.json does not ask for, such as "
+            f"{surplus[0]}: without them it would be another model. Get the config.json that belongs to it."
+        )
+
+
+def _surplus(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Of the weights without a place those of the model's own layers, beyond the last one or within one.
+
+    What is elsewhere, such as the vision tower of a model whose text is trained, is left out on purpose.
+    """
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return sorted(
+        name
+        for name in unexpected
+        if (first := re.search(r"\.\d+\.", name)) and name[: first.start()] in layers and not COMPUTED.search(name)
+    )
 
 
 def _projection(
@@ -196,17 +232,27 @@ def _projection(
     return Projection(base, bias, names, sizes, config.lora_rank, dtype, room)
 
 
-def _stop_tokens(model: Any) -> list[int]:
-    """The tokens that end a completion, from the checkpoint's generation settings."""
-    stop = model.generation_config.eos_token_id
-    if stop is None:
-        raise UserError("The model's generation_config.json names no eos_token_id, so no completion could end.")
-    return [stop] if isinstance(stop, int) else list(stop)
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """Nothing in the model's folder is an adapter, which transformers would put on top without a word where PEFT is
+    installed, and leave out where it is not."""
+    if not os.path.isfile(folder / ADAPTER):  # says no where pathlib raises: a folder that may not be read
+        return
+    if os.path.isfile(folder / "config.json"):
+        raise UserError(
+            f"The folder {name} holds a model and, by its {ADAPTER}, an adapter too, which may be in the model's "
+            f"weights already. If it is, take {ADAPTER} and the adapter's weights out of the folder; else merge the "
+            "adapter into its model with PEFT's merge_and_unload and give a folder that holds the merged model alone."
+        )
+    raise UserError(
+        f"The folder {name} holds an adapter, not a model. Give its model as --model, or go on with a run with "
+        "--resume, or score one with --eval."
+    )
 
 
 def _from_hub(load: Any, name: str) -> Any:
     """load(source), with the dozen ways in which a hub can fail, or a file be damaged, told as one sentence."""
     source = model_source(name)
+    _check_no_adapter(name, Path(source))
     try:
         # Said, because transformers asks on the terminal otherwise, and "y" runs whatever came with the weights.
         return load(source, trust_remote_code=False)

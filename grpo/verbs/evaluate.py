@@ -25,7 +25,7 @@ def evaluate(resolved: Resolved, target: str) -> int:
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
     with memory_in_words(config), restored_threads():
-        policy = build_policy(config, questions.longest_sequence)
+        policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
             load_trained(checkpoint, policy)
