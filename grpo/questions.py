@@ -6,6 +6,7 @@ preflight_rewards(...)           the rewards on gold answers, before any GPU is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,15 +18,17 @@ from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.policy.load import context_length, vocabulary_size
 from grpo.prompts import Asker, Prompts, build_prompts
-from grpo.rewards import Reward, build_rewards, score
-from grpo.rewards.preflight import Preflight, preflight
-from grpo.rewards.scoring import unsampled
+from grpo.rewards import Reward, build_rewards
+from grpo.rewards.preflight import Calls, Preflight, preflight, preflight_without_gold
 from grpo.splits import Note, read_splits
 from grpo.task import Task
-from grpo.types import Group, Prompt
+from grpo.types import Prompt
 
 # Gold answers that every run tries its rewards on first; --check tries them all.
 PREFLIGHT_ROWS = 64
+
+# After so many a reward is tried on no further row before a run: each call of a judge takes time, and may cost money.
+PREFLIGHT_SECONDS = 20.0
 
 # Prompts that the rollout engine is compared with the policy on.
 CANARY_PROMPTS = 2
@@ -73,6 +76,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
         columns=dict.fromkeys([*train.columns, *test.columns]),
         chat=first.messages is not None,
         probe=(first, first.text if task.gold is None else task.gold_text(first.fields)),
+        tokenizer=asker.tokenizer,
+        group_size=config.group_size,
         timeout=config.reward_timeout or None,
     )
     check_solved(task, rewards)
@@ -108,26 +113,29 @@ def check_solved(task: Task, rewards: list[Reward]) -> None:
         )
 
 
-def preflight_rewards(task: Task, questions: Questions, every_row: bool) -> Preflight:
+def preflight_rewards(
+    task: Task, config: Config, questions: Questions, every_row: bool, note: Note = print
+) -> Preflight:
     """The rewards on gold answers of both splits, and on what is not an answer; on the latter alone, with nothing to
-    report, where nobody knows a gold answer.
+    report but what was tried, where nobody knows a gold answer.
 
     Raises:
         UserError: a reward fails.
     """
+    seconds = math.inf if every_row else PREFLIGHT_SECONDS
+    calls = Calls(questions.tokenizer, config.group_size, config.prompts_per_step, seconds, note)
     if task.gold is None:
         prompts = [*questions.train[:PREFLIGHT_ROWS], *questions.test[:PREFLIGHT_ROWS]]
-        score([_without_gold(task, prompt) for prompt in prompts], questions.rewards)
-        return Preflight(len(prompts), [], 0.0, 0.0)
-    return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS))
+        return preflight_without_gold(questions.rewards, (_without_gold(task, prompt) for prompt in prompts), calls)
+    return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS), calls)
 
 
-def _without_gold(task: Task, prompt: Prompt) -> Group:
+def _without_gold(task: Task, prompt: Prompt) -> tuple[Prompt, list[str]]:
     """What a model may say to a prompt, right or wrong: nothing, what it was asked, the same in part."""
     texts = ["", prompt.text, prompt.text[: len(prompt.text) // 2]]
     for text in texts:
         task.vote(text)
-    return Group(prompt, [unsampled(text) for text in texts])
+    return prompt, texts
 
 
 def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:

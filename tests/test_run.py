@@ -251,7 +251,7 @@ def fragile(completions):
     if calls > LIMIT:
         raise RuntimeError("the judge is gone")
     return [0.5] * len(completions)
-LIMIT = 12
+LIMIT = 20
 """
     # `letters` draws from a global generator before the other fails: that draw must not count.
     path = task_file("{letters: 1.0, fragile: 1.0, says: 1.0}", extra)
@@ -260,7 +260,7 @@ LIMIT = 12
     done = [line["step"] for line in metrics_of(folder) if "reward/mean" in line]
     assert len(done) >= 3
     assert list_checkpoints(folder)[-1].name == f"step-{len(done):06d}"
-    Path(path).write_text(Path(path).read_text().replace("LIMIT = 12", "LIMIT = 10**9"))
+    Path(path).write_text(Path(path).read_text().replace("LIMIT = 20", "LIMIT = 10**9"))
     steps = str(len(done) + 2)
     fails(["--resume", str(folder)], capsys, path, "is not the file", "name it")
     assert main([path, "--resume", str(folder), "--steps", steps]) == 0
@@ -287,7 +287,8 @@ def patient(completions):
         hook = HOOK(exhaust)
     return [len(set(completion[0]["content"])) / 10 for completion in completions]
 """
-STEP, EVALUATION = "8", "24"  # completions scored at once: what comes next is an update, or a rollout
+# Completions scored at once: what comes next is an update, or a rollout. The preflight has five calls of a step's size.
+STEP, EVALUATION = "8", "24"
 ON_A_CPU = "torch.empty(10**15)"
 ON_A_GPU = "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a capacity of')"
 WARMING_UP = "raise RuntimeError('CUDA out of memory occurred when warming up sampler with 512 dummy requests.')"
@@ -312,8 +313,8 @@ def untroubled_metrics(tmp_path_factory):
     ("size", "times", "hook", "demand", "words"),
     [
         (EVALUATION, "2", "before_forward", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
-        (STEP, "2", "before_forward", ON_A_GPU, ["the GPU", "20.00 GiB"]),
-        (STEP, "5", "after_update", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
+        (STEP, "7", "before_forward", ON_A_GPU, ["the GPU", "20.00 GiB"]),
+        (STEP, "10", "after_update", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
         (EVALUATION, "2", "before_forward", WARMING_UP, ["the GPU ran out"]),
     ],
     ids=["rollout", "forward", "update", "warming up"],

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from grpo.errors import UserError
+from grpo.policy.load import load_tokenizer
 from grpo.rewards import (
     build_rewards,
     calling,
@@ -32,7 +33,7 @@ from grpo.rewards import (
     strict_xml,
     xml_count,
 )
-from grpo.rewards.preflight import preflight, preflight_table
+from grpo.rewards.preflight import Calls, preflight, preflight_table
 from grpo.types import Completion, Group, Prompt
 
 COLUMNS = ["question", "answer"]
@@ -888,3 +889,85 @@ def test_a_coroutine_that_nobody_awaits_is_told():
         return 1.0
 
     assert "It must be awaited: write the reward" in error_of({quiet(right): 1.0})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("embedded")
+
+
+def test_the_preflight_calls_rewards_as_a_step_does(tokenizer):
+    calls = []
+
+    def batch(prompts, completions, completion_ids, **kwargs):
+        calls.append((prompts, completions, completion_ids))
+        return [float(len(completion)) for completion in completions]
+
+    rewards = build_rewards({batch: 1.0}, COLUMNS, chat=False)
+    rows = list(gold_rows(20))
+    report = preflight(rewards, rows, Calls(tokenizer, group_size=6, prompts=4))
+    assert report.num_rows == report.checks[0].num_rows == 20
+    assert [len(completions) for _, completions, _ in calls] == [6 * rows for rows in (1, 2, 4, 4, 4, 4, 1)]
+    # Whole groups of one prompt, in the model's own tokens: the engine would give this text for them.
+    prompts, completions, ids = (list(itertools.chain(*each)) for each in zip(*calls, strict=True))
+    assert prompts == [prompt.text for prompt, _ in rows for _ in range(6)]
+    for index, (text, tokens) in enumerate(zip(completions, ids, strict=True)):
+        stops = index % 6 not in (2,)
+        assert (tokens[-1] == tokenizer.eos_token_id) == stops
+        assert tokenizer.decode(tokens[:-1] if stops else tokens, skip_special_tokens=True) == text
+    assert completions[::6] == completions[4::6] == [gold for _, gold in rows]
+    for (_, gold), half in zip(rows, completions[2::6], strict=True):
+        assert gold.startswith(half) and 0 < len(half) < len(gold)
+
+
+def test_a_group_smaller_than_the_probes_is_called_twice():
+    sizes = []
+
+    def batch(completions):
+        sizes.append(len(completions))
+        return [float(len(completion)) for completion in completions]
+
+    report = preflight(build_rewards({batch: 1.0}, COLUMNS, chat=False), gold_rows(1), Calls(group_size=3))
+    assert sizes == [6]
+    assert report.checks[0].lowest["truncated"] < report.checks[0].lowest["shuffled"] == report.checks[0].lowest["gold"]
+
+
+def test_a_reward_that_takes_long_is_tried_on_fewer_rows_and_says_so(monkeypatch):
+    clock = itertools.count()  # a second passes whenever somebody looks
+    monkeypatch.setattr("grpo.rewards.preflight.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    told = []
+    rewards = build_rewards({named("first"): 1.0, named("second"): 1.0}, COLUMNS, chat=False)
+    report = preflight(rewards, gold_rows(20), Calls(seconds=1.5, note=told.append))
+    assert [check.num_rows for check in report.checks] == [1 + 2, 1 + 2]
+    assert report.num_rows == 20
+    assert any("`first` was tried on 3 of 20 rows" in warning for warning in report.warnings)
+    assert "first, second" in told[0]
+    assert list(preflight_table(report).columns[-1].cells) == ["3 of 3", "3 of 3"]
+
+
+def test_columns_that_are_shadowed_or_shared_are_told():
+    def length(completion):
+        return float(len(completion))
+
+    prompt = make_prompt(3)
+    prompt.fields.update(prompt="mine", log_metric=1, lock=threading.Lock())
+    told = " ".join(preflight(build_rewards({length: 1.0}, prompt.fields, chat=False), [(prompt, "5")]).warnings)
+    assert "The column `prompt` of the data set is never passed to a reward" in told
+    assert "The column `log_metric`" in told
+    assert "The column `lock` holds what cannot be copied (row 3" in told
+    assert "`answer`" not in told
+
+
+def test_the_probe_of_a_chat_reward_is_a_group_in_the_models_tokens(tokenizer):
+    seen = []
+
+    def batch(completions, completion_ids):
+        seen.append((len(completions), completion_ids[0]))
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    arguments = {"tokenizer": tokenizer, "group_size": 8}
+    build_rewards({batch: 1.0}, COLUMNS, chat=True, probe=(make_prompt(1), "<answer>\n5\n</answer>"), **arguments)
+    size, tokens = seen[0]
+    assert size == 8
+    assert tokenizer.decode(tokens[:-1]) == "<answer>\n5\n</answer>"
+    assert tokens[-1] == tokenizer.eos_token_id

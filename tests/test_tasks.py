@@ -680,4 +680,4 @@ def test_a_reward_that_fails_without_gold_is_told_before_the_run():
     task = task_with(gold=None, solved=None, rewards={fragile: 1.0}, held_out=0)
     questions = build_questions(task, SMALL_CONFIG, note=list)
     with pytest.raises(UserError, match=r"`fragile` raised ZeroDivisionError .* row 0"):
-        preflight_rewards(task, questions, every_row=False)
+        preflight_rewards(task, SMALL_CONFIG, questions, every_row=False, note=list)

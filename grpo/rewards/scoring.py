@@ -44,6 +44,8 @@ def build_rewards(
     chat: bool,
     *,
     probe: tuple[Prompt, str] | None = None,
+    tokenizer: Any = None,
+    group_size: int = 2,
     timeout: float | None = None,
 ) -> list[Reward]:
     """Reward functions and their weights, as a task file lists them -> rewards that `score` can call.
@@ -52,12 +54,13 @@ def build_rewards(
     chat     the task's prompts are chat messages, so TRL-style functions get chat-format completions
     probe    a prompt and its gold completion, on which a TRL-style function of a chat task is tried, to find
              out whether it reads chat messages or strings; without it, chat messages
+    tokenizer, group_size  of the run, so that the probe looks like what the model says
     timeout  seconds that one call of a reward may take; None for no limit
 
     A string names an installed reward (entry-point group `grpo.rewards`) or `package.module:function`.
     """
     columns = list(columns)
-    samples = probe and probe_samples(*probe)
+    samples = probe and probe_samples(*probe, tokenizer, group_size)
     built = []
     for key, weight in rewards.items():
         function = resolve_reward(key) if isinstance(key, str) else key
@@ -94,15 +97,31 @@ def weighted_sum(parts: dict[str, Tensor], rewards: list[Reward]) -> Tensor:
     return torch.stack([reward.weight * parts[reward.name] for reward in rewards]).nansum(dim=0)
 
 
-def probe_samples(prompt: Prompt, text: str) -> Samples:
-    """A completion that nobody sampled, twice, because some functions compare the completions of a batch."""
-    return samples_of([Group(prompt, [unsampled(text), unsampled(text)])])
+def probe_samples(prompt: Prompt, text: str, tokenizer: Any, group_size: int) -> Samples:
+    """A group as a step has it, of completions that nobody sampled: some functions compare those of a batch."""
+    return samples_of([Group(prompt, [unsampled(text, tokenizer) for _ in range(group_size)])])
 
 
-def unsampled(text: str) -> Completion:
-    """A completion with this text. Its tokens are the bytes and a stop: a length taken from them is sane."""
-    tokens = [*text.encode(), 0]
+def unsampled(text: str, tokenizer: Any = None) -> Completion:
+    """A completion with this text as the model would give it: in its own tokens with the stop token, and without what
+    its tokenizer leaves out. Without a tokenizer a token is a byte."""
+    if tokenizer is None:
+        tokens = [*text.encode(), 0]
+    else:
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        tokens = [*tokens, tokenizer.eos_token_id or 0]
     return Completion(tokens, [0.0] * len(tokens), text, finish="stop", policy_version=0)
+
+
+def cut_off(completion: Completion, tokenizer: Any = None) -> Completion:
+    """The first half of a completion, cut off by a token limit."""
+    tokens = completion.tokens[: (len(completion.tokens) - 1) // 2]
+    if tokenizer is None:
+        text = bytes(tokens).decode(errors="replace")
+    else:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return Completion(tokens, [0.0] * len(tokens), text, finish="length", policy_version=0)
 
 
 def resolve_reward(name: str) -> Callable:

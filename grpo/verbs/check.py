@@ -16,7 +16,7 @@ def check(resolved: Resolved) -> int:
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
     with working("preflight of the rewards"):
-        report = preflight_rewards(resolved.task, questions, every_row=True)
+        report = preflight_rewards(resolved.task, resolved.config, questions, every_row=True, note=say)
     if report.checks:
         console.print(preflight_table(report))
     for warning in report.warnings:

@@ -70,7 +70,7 @@ def _questions(resolved: Resolved) -> Questions:
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, note=say)
     with working("preflight of the rewards"):
-        report = preflight_rewards(resolved.task, questions, every_row=False)
+        report = preflight_rewards(resolved.task, resolved.config, questions, every_row=False, note=say)
     for warning in report.warnings:
         say(f"note: {warning}")
     return questions
