@@ -251,8 +251,8 @@ def load_task(path: str | Path) -> Task:
     path = Path(path)
     if not path.is_file():
         shipped = sorted(str(p) for p in Path("tasks").glob("*.py"))
-        hint = f" Here are: {', '.join(shipped)}." if shipped else ""
-        raise UserError(f"There is no task file {path}.{hint}")
+        hint = f"Here are: {', '.join(shipped)}." if shipped else "It may lie anywhere; README.md shows a whole one."
+        raise UserError(f"There is no task file {path}. {hint}")
     spec = importlib.util.spec_from_file_location(f"grpo_task_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file. A task file's name ends in .py, such as tasks/gsm8k.py.")

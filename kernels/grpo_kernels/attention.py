@@ -31,7 +31,8 @@ from torch import Tensor
 
 from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, isolated, next_power_of_2, tl, triton
 
-# Keys are gathered where that makes at most this many of each on average, from measurements on an H100 (LOG.md).
+# Keys are gathered where that makes at most this many of each on average, from measurements on an H100:
+# LOG.md, "2026-11-21 group_attention over gathered keys: works, 0.66x and 0.92x".
 MOST_COPIES = 3.0
 
 
