@@ -115,9 +115,10 @@ def alone_in(folder: Path) -> Iterator[None]:
             pass
         yield
     finally:
-        if descriptor in _locks:
-            _locks.remove(descriptor)
-            os.close(descriptor)
+        _locks.discard(descriptor)
+        with suppress(OSError):  # also for copies of it that a process forked long ago may have
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 _locks: set[int] = set()  # descriptors that hold one

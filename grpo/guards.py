@@ -40,7 +40,8 @@ class Stoppable(Protocol):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP stop the program as Ctrl-C does: by an exception, so that what is open is closed."""
+    """Inside, SIGTERM and SIGHUP stop the program as Ctrl-C does: by an exception (Stopped), so that what is open is
+    closed."""
     with _on_signals(_stop):
         yield
 
@@ -187,7 +188,7 @@ def told_how_to_go_on(folder: Path) -> Iterator[None]:
         if "--resume" in str(error) or not folder.is_dir():
             raise
         raise UserError(f"{error} {how_to_go_on(folder)}") from error
-    except Exception as error:  # a fault of ours: its traceback ends with the same words
+    except (Exception, KeyboardInterrupt) as error:  # a fault of ours: its traceback ends with the same words
         error.add_note(how_to_go_on(folder))
         raise
 

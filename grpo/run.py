@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # what the system refuses outside of a run: a file of the command line's, mostly
         return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except KeyboardInterrupt as error:
-        say("Stopped at once. What the last checkpoint holds is there: go on with --resume.")
+        say(" ".join(["Stopped at once.", *getattr(error, "__notes__", [])]))
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
-# Without a terminal there is no width to keep to.
-console = Console(highlight=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns)
+# Without a terminal there is no width to keep to. Brackets are brackets and :bug: is a word: names may have them.
+console = Console(
+    highlight=False, markup=False, emoji=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns
+)
 
 
 # Control codes but for tabs and new lines, marks that turn the direction of writing, halves of surrogate pairs.
@@ -25,14 +26,9 @@ def plain(text: str) -> str:
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def literal(text: str) -> Text:
-    """The same for tables and panels of rich, which take brackets as markup and :names: as pictures."""
-    return Text(plain(text))
-
-
 def say(text: str) -> None:
     """A line as it is: never wrapped, so that paths and commands can be copied."""
-    console.print(literal(text), soft_wrap=True)
+    console.print(plain(text), soft_wrap=True)
 
 
 @contextmanager

@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and must not wait for one
 
+import shutil
+
 import pytest
 import torch
 from tiny_models import FUSED, GENERIC, VOCABULARY, write_checkpoint
+from toy_task import SMALL, TASK
 
 from grpo.config import Config
 from grpo.types import Completion, Group, Prompt
@@ -57,3 +60,21 @@ def groups():
         group.advantages = torch.randn(3, generator=generator)
         made.append(group)
     return made
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a run of the toy task: four steps, checkpoints after the second and the fourth. Only to be read."""
+    from grpo.run import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    flags = [*SMALL, "--steps", "4", "--save-every", "2", "--run-dir", str(folder / "run")]
+    assert main([str(folder / "toy.py"), *flags]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def toy_run(trained, tmp_path):
+    """A copy of that run, to be gone on with or damaged."""
+    return shutil.copytree(trained, tmp_path / "run")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from toy_task import SMALL, TASK
 
 from grpo.embedded import MODEL_DIR
-from grpo.folder import list_checkpoints
+from grpo.folder import alone_in, list_checkpoints
 from grpo.metrics import TIMING_PREFIXES
 from grpo.run import main, resolve
 
@@ -68,24 +68,24 @@ def test_a_run_leaves_everything_it_promises(task_file, tmp_path, capsys):
     assert re.search(r"held-out pass@1: .* before, .* after", out.replace("\n", " "))
 
 
-def test_equal_seeds_give_equal_runs_and_other_seeds_others(task_file, tmp_path):
-    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        run_toy(task_file, tmp_path / name, "--steps", "3", "--seed", seed)
-    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b") != metrics_of(tmp_path / "c")
+def test_equal_seeds_give_equal_runs_and_other_seeds_others(task_file, trained, tmp_path):
+    run_toy(task_file, tmp_path / "a", "--steps", "4", "--save-every", "2")
+    run_toy(task_file, tmp_path / "b", "--steps", "4", "--save-every", "2", "--seed", "2")
+    assert metrics_of(tmp_path / "a") == metrics_of(trained) != metrics_of(tmp_path / "b")
 
 
 def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
-    """20 steps in one go, and 20 steps with a kill -9 somewhere in the middle: bit for bit the same."""
-    argv = [task_file(), *SMALL, "--steps", "20", "--eval-every", "8"]
+    """11 steps in one go, and 11 steps with a kill -9 somewhere in the middle: bit for bit the same."""
+    argv = [task_file(), *SMALL, "--steps", "11"]
     assert main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
 
     killed_argv = [*argv, "--run-dir", str(tmp_path / "killed")]
     code = f"import sys; from grpo.run import main; sys.exit(main({killed_argv!r}))"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    last_seen = random.Random().randint(5, 15)
+    last_seen = random.Random().randint(4, 8)
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
-            if re.match(rf"\s*{last_seen}/20\b", line):
+            if re.match(rf"\s*{last_seen}/11\b", line):
                 process.send_signal(signal.SIGKILL)
                 break
     assert process.returncode == -signal.SIGKILL
@@ -96,32 +96,14 @@ def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
     completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("killed", "whole")]
     assert completions[0] == completions[1]
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
-        files = [tmp_path / run / "checkpoints" / "step-000020" / name for run in ("killed", "whole")]
+        files = [tmp_path / run / "checkpoints" / "step-000011" / name for run in ("killed", "whole")]
         killed, whole = map(load_file, files)
         assert killed.keys() == whole.keys()
         assert all(torch.equal(killed[key], whole[key]) for key in whole)
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(task_file, tmp_path):
-    folder = tmp_path / "run"
-    argv = [sys.executable, "-m", "grpo.run", task_file(), *SMALL, "--steps", "5000", "--run-dir", str(folder)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        lines = iter(process.stdout)
-        next(line for line in lines if re.match(r"\s*4/5000\b", line))
-        process.send_signal(signal.SIGINT)
-        rest = "".join(lines)
-    assert process.returncode == 130
-    assert f"--resume {folder}" in rest
-    done = len([line for line in metrics_of(folder) if "reward/mean" in line])
-    assert list_checkpoints(folder)[-1].name == f"step-{done:06d}"
-
-
-def test_eval_scores_a_run_and_a_model(task_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "3")
-    capsys.readouterr()
-    assert main(["--eval", str(folder)]) == 0
+def test_eval_scores_a_run_and_a_model(task_file, trained, capsys):
+    assert main(["--eval", str(trained)]) == 0
     out = capsys.readouterr().out
     assert "step-" in out
     assert "95% interval" in out
@@ -445,33 +427,22 @@ def test_a_run_folder_is_never_overwritten(task_file, tmp_path, capsys):
     fails([task_file(), *SMALL, "--run-dir", str(tmp_path / "run")], capsys, "exists already", "--resume")
 
 
-def test_a_run_goes_on_in_one_process_only(task_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    argv = [sys.executable, "-m", "grpo.run", task_file(), *SMALL, "--steps", "5000", "--run-dir", str(folder)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        next(line for line in process.stdout if re.match(r"\s*5/5000\b", line))
-        written = (folder / "metrics.jsonl").read_text()
-        fails(["--resume", str(folder)], capsys, f"Another process is training in {folder}")
-        process.send_signal(signal.SIGKILL)
-    assert (folder / "metrics.jsonl").read_text().startswith(written)  # not cut back to the checkpoint
-    done = int(list_checkpoints(folder)[-1].name.removeprefix("step-"))
-    assert main(["--resume", str(folder), "--steps", str(done + 1)]) == 0
+def test_a_run_goes_on_in_one_process_only(toy_run, capsys):
+    written = (toy_run / "metrics.jsonl").read_text()
+    with alone_in(toy_run):
+        fails(["--resume", str(toy_run), "--steps", "5"], capsys, f"Another process is training in {toy_run}")
+    assert (toy_run / "metrics.jsonl").read_text() == written
 
 
-def test_a_run_does_not_go_on_to_fewer_steps(task_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "4")
-    saved = (folder / "config.json").read_text()
-    fails(["--resume", str(folder), "--steps", "3"], capsys, "has done 4 steps, more than --steps 3 asks for")
-    assert (folder / "config.json").read_text() == saved
-    assert main(["--resume", str(folder), "--steps", "5"]) == 0
+def test_a_run_does_not_go_on_to_fewer_steps(toy_run, capsys):
+    saved = (toy_run / "config.json").read_text()
+    fails(["--resume", str(toy_run), "--steps", "3"], capsys, "has done 4 steps, more than --steps 3 asks for")
+    assert (toy_run / "config.json").read_text() == saved
 
 
-def test_checkpoints_that_are_not_ours_or_damaged(task_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    fails(["--resume", str(folder)], capsys, "no run folder")
-    run_toy(task_file, folder, "--steps", "4", "--save-every", "2")
+def test_checkpoints_that_are_not_ours_or_damaged(toy_run, tmp_path, capsys):
+    folder = toy_run
+    fails(["--resume", str(tmp_path / "none")], capsys, "no run folder")
     last = list_checkpoints(folder)[-1]
     weights = last / "adapter_model.safetensors"
     content = weights.read_bytes()
@@ -505,17 +476,16 @@ def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_are_left(task_
     assert main(["--eval", str(stale)]) == 0
 
 
-def test_what_a_user_puts_beside_the_checkpoints_is_none(task_file, tmp_path):
-    folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "4", "--save-every", "2", "--keep", "1")
+def test_what_a_user_puts_beside_the_checkpoints_is_none(toy_run):
+    folder = toy_run
     last = list_checkpoints(folder)[-1]
     shutil.copytree(last, folder / "checkpoints" / "step-000004-mine")
     (folder / "checkpoints" / "step-000005.tar.gz").write_text("packed")
     (folder / "checkpoints" / "step-000009").write_text("a file")
     assert list_checkpoints(folder)[-1] == last
-    assert main(["--resume", str(folder), "--steps", "8"]) == 0
+    assert main(["--resume", str(folder), "--steps", "6", "--keep", "1"]) == 0
     names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert {"step-000004-mine", "step-000005.tar.gz", "step-000009", "step-000008"} <= names
+    assert {"step-000004-mine", "step-000005.tar.gz", "step-000009", "step-000006"} <= names
 
 
 def changed(path, change):
@@ -525,9 +495,8 @@ def changed(path, change):
     return json.dumps(content)
 
 
-def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, capsys):
-    folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "3")
+def test_files_of_a_run_that_are_gone_or_damaged_are_named(toy_run, tmp_path, capsys):
+    folder = toy_run
     last = list_checkpoints(folder)[-1]
     state, config, metrics = last / "state.json", folder / "config.json", folder / "metrics.jsonl"
     zeros = metrics.read_text().splitlines(keepends=True)
@@ -553,9 +522,9 @@ def test_files_of_a_run_that_are_gone_or_damaged_are_named(task_file, tmp_path, 
     for file, damaged, words in damages:
         whole = file.read_text()
         file.unlink() if damaged is None else file.write_text(damaged)
-        fails(["--resume", str(folder), "--steps", "4"], capsys, *words)
+        fails(["--resume", str(folder), "--steps", "5"], capsys, *words)
         file.write_text(whole)
-    assert main(["--resume", str(folder / "checkpoints"), "--steps", "4"]) == 0
+    assert main(["--resume", str(folder / "checkpoints"), "--steps", "5"]) == 0
     fails(["--resume", str(folder / "checkpoints" / "step-000009")], capsys, "no checkpoint", "step-000009")
     fails(["--resume", str(tmp_path)], capsys, "neither metrics.jsonl nor a checkpoint")
 
@@ -572,43 +541,59 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
-def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, task_file, tmp_path, capsys):
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    run_toy(task_file, folder, "--steps", "3")
-    shutil.copytree(folder, whole)
-    config = (folder / "config.json").read_text()
-    sizes = {"curves.png": 12_000, "completions.jsonl": (folder / "completions.jsonl").stat().st_size + 100}
-    sizes |= {"metrics.jsonl": len(config) + 50, "config.json": 1000}
-    with files_of_at_most(sizes[full_for]):
-        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "more room")
-    for each in (folder, whole):
-        assert main(["--resume", str(each), "--steps", "6"]) == 0
-    assert metrics_of(folder) == metrics_of(whole)
-
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(task_file, tmp_path, capsys):
-    """The optimizer's file is the largest, the logs are small."""
-    folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "3")
-    good = list_checkpoints(folder)[-1]
-    largest = max(path.stat().st_size for path in good.iterdir())
-    with files_of_at_most(largest - 1):
-        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000003", "more room")
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [good.name]
+@pytest.fixture(scope="module")
+def six_steps(trained, tmp_path_factory):
+    """That run after two further steps."""
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("six") / "run")
     assert main(["--resume", str(folder), "--steps", "6"]) == 0
+    return folder
 
 
-def test_a_run_keeps_its_task_and_its_folder(task_file, tmp_path, capsys):
+@pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
+def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, toy_run, six_steps, capsys):
+    folder, saved = toy_run, len((toy_run / "config.json").read_text())
+    sizes = {"curves.png": 12_000, "completions.jsonl": (folder / "completions.jsonl").stat().st_size + 100}
+    sizes |= {"metrics.jsonl": (folder / "metrics.jsonl").stat().st_size + 50, "config.json": saved // 2}
+    with files_of_at_most(sizes[full_for]):
+        fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000004", "more room")
+    assert main(["--resume", str(folder), "--steps", "6"]) == 0
+    assert metrics_of(folder) == metrics_of(six_steps)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(toy_run, six_steps, capsys):
+    """The optimizer's file is the largest, the logs are small."""
+    before = {path.name for path in (toy_run / "checkpoints").iterdir()}
+    largest = max(path.stat().st_size for path in list_checkpoints(toy_run)[-1].iterdir())
+    with files_of_at_most(largest - 1):
+        fails(["--resume", str(toy_run), "--steps", "6"], capsys, "could not be written", "step-000004", "more room")
+    assert {path.name for path in (toy_run / "checkpoints").iterdir()} == before
+    assert main(["--resume", str(toy_run), "--steps", "6"]) == 0
+    assert metrics_of(toy_run) == metrics_of(six_steps)
+
+
+def test_a_full_disk_at_the_first_checkpoint_is_told_with_what_fits(task_file, trained, tmp_path, capsys):
     folder = tmp_path / "run"
-    run_toy(task_file, folder, "--steps", "2")
+    largest = max(path.stat().st_size for path in list_checkpoints(trained)[-1].iterdir())
+    with files_of_at_most(largest - 1):
+        argv = [task_file(), *SMALL, "--steps", "1", "--run-dir", str(folder)]
+        fails(
+            argv,
+            capsys,
+            "could not be written",
+            f"start over in the same folder with `python -m grpo.run --resume {folder}`",
+        )
+    assert main(["--resume", str(folder)]) == 0
+
+
+def test_a_run_keeps_its_task_and_its_folder(task_file, toy_run, tmp_path, capsys):
+    folder = toy_run
     before = metrics_of(folder)
-    fails(["tasks/reverse.py", "--resume", str(folder), "--steps", "3"], capsys, "task reverse", "run of task toy")
+    fails(["tasks/reverse.py", "--resume", str(folder), "--steps", "5"], capsys, "task reverse", "run of task toy")
     other = str(tmp_path / "other")
-    fails(["--resume", str(folder), "--steps", "3", "--run-dir", other], capsys, "--run-dir", "its own folder")
+    fails(["--resume", str(folder), "--steps", "5", "--run-dir", other], capsys, "--run-dir", "its own folder")
     assert metrics_of(folder) == before
     moved = Path(task_file()).rename(tmp_path / "moved.py")
-    assert main([str(moved), "--resume", str(folder), "--steps", "3"]) == 0
+    assert main([str(moved), "--resume", str(folder), "--steps", "5"]) == 0
 
 
 def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):

@@ -8,7 +8,7 @@ from rich.table import Table
 from grpo.config import field_names
 from grpo.folder import CONFIG_FILE
 from grpo.resolve import Resolved
-from grpo.terminal import console, literal
+from grpo.terminal import console, plain
 
 
 def announce(resolved: Resolved) -> None:
@@ -22,7 +22,7 @@ def banner(resolved: Resolved) -> Panel:
     """One visible notice that this is not the real thing, and how to get it."""
     task, missing = resolved.task, "\n".join(f"  - {what}" for what in resolved.missing)
     return Panel(
-        literal(
+        plain(
             f"Missing here:\n{missing}\n"
             "So this run uses what ships with the package: a tiny model and "
             f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
@@ -43,7 +43,7 @@ def describe(resolved: Resolved) -> Table:
     for name in field_names():
         origin = resolved.origins.get(name, "default")
         if origin != "default":
-            table.add_row(name, literal(str(getattr(resolved.config, name))), literal(origin))
+            table.add_row(name, plain(str(getattr(resolved.config, name))), plain(origin))
     defaults = sum(resolved.origins.get(name, "default") == "default" for name in field_names())
     table.caption = f"and {defaults} defaults; all are in {CONFIG_FILE}, --help explains them"
     table.caption_justify = "left"

@@ -103,7 +103,8 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
 def _score_anew(run: Run, task: Task) -> None:
     """What is held out is what the scores so far are of. Otherwise they are no measure of what comes: not for the best
     checkpoint, nor for the comparison at the end. Then the policy is scored on it now."""
-    progress, held_out = run.progress, _fingerprint_of_held_out(run, task)
+    progress, prompts = run.progress, [prompt.tokens for prompt in run.evaluator.prompts]
+    held_out = fingerprint_of_held_out(prompts, task.solved, run.config)
     if progress.held_out and progress.held_out != held_out:
         run.recorder.message(
             "note: the held-out prompts, their samples or their measure are not those of the scores so far. The policy "
@@ -115,12 +116,10 @@ def _score_anew(run: Run, task: Task) -> None:
     progress.held_out = held_out
 
 
-def _fingerprint_of_held_out(run: Run, task: Task) -> str:
-    """The SHA-256 of all that a held-out score depends on beside the policy."""
-    asked, config = run.evaluator, run.config
-    measure = (task.solved, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
-    said = [asked.samples, measure, *(prompt.tokens for prompt in asked.prompts)]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+def fingerprint_of_held_out(prompts: list[list[int]], solved: tuple[str, float] | None, config: Config) -> str:
+    """The SHA-256 of all that a held-out score depends on beside the policy. prompts: their tokens [P]."""
+    how = (config.eval_samples, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
+    return hashlib.sha256(json.dumps([solved, how, prompts]).encode()).hexdigest()
 
 
 def _closing(run: Run, asked: Asked) -> int:

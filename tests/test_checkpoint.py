@@ -1,0 +1,91 @@
+"""What a checkpoint's files say is believed only if it is what was written, by --resume and by --eval."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from grpo.checkpoint import STATE, check_run, read_state
+from grpo.config import Config
+from grpo.errors import UserError
+from grpo.folder import list_checkpoints, saved_run
+from grpo.run import main
+from grpo.verbs.train import fingerprint_of_held_out
+
+
+def flipped(content, bit):
+    """The same bytes with one bit the other way."""
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_of_the_state_is_believed(toy_run):
+    last = list_checkpoints(toy_run)[-1]
+    whole = (last / STATE).read_bytes()
+    bits = random.Random(0).sample(range(8 * len(whole)), 1500)
+    for bit in bits:
+        (last / STATE).write_bytes(flipped(whole, bit))
+        with pytest.raises(UserError):
+            read_state(last)
+    (last / STATE).write_bytes(whole)
+    assert read_state(last)[0].step == 4
+
+
+@pytest.mark.parametrize("verb", ["--resume", "--eval"])
+@pytest.mark.parametrize("name", [STATE, "adapter_model.safetensors", "adapter_config.json"])
+def test_a_flipped_bit_is_told_before_anything_is_cut(verb, name, toy_run, capsys):
+    earlier, last = list_checkpoints(toy_run)
+    metrics = toy_run / "metrics.jsonl"
+    written = metrics.read_text()
+    for checkpoint in (earlier, last):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(flipped(content, 8 * len(content) // 2 + 3))
+    assert main([verb, str(last), *(["--steps", "5"] if verb == "--resume" else [])]) == 2
+    assert f"{name} is missing or damaged" in (told := capsys.readouterr().err) or f"{name} is damaged" in told
+    assert metrics.read_text() == written
+
+
+def test_a_checkpoint_of_another_run_is_refused(toy_run, tmp_path, capsys):
+    other = shutil.copytree(toy_run, tmp_path / "other")
+    saved = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(saved | {"id": "another"}))
+    for verb in ("--resume", "--eval"):
+        assert main([verb, str(other)]) == 2
+        assert "is of another run" in capsys.readouterr().err
+    run = saved_run(str(toy_run))
+    check_run(list_checkpoints(toy_run)[-1], run.id)
+
+
+def test_a_run_of_an_earlier_format_is_told_so(toy_run):
+    last = list_checkpoints(toy_run)[-1]
+    state = json.loads((last / STATE).read_text())
+    (last / STATE).write_text(json.dumps(state | {"format": "grpo-checkpoint-1"}))
+    with pytest.raises(UserError, match=r"another version of this program.*opens in PeftModel"):
+        read_state(last)
+
+
+def test_scores_of_another_held_out_set_are_not_compared(toy_run, capsys):
+    """pass@1 of four prompts is no measure for that of six."""
+    before = read_state(list_checkpoints(toy_run)[-1])[0]
+    assert main(["--resume", str(toy_run), "--steps", "5", "--eval-prompts", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert "scored anew" in printed
+    lines = [json.loads(line) for line in (toy_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/pass@1" in line] == [0, 4, 4, 5]
+    after = read_state(list_checkpoints(toy_run)[-1])[0]
+    assert after.held_out != before.held_out
+    assert after.first_scores == {name: lines[-3][name] for name in after.first_scores}
+    assert main(["--resume", str(toy_run), "--steps", "6"]) == 0
+    assert "scored anew" not in capsys.readouterr().out
+
+
+def test_a_held_out_set_is_known_by_all_that_its_score_depends_on():
+    def fingerprint(prompts=((1, 2), (3,)), solved=("says", 1.0), **changes):
+        return fingerprint_of_held_out(list(map(list, prompts)), solved, Config(**changes))
+
+    assert fingerprint() == fingerprint(steps=7, learning_rate=1.0)
+    others = [dict(prompts=((1,), (2, 3))), dict(solved=None), dict(solved=("says", 0.5)), dict(eval_samples=5),
+              dict(eval_k=1), dict(temperature=0.9), dict(max_completion_tokens=8), dict(seed=1)]  # fmt: skip
+    assert len({fingerprint(), *(fingerprint(**other) for other in others)}) == 1 + len(others)
