@@ -971,3 +971,26 @@ def test_the_probe_of_a_chat_reward_is_a_group_in_the_models_tokens(tokenizer):
     assert size == 8
     assert tokenizer.decode(tokens[:-1]) == "<answer>\n5\n</answer>"
     assert tokens[-1] == tokenizer.eos_token_id
+
+
+def test_what_a_reward_logs_stays_under_its_own_heading():
+    def reward(completions, log_metric):
+        log_metric("reward/mean", 99)
+        log_metric("twice", 1)
+        log_metric("twice", torch.tensor(2.0))
+        return [0.0] * len(completions)
+
+    def unnamed(completions, log_metric):
+        log_metric("two\nlines", 1.0)
+        return [0.0] * len(completions)
+
+    metrics = score([make_group(0, ["a"])], build_rewards({reward: 1.0}, COLUMNS, chat=False))
+    assert metrics == {"logged/reward/mean": 99.0, "logged/twice": 1.5}
+    assert "it must be text of one line" in error_of({unnamed: 1.0})
+
+
+def test_a_gold_answer_that_cannot_be_compared_ends_the_preflight_with_its_row():
+    rewards = build_rewards({correctness: 1.0}, COLUMNS, chat=False)
+    rows = [(make_prompt(4, "5"), "<answer>5</answer>"), (make_prompt(6, ["5"]), "<answer>['5']</answer>")]
+    with pytest.raises(UserError, match=r"`correctness` raised ValueError \(the gold answer is .* on row 6"):
+        preflight(rewards, rows)

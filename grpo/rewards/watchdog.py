@@ -226,6 +226,7 @@ def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> N
     """Look at the calls of the parent until it is gone."""
     memory = mmap.mmap(descriptor, 0)
     excused: dict[tuple[int, float], float] = {}  # seconds that do not count
+    found_late: dict[tuple[int, float], float] = {}  # when, of the seconds that count
     rung: dict[tuple[int, float], float] = {}  # when it was last interrupted
     looked = time.monotonic()
     while True:
@@ -233,16 +234,20 @@ def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> N
         if not parent_lives:
             _tell_the_end(memory, calls)
             return
-        # Stopped with Ctrl-Z, or a machine too busy to let us look: then the call had no time either.
-        pause = max(0.0, now - looked - 1.0)
-        excused = {call: excused.get(call, 0.0) + pause for call in calls}
+        # While both are stopped (Ctrl-Z), or it alone (a debugger), or the machine is too busy, no call computes.
+        paused = now - looked > 1.0 or (bool(calls) and _is_stopped(parent))
+        excused = {call: excused.get(call, 0.0) + (now - looked) * paused for call in calls}
         rung = {call: when for call, when in rung.items() if call in calls}
+        found_late = {call: when for call, when in found_late.items() if call in calls}
         for call, (seconds, what) in calls.items():
-            over = now - excused[call] - call[1]
-            if over > grace:
+            clock = now - excused[call]
+            if clock < call[1]:
+                continue
+            # From when we have seen it, for we may have been the one that was late.
+            if clock > found_late.setdefault(call, clock) + grace:
                 _end(memory, parent, seconds, what)
                 return
-            if over > 0 and sends_signals and now > rung.get(call, 0.0) + _BETWEEN_SIGNALS:
+            if sends_signals and now > rung.get(call, 0.0) + _BETWEEN_SIGNALS:
                 rung[call] = now
                 os.kill(parent, SIGNAL)
         looked = now
@@ -258,6 +263,13 @@ def _calls(memory: mmap.mmap) -> Calls:
             text = memory[place + _CALL.size : place + _CALL.size + length]
             calls[place, deadline] = seconds, text.decode(errors="replace")
     return calls
+
+
+def _is_stopped(process: int) -> bool:
+    """By a signal, or by a debugger. Where the system does not say it (macOS), it is not."""
+    with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False
 
 
 def _tell_the_end(memory: mmap.mmap, calls: Calls) -> None:
