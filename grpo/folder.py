@@ -23,16 +23,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo.config import Config, check_type, field_names, from_dict
-from grpo.errors import UserError
+from grpo.errors import UserError, in_words
 
 CONFIG_FILE = "config.json"
 STATE = "state.json"  # of a checkpoint, written last
 CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
+Origin = Literal["default", "task", "embedded", "recipe", "flag"]  # of a value of a run
 RECORDED = ("metrics.jsonl", "completions.jsonl", "curves.png", "tensorboard")
 
 
@@ -146,7 +147,7 @@ class Saved:
     task_sha256: str  # of that file when the run was started, or last resumed with a task file
     name: str  # of the task
     config: Config
-    origins: dict[str, str]  # field -> where its value came from
+    origins: dict[str, Origin]  # field -> where its value came from
 
 
 def write_config(saved: Saved) -> None:
@@ -207,11 +208,13 @@ def saved_run(place: str | None) -> Saved | None:
         for name in ("id", "task", "task_sha256", "name"):
             check_type(name, read[name], str)
         check_type("origins", read["origins"], dict)
+        for name, origin in read["origins"].items():
+            check_type(f"the origin of {name}", origin, Origin)
         saved = Saved(**(read | {"folder": folder, "config": from_dict(read["config"])}))
-    except (UserError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error}). Put it back as it was, or start a new run."
-        ) from error
+    except UserError as error:
+        raise UserError(f"{file} is damaged: {error} Put the file back as it was, or start a new run.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged: {in_words(error)}. Put it back as it was, or start a new run.") from error
     if "\0" in saved.task:
         raise UserError(f"{file} is damaged: no file's name has a NUL character in it. Put it back as it was.")
     return saved

@@ -15,7 +15,7 @@ from typing import Any
 from grpo.command import Options, parse
 from grpo.config import Config, field_names
 from grpo.errors import UserError
-from grpo.folder import Saved, fingerprint_of, is_run, run_of, saved_run
+from grpo.folder import Origin, Saved, fingerprint_of, is_run, run_of, saved_run
 from grpo.recipes import RECIPES
 from grpo.task import Task, load_task
 
@@ -30,7 +30,7 @@ class Resolved:
     task_path: str
     task_sha256: str  # of that file
     config: Config
-    origins: dict[str, str]  # field -> "default", "task", "embedded", "recipe" or "flag"; a resumed run keeps its own
+    origins: dict[str, Origin]  # of its fields; a resumed run keeps those it began with
     missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
 
     def as_saved(self, folder: Path, run: str) -> Saved:
@@ -56,7 +56,7 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     if options.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
         flags = flags | {"model": options.eval}
     config, origins = (saved.config, dict(saved.origins)) if saved else _of_task(task)
-    layers = {"recipe": RECIPES[options.recipe] if options.recipe else {}, "flag": flags}
+    layers: Layers = {"recipe": RECIPES[options.recipe] if options.recipe else {}, "flag": flags}
     missing: list[str] = []
     if not saved and task.embedded:
         missing, layers = _embedded_where_missing(task, config, layers)
@@ -66,13 +66,13 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), config, origins, missing)
 
 
-Layers = dict[str, dict[str, Any]]  # origin -> values, the later over the earlier
+Layers = dict[Origin, dict[str, Any]]  # origin -> values, the later over the earlier
 
 
 def _embedded_where_missing(task: Task, config: Config, layers: Layers) -> tuple[list[str], Layers]:
     """What the task's own model and data lack here, and the layers with the embedded default where they lack something,
     or where that is asked for."""
-    with_embedded = {"embedded": task.embedded} | layers
+    with_embedded: Layers = {"embedded": task.embedded, **layers}
     _check_either(config, with_embedded, layers)  # before something slow is asked
     asked = _over(config, layers)
     missing = [] if "model" in layers["flag"] else what_is_missing(asked["model"], asked["data"] or task.data)
@@ -168,10 +168,11 @@ def _check_task_file(saved: Saved) -> None:
         )
 
 
-def _of_task(task: Task) -> tuple[Config, dict[str, str]]:
+def _of_task(task: Task) -> tuple[Config, dict[str, Origin]]:
     """The task's own configuration, and which of its values are the task's."""
     named = [name for name in field_names() if getattr(task.config, name) != getattr(Config(), name)]
-    return task.config, dict.fromkeys(named, "task")
+    origin: Origin = "task"
+    return task.config, dict.fromkeys(named, origin)
 
 
 def _check_same_run(saved: Saved, task: Task, task_path: str, resumed: str, flags: dict[str, Any]) -> None:

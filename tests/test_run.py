@@ -513,6 +513,7 @@ def test_files_of_a_run_that_are_gone_or_damaged_are_named(toy_run, tmp_path, ca
         (config, changed(config, lambda read: read.update(config=[])), ["config.json"]),
         (config, changed(config, lambda read: read.pop("id")), ["config.json", "earlier version"]),
         (config, changed(config, lambda read: read.update(task=3)), ["config.json", "task is 3"]),
+        (config, changed(config, lambda read: read["origins"].update(steps=[1])), ["the origin of steps is [1]"]),
         (config, "[]", ["config.json"]),
         (config, "[" * 100_000, ["config.json"]),
         (config, None, ["config.json is missing"]),
