@@ -888,7 +888,8 @@ def test_a_coroutine_that_nobody_awaits_is_told():
     async def right(completion, answer):
         return 1.0
 
-    assert "It must be awaited: write the reward" in error_of({quiet(right): 1.0})
+    groups = [make_group(7, ["5"])]  # one: only the first is told, and closed
+    assert "It must be awaited: write the reward" in error_of({quiet(right): 1.0}, groups)
 
 
 @pytest.fixture(scope="module")

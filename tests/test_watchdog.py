@@ -10,8 +10,9 @@ import time
 
 import pytest
 
+from grpo.errors import UserError
 from grpo.folder import alone_in
-from grpo.rewards import watchdog
+from grpo.rewards import build_rewards, watchdog
 
 TIME = 0.05
 
@@ -112,6 +113,18 @@ def test_a_watchdog_that_was_killed_is_replaced():
     with pytest.raises(TimeoutError):
         call(endless)
     assert watchdog.watchdog().child.pid != first.child.pid
+
+
+def test_a_watchdog_that_cannot_run_is_told(monkeypatch):
+    monkeypatch.setattr(watchdog, "_watchdog", None)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    watchdog.watchdog().child.wait()
+    with pytest.raises(UserError, match=r"it ended by itself, with exit code 1. .* --reward-timeout 0"):
+        build_rewards({"grpo.rewards:exact_match": 1.0}, ["answer"], chat=False, timeout=60.0)
+    monkeypatch.setattr(watchdog, "_watchdog", None)
+    monkeypatch.setattr(sys, "executable", "/there/is/no/python")
+    with pytest.raises(UserError, match="The process that watches how long rewards take cannot be started"):
+        build_rewards({"grpo.rewards:exact_match": 1.0}, ["answer"], chat=False, timeout=60.0)
 
 
 def test_long_texts_and_many_calls_have_room():

@@ -146,7 +146,9 @@ class Watchdog:
         # Python handles signals in its main thread, and has them set there alone.
         if threading.current_thread() is not threading.main_thread():
             return False
-        signal.signal(SIGNAL, lambda number, frame: self._ring())
+        signal.signal(
+            SIGNAL, lambda number, frame: _watchdog and _watchdog._ring()
+        )  # that of now, not this one for ever
         return True
 
     def _ring_for_ever(self) -> None:
@@ -188,10 +190,12 @@ def watchdog() -> Watchdog:
     """That of this process, started when it is first asked for.
 
     Raises:
-        OSError: it cannot be started.
+        OSError: it cannot be started, or ended by itself. One that was killed is replaced.
     """
     global _watchdog
     if _watchdog is None or not _watchdog.is_alive():
+        if _watchdog is not None and (code := _watchdog.child.returncode) >= 0:
+            raise OSError(f"it ended by itself, with exit code {code}")
         _watchdog = Watchdog(_advice)
         atexit.register(_watchdog.close)
     return _watchdog
