@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from contest import Case, Contest, Run, relative_error
 from grpo_kernels import GroupLayout, add_rms_norm, group_attention, linear_logprob, rms_norm, rope
 from grpo_kernels.dispatch import Impl
-from grpo_kernels.swiglu import Activation, gated
+from grpo_kernels.gates import Activation, gated
 from torch import Tensor
 
 BFLOAT16_BYTES = 2

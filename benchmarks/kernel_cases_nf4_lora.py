@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from contest import Case, Contest, Run, relative_error
 from grpo_kernels.dispatch import Impl, cdiv
-from grpo_kernels.lora_linear import LoraFactors, empty_with_room, lora_linear, lora_linear_inference
+from grpo_kernels.lora import LoraFactors, empty_with_room, lora_linear, lora_linear_inference
 from grpo_kernels.mlp import Activation, lora_mlp
-from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_linear, nf4_quantize
+from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_quantize
+from grpo_kernels.nf4_product import nf4_linear
 from torch import Tensor
 
 RANK = 32

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from grpo_kernels.attention import GroupLayout
+from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
 from grpo.config import Config

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
-from grpo_kernels.attention import GroupLayout
+from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}

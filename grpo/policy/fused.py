@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from grpo_kernels import add_rms_norm, lora_mlp, rms_norm, rope
-from grpo_kernels.attention import GroupLayout, group_attention
-from grpo_kernels.swiglu import ACTIVATIONS, Activation, gated
+from grpo_kernels.attention import group_attention
+from grpo_kernels.gates import ACTIVATIONS, Activation, gated
+from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

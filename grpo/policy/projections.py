@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, dense_weight, empty_with_room, lora_linear
+from grpo_kernels.lora import LoraFactors, dense_weight, empty_with_room, lora_linear
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_concat, nf4_quantize
 from torch import Tensor, nn
 

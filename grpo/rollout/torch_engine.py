@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-from grpo_kernels.attention import GroupLayout
+from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 

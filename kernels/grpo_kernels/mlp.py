@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from grpo_kernels.dispatch import Impl, choose, isolated, num_multiprocessors, shared_memory, tl, triton
-from grpo_kernels.lora_linear import (
+from grpo_kernels.gates import ACTIVATIONS, Activation, gated
+from grpo_kernels.lora import (
     LoraFactors,
     add_low_rank,
     decoded,
@@ -32,7 +33,6 @@ from grpo_kernels.lora_linear import (
     scaled,
 )
 from grpo_kernels.nf4 import NF4
-from grpo_kernels.swiglu import ACTIVATIONS, Activation, gated
 
 
 @isolated

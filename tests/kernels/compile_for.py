@@ -18,19 +18,17 @@ from grpo_kernels import (
     GroupLayout,
     LoraFactors,
     add_rms_norm,
-    geglu,
     linear_logprob,
     lora_linear,
     lora_linear_inference,
     lora_mlp,
-    lora_qkv,
     nf4_dequantize,
     nf4_linear,
     rms_norm,
     rope,
-    swiglu,
 )
 from grpo_kernels.attention import _merge, sum_of_copies
+from grpo_kernels.gates import ACTIVATIONS, gated
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -114,8 +112,8 @@ def rotary() -> None:
 
 
 def activations() -> None:
-    for activation in (swiglu, geglu):
-        backward(activation(zeros(5, 256), zeros(5, 256), impl="triton"))
+    for activation in ACTIVATIONS:
+        backward(gated(zeros(5, 256), zeros(5, 256), activation, impl="triton"))
 
 
 def head() -> None:
@@ -168,7 +166,7 @@ def factors(*sizes: int, num_inputs: int = 128, rank: int = 16) -> LoraFactors:
 def lora() -> None:
     for base in (quantized(256, 128, False), zeros(256, 128, requires_grad=False)):
         backward(lora_linear(zeros(300, 128), base, factors(256), impl="triton"))
-        backward(*lora_qkv(zeros(300, 128), base, factors(128, 64, 64), impl="triton"))
+        backward(lora_linear(zeros(300, 128), base, factors(128, 64, 64), impl="triton"))
         for rows in (5, 300):
             lora_linear_inference(zeros(rows, 128, requires_grad=False), base, factors(128, 64, 64), impl="triton")
     bases = quantized(256, 128, False), quantized(128, 128, False)
@@ -176,7 +174,7 @@ def lora() -> None:
         out = lora_mlp(zeros(300, 128), bases[0], factors(128, 128), bases[1], factors(128), activation, impl="triton")
         backward(out)
     for rank in (64, 256):
-        backward(*lora_qkv(zeros(300, 128), bases[0], factors(128, 64, 64, rank=rank), impl="triton"))
+        backward(lora_linear(zeros(300, 128), bases[0], factors(128, 64, 64, rank=rank), impl="triton"))
         both = factors(128, 128, rank=rank), factors(128, rank=rank)
         backward(lora_mlp(zeros(300, 128), bases[0], both[0], bases[1], both[1], impl="triton"))
 

@@ -5,7 +5,7 @@ Knows nothing of how grpo_kernels computes it.
 from dataclasses import replace
 
 import torch
-from grpo_kernels.lora_linear import LoraFactors, empty_with_room
+from grpo_kernels.lora import LoraFactors, empty_with_room
 from grpo_kernels.nf4 import NF4, nf4_dequantize, nf4_quantize
 from torch import Tensor
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grpo_kernels.lora_linear import lora_linear
+from grpo_kernels.lora import lora_linear
 from grpo_kernels.nf4 import NF4, nf4_quantize
 from lora_reference import leaves, plain, random_base, random_factors, random_projection, reference_linear
 

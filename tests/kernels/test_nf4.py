@@ -3,7 +3,7 @@
 import bitsandbytes.functional
 import pytest
 import torch
-from grpo_kernels.nf4 import NF4, _arrived, _dynamic_levels, _levels, nf4_concat, nf4_dequantize, nf4_quantize
+from grpo_kernels.nf4 import NF4, arrived_on, dynamic_levels_on, levels_on, nf4_concat, nf4_dequantize, nf4_quantize
 
 SHAPES = [(64, 64), (3, 40), (7, 13), (1, 1), (130, 64), (99, 507), (252, 320)]
 
@@ -110,10 +110,10 @@ def test_traced_as_one_operation(device):
         return nf4_dequantize(NF4(packed, absmax, (8, 128), nested_absmax, offset), torch.float32, impl="triton") * 2
 
     expected = nf4_dequantize(nf4, torch.float32, impl="torch") * 2
-    for constant in (_arrived, _levels, _dynamic_levels):
+    for constant in (arrived_on, levels_on, dynamic_levels_on):
         constant.cache_clear()  # as in a process whose first weight is made in a compiled function
     assert torch.equal(doubled(nf4.packed, nf4.absmax, nf4.nested_absmax, nf4.offset), expected)
-    assert all(constant.cache_info().currsize == 1 for constant in (_arrived, _levels, _dynamic_levels))
+    assert all(constant.cache_info().currsize == 1 for constant in (arrived_on, levels_on, dynamic_levels_on))
 
 
 @pytest.mark.gpu

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from grpo_kernels.nf4 import nf4_dequantize, nf4_linear, nf4_quantize
+from grpo_kernels.nf4 import nf4_dequantize, nf4_quantize
+from grpo_kernels.nf4_product import nf4_linear
 
 
 def product_float64(x, nf4, bias):

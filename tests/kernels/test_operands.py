@@ -14,7 +14,6 @@ from grpo_kernels import (
     lora_linear,
     lora_linear_inference,
     lora_mlp,
-    lora_qkv,
     nf4_dequantize,
     nf4_linear,
     nf4_quantize,
@@ -22,7 +21,7 @@ from grpo_kernels import (
     rope,
     swiglu,
 )
-from grpo_kernels.swiglu import gated_backward
+from grpo_kernels.gates import gated_backward
 from lora_reference import leaves, plain, random_base, random_factors, random_projection, reference_linear
 
 
@@ -190,7 +189,7 @@ def test_a_rank_of_many_blocks(device, impl, relative_error):
     exact, copies = x.detach().double().requires_grad_(), leaves(factors, torch.float64)
     weight = plain(base, torch.float32, torch.float64)
     expected = reference_linear(exact, weight, copies[0], copies[1:], factors.scale)
-    got = torch.cat(lora_qkv(x, base, factors, impl=impl), dim=1)
+    got = lora_linear(x, base, factors, impl=impl)
     assert relative_error(got, expected) < 1e-5
     masters = [factors.a, *factors.b]
     pairs = zip(gradients(got, [x, *masters]), gradients(expected, [exact, *copies]), strict=True)
@@ -222,7 +221,6 @@ def test_autocast_changes_nothing(device, impl):
     for run in (
         lambda: linear_logprob(hidden, weight, targets, impl=impl),
         lambda: lora_linear(hidden, base, factors, impl=impl),
-        lambda: lora_qkv(hidden, base, factors, impl=impl),
     ):
         expected = run()
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -247,7 +245,7 @@ def everything(device, dtype):
         *rope(heads, heads, cos, sin, impl="triton"),
         swiglu(x, x, impl="triton"),
         lora_linear(x, bases[0], factors[0], impl="triton"),
-        *lora_qkv(x, bases[1], factors[2], impl="triton"),
+        lora_linear(x, bases[1], factors[2], impl="triton"),
         mlp(x, bases, factors, "triton"),
         group_attention(heads, heads, heads, layout),
     ]

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grpo_kernels
 import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # Built on tensor descriptors, which Hopper introduced; elsewhere the head takes another way.
-OF_HOPPER = {"linear_logprob._multiply_kernel", "linear_logprob._finish_kernel", "linear_logprob._target_logits_kernel"}
+OF_HOPPER = {"logprob_tiles._multiply_kernel", "logprob_tiles._finish_kernel", "logprob_tiles._target_logits_kernel"}
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,19 @@ def test_every_kernel_compiles_and_fits(capability, dtype, elsewhere):
     assert done.returncode == 0, done.stderr
     compiled = dict(line.split() for line in done.stdout.splitlines())
     assert {name for name, shared in compiled.items() if shared == "-"} == elsewhere
+
+
+def test_laying_out_tokens_and_loading_a_task_need_no_triton():
+    code = (
+        "import sys; from grpo import Config, Task; import grpo.types, grpo.packing; from grpo_kernels import "
+        "GroupLayout;"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_file_has_the_name_of_a_function():
+    """Importing the file would put it in the function's place."""
+    files = {path.stem for path in Path(grpo_kernels.__file__).parent.glob("*.py")}
+    assert not files & set(grpo_kernels.__all__)
+    assert all(callable(getattr(grpo_kernels, name)) for name in grpo_kernels.__all__)

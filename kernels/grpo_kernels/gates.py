@@ -1,4 +1,4 @@
-"""SwiGLU and GeGLU: activation(gate) * up, and its gradients without storing the activation.
+"""Gated activations (SwiGLU, GeGLU): activation(gate) * up, and its gradients without storing the activation.
 Knows nothing of the projections before and after it.
 
 Axes: N rows, I intermediate size. With a the activation and h = a(gate) up:
@@ -29,11 +29,6 @@ ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
 def swiglu(gate: Tensor, up: Tensor, *, impl: Impl = "auto") -> Tensor:
     """silu(gate) * up, [..., I], differentiable. `gate` and `up` may be the halves of one [..., 2 I] tensor."""
     return gated(gate, up, "silu", impl=impl)
-
-
-def geglu(gate: Tensor, up: Tensor, *, approximate: Literal["tanh", "none"] = "tanh", impl: Impl = "auto") -> Tensor:
-    """gelu(gate) * up, [..., I], differentiable; Gemma's MLPs take the tanh approximation."""
-    return gated(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu", impl=impl)
 
 
 @isolated
