@@ -1,6 +1,6 @@
 # Everyday commands. `make check` is what a change must pass before it is sent.
 
-.PHONY: check lint test test-gpu test-vllm bench tables
+.PHONY: check lint test test-slow test-gpu test-vllm bench tables
 
 check: lint test
 
@@ -11,6 +11,10 @@ lint:
 
 test:
 	pytest
+
+# What takes long and tells little more; the second stage of CI.
+test-slow:
+	pytest -m slow
 
 test-gpu:
 	pytest -m gpu

@@ -13,6 +13,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 OF_HOPPER = {"logprob_tiles._multiply_kernel", "logprob_tiles._finish_kernel", "logprob_tiles._target_logits_kernel"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "elsewhere"),
     [("7.5", "float16", OF_HOPPER), ("8.9", "bfloat16", OF_HOPPER), ("9.0", "bfloat16", set())],
