@@ -4,12 +4,9 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and must not wait for one
 
-<<<<<<< HEAD
 import shutil
 
-=======
 import grpo_kernels.dispatch  # noqa: F401  # before another package imports Triton, which then could not interpret kernels
->>>>>>> 3c0e606 (Compiling for GPUs that are not there is a second stage of the tests; kernels can be interpreted whatever imports Triton)
 import pytest
 import torch
 from tiny_models import FUSED, GENERIC, VOCABULARY, write_checkpoint
