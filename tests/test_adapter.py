@@ -126,7 +126,8 @@ def test_what_cannot_be_computed_is_refused_by_its_name(fields, config, policy, 
     dict(lora_alpha=0), dict(lora_alpha=1e300), dict(lora_alpha=10**400), dict(use_rslora="no"), dict(use_rslora=1),
     dict(rank_pattern=[2]), dict(rank_pattern={"q_proj": 2.0}), dict(rank_pattern={"(": 2}),
     dict(alpha_pattern={"q_proj": None}), dict(target_modules=None), dict(target_modules="("),
-    dict(target_modules=[["q_proj"]]),
+    dict(target_modules=[["q_proj"]]), dict(target_modules="(.*)*x"), dict(target_modules=".*" * 20 + "x"),
+    dict(alpha_pattern={"(.|.)+x": 2}),
 ], ids=lambda fields: str(fields)[:60])  # fmt: skip
 def test_fields_that_mean_something_else_or_are_damaged_are_refused_by_their_name(fields, config, policy, tmp_path):
     written(config, tmp_path)

@@ -36,6 +36,8 @@ MEANINGLESS = {
 # takes away from the base what the factors began with, each time that it opens the adapter.
 HARMLESS_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
+REPEATS, REPEATED_GROUP, MOST_REPEATS = re.compile(r"[*+{]"), re.compile(r"\)[*+{]"), 6
+
 REMEDY = "Merge the adapter into its model with PEFT's merge_and_unload, save that and give it as --model."
 
 
@@ -132,9 +134,12 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_expression(value: Any) -> bool:
+    """Whether this is a regular expression that is tried on a name in no time: one with repetitions of repetitions, or
+    with many of them, can take hours to find that it does not match."""
     try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except (re.error, OverflowError, RecursionError):
+        simple = len(REPEATS.findall(value)) <= MOST_REPEATS and not REPEATED_GROUP.search(value)
+        return simple and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError, TypeError):
         return False
 
 
