@@ -54,7 +54,8 @@ MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 def build_policy(config: Config, tokenizer: Any, longest: int) -> Policy:
     """The model of a configuration with a fresh adapter and its optimizer.
 
-    longest: prompt and completion together, in tokens, that will be run at most.
+    tokenizer: of the model; it and its chat template are asked which tokens end a completion. longest: prompt and
+    completion together, in tokens, that will be run at most.
     """
     return Policy(load_model(config, choose_device(config), longest, tokenizer), config)
 
