@@ -1,4 +1,4 @@
-"""The MLP of a known layer: one operation where the kernels have it, its parts otherwise, and the same values."""
+"""The MLP of a fused layer: one operation where the kernels have it, its parts otherwise, and the same values."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""AdapterLink: for models whose structure is not known. vLLM holds its own copy of the base, and its own LoRA machinery
+"""AdapterLink: for models that are not fused. vLLM holds its own copy of the base, and its own LoRA machinery
 receives the adapter. Knows nothing of sampling.
 
 vLLM reads an adapter from buffers at fixed addresses, and so do captured CUDA graphs. Each linear's place in them is
@@ -78,7 +78,7 @@ def _check_base(policy: Policy) -> None:
     fitting = "float32" if policy.device.type == "cpu" else "bf16"
     if policy.config.base != fitting:
         raise UserError(
-            f"The structure of {policy.source} is not a known one, so vLLM would sample from its own copy of the "
+            f"The layers of {policy.source} are none that vLLM can share, so it would sample from its own copy of the "
             f"weights, which is not rounded as --base {policy.config.base} is. Use --base {fitting} or --engine torch."
         )
 
