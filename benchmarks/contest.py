@@ -1,5 +1,5 @@
 """What a kernel benchmark is: a case is one operation at one shape, a contest its entries, their floor and the truth.
-Knows nothing of any kernel; `kernels.py` runs contests, the files `kernel_cases_*.py` list them.
+Knows nothing of any kernel; `kernels.py` runs contests, the files of `kernel_cases/` list them.
 """
 
 import gc

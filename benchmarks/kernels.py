@@ -1,5 +1,5 @@
 """Every kernel against its floor and its rivals on one GPU: prints a table, writes results/kernels-<gpu>.json.
-Knows nothing of any kernel: the cases are listed by the files kernel_cases_*.py beside it.
+Knows nothing of any kernel: the cases are listed by the files of kernel_cases/, a file a kernel.
 
     python benchmarks/kernels.py                       ours only
     python benchmarks/kernels.py --peers               and every rival that is installed
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from contest import Case, Contest, Run, copy_bandwidth, matmul_rate, milliseconds, peak_gib, rough_milliseconds
+from kernel_cases import FILES
 
 RESULTS = Path(__file__).parent / "results"
 LONG_MS = 2.0  # a floor from which on every entry keeps the GPU busy for longer than the host needs to queue it
@@ -26,12 +27,11 @@ LONG_MS = 2.0  # a floor from which on every entry keeps the GPU busy for longer
 
 def main() -> None:
     arguments = parse_arguments()
-    files = sorted(Path(__file__).parent.glob("kernel_cases_*.py"))
     cases = [
         case
-        for file in files
-        for case in importlib.import_module(file.stem).CASES
-        if arguments.only in f"{file.stem} {case.operation}"
+        for file in FILES
+        for case in importlib.import_module(f"kernel_cases.{file}").CASES
+        if arguments.only in f"{file} {case.operation}"
     ]
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     machine = {
