@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from grpo_kernels import linear_logprob
+from grpo_kernels import head_product, linear_logprob
 from torch import Tensor
 
 from grpo.config import Config
@@ -78,7 +78,7 @@ class Policy:
 
     def distribution(self, hidden: Tensor, temperature: float) -> Tensor:
         """log p of every token after these final hidden states, float32: [S, D] -> [S, V]."""
-        logits = float32_product(hidden, self.model.head)
+        logits = head_product(hidden, self.model.head)
         if self.model.softcap is not None:
             logits = self.model.softcap * torch.tanh(logits / self.model.softcap)
         return F.log_softmax(logits / temperature, dim=-1)
@@ -140,10 +140,3 @@ class Policy:
 def _add_gradient(master: Tensor, gradient: Tensor | None) -> None:
     if gradient is not None:  # an expert that no token of the batch was sent to has none
         master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-
-
-def float32_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [S, D] times weight [V, D], accumulated and returned in float32 as in `linear_logprob`."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return hidden.float() @ weight.float().T

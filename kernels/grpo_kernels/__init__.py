@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from grpo_kernels.gates import swiglu
     from grpo_kernels.layout import GroupLayout
     from grpo_kernels.logprob import linear_logprob
+    from grpo_kernels.logprob_head import head_product
     from grpo_kernels.lora import LoraFactors, lora_linear, lora_linear_inference
     from grpo_kernels.mlp import lora_mlp
     from grpo_kernels.nf4 import NF4, nf4_concat, nf4_dequantize, nf4_quantize
@@ -24,6 +25,7 @@ _FILES = {
     "attention": ("group_attention",),
     "layout": ("GroupLayout",),
     "logprob": ("linear_logprob",),
+    "logprob_head": ("head_product",),
     "lora": ("LoraFactors", "lora_linear", "lora_linear_inference"),
     "mlp": ("lora_mlp",),
     "nf4": ("NF4", "nf4_concat", "nf4_dequantize", "nf4_quantize"),
@@ -40,6 +42,7 @@ __all__ = [
     "LoraFactors",
     "add_rms_norm",
     "group_attention",
+    "head_product",
     "linear_logprob",
     "lora_linear",
     "lora_linear_inference",

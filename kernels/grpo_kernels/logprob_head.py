@@ -39,23 +39,34 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-class Head:
-    """The weight [V, D] and its two products, accumulated in float32.
+def head_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Logits [S, V] of final hidden states [S, D] and a head's weight [V, D], as `linear_logprob` has them before its
+    softcap and temperature: accumulated and returned in float32, or in float64 if the weight is.
 
     16-bit operands are multiplied as they are where a float32 result is to be had (CUDA), else in float32.
     """
+    if multiplies_16_bit(weight):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    dtype = value_dtype(weight)
+    return hidden.to(dtype) @ weight.to(dtype).T
+
+
+def multiplies_16_bit(weight: Tensor) -> bool:
+    return weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
+
+
+class Head:
+    """The weight [V, D] and its two products, both as in `head_product`; converted once where that is needed."""
 
     def __init__(self, weight: Tensor):
         self.dtype = weight.dtype
-        self.multiplies_16_bit = weight.device.type == "cuda" and weight.dtype in (torch.float16, torch.bfloat16)
+        self.multiplies_16_bit = multiplies_16_bit(weight)
         self.matrix = weight if self.multiplies_16_bit else weight.to(value_dtype(weight))
         self.scale = FLOAT16_SCALE if weight.dtype == torch.float16 else 1.0
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [C, D] -> [C, V]"""
-        if self.multiplies_16_bit:
-            return torch.mm(hidden, self.matrix.T, out_dtype=torch.float32)
-        return hidden.to(self.matrix.dtype) @ self.matrix.T
+        return head_product(hidden, self.matrix)
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """coefficients [C, V] -> their combinations of the rows of the head [C, D]"""
