@@ -135,20 +135,6 @@ def _fake_forward(hidden, weight, targets, temperature, softcap, form, different
     return allocate(hidden, form)
 
 
-def _launch_recompute(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    temperature: float,
-    softcap: float,
-    chunk_rows: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `hidden` [M, D] and of `weight` [V, D] for a trained head, from logits computed again."""
-    return torch_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows)
-
-
 def _fake_recompute(hidden, weight, targets, grad_logprobs, grad_entropy, temperature, softcap, chunk_rows):
     return torch.empty_like(hidden), weight.new_empty(weight.shape)
 
@@ -188,7 +174,7 @@ def _backward(ctx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_
 
 
 _forward_op = Operator("linear_logprob", _launch_forward, _fake_forward)
-_recompute_op = Operator("linear_logprob_recompute", _launch_recompute, _fake_recompute)
+_recompute_op = Operator("linear_logprob_recompute", torch_recompute, _fake_recompute)
 _forward_op.differentiate(_setup_context, _backward)
 
 

@@ -39,6 +39,7 @@ def torch_recompute(
     softcap: float,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of `hidden` [M, D] and of `weight` [V, D] for a trained head, from logits computed again."""
     grad_hidden = torch.empty_like(hidden)
     grad_weight = torch.zeros(weight.shape, dtype=value_dtype(hidden), device=weight.device)
     head = Head(weight)

@@ -468,13 +468,5 @@ def _linear_op(
 
 
 @_linear_op.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    num_rows: int,
-) -> Tensor:
+def _(x, packed, absmax, nested_absmax, offset, bias, num_rows):
     return x.new_empty(x.shape[0], num_rows)
