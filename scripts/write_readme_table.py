@@ -83,6 +83,7 @@ def everything() -> str:
         "Learning on a GPU": learning(RESULTS),
         "Rollouts": rollouts(in_short=False),
         "Head and MLP": kernels(in_short=False),
+        "Is the engine the policy": canary(),
     }
     return joined(ABOUT, *(f"## {title}\n\n{text}" for title, text in sections.items() if text))
 
@@ -107,6 +108,28 @@ def embedded() -> str:
         f"{machine['torch']}, {machine['date']} (`{machine['command']}`): held-out pass@1 with its 95% interval, and "
         "the seconds of the whole command.\n\n"
         "| seed | before | after | points | steps | seconds |\n|---:|---|---|---:|---:|---:|\n" + "\n".join(lines)
+    )
+
+
+def canary() -> str:
+    """The canary and the audit in low precision."""
+    result = json.loads((RESULTS / "canary.json").read_text())
+    machine, given = result["machine"], result["arguments"]
+    lines = [
+        f"| {row['base']} | {row['noise']:.3f} | {row['largest_gap']:.3f} | {row['mean_rank']:.3f} | "
+        f"{row['stale']['steps'] or 'not'} | {row['greedy']['steps'] or 'not'} | {row['top 20']['steps'] or 'not'} | "
+        f"{row['step_s']:.2f} | {row['sync_s']:.2f} | {row['audit_s']:.2f} |"
+        for row in result["rows"]
+    ]
+    return (
+        f"{given['shape']} shape, random weights and rewards, on one {machine['gpu']}, {machine['date']} (`python "
+        f"benchmarks/canary.py --steps {given['steps']} --more {given['more']}`). {given['steps']} honest steps at a "
+        f"learning rate of {given['learning_rate']:g} ended without an alarm; then the canary was answered by an "
+        f"engine that stood still while the policy learned at {given['stale_rate']:g}, and the audit was given tokens "
+        "drawn greedily, or from the 20 likeliest. Noise and gap in nats; rank 0.5 is right; steps until each was "
+        "found; seconds of a step, of them sync with canary, and audit.\n\n"
+        "| base | noise | largest gap | mean rank | stale found | greedy found | top 20 found | step | sync | audit |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
     )
 
 
