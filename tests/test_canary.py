@@ -9,6 +9,7 @@ from tiny_engines import Letters, contexts, learn, prompts, rollout
 from tiny_models import build_policy, randomise
 
 from grpo.errors import UserError
+from grpo.rollout import audit
 from grpo.rollout.audit import Audit
 from grpo.rollout.canary import Canary, follows
 from grpo.rollout.torch_engine import TorchEngine
@@ -216,10 +217,10 @@ def off_by_one(engine, requests):
 @pytest.mark.parametrize("fault", [shifted, swapped, base_model, off_by_one])
 def test_log_probabilities_that_are_not_the_policys_are_told_at_the_first_step(fault, tiny_config):
     policy, engine = build_engine(tiny_config(max_completion_tokens=23))
-    audit = Audit(policy, engine.canary.noise)
-    audit(rollout(engine, prompts(), 4, seed=0), 0)
+    looker = Audit(policy, engine.canary.noise)
+    looker(rollout(engine, prompts(), 4, seed=0), 0)
     with pytest.raises(UserError, match="differ from the policy's"):
-        audit(rollout(Wrong(engine, sample=fault), prompts(), 4, seed=0), 0)
+        looker(rollout(Wrong(engine, sample=fault), prompts(), 4, seed=0), 0)
 
 
 def drawn_from(change):
@@ -255,23 +256,24 @@ WRONG_DRAWS = {
 @pytest.mark.parametrize("name", WRONG_DRAWS)
 def test_tokens_drawn_from_another_distribution_are_told_within_a_few_steps(name, tiny_config):
     policy, engine = build_engine(tiny_config(max_completion_tokens=23))
-    audit, wrong = Audit(policy, engine.canary.noise), Wrong(engine, sample=drawn_from(WRONG_DRAWS[name]))
+    looker, wrong = Audit(policy, engine.canary.noise), Wrong(engine, sample=drawn_from(WRONG_DRAWS[name]))
     with pytest.raises(UserError, match="not drawn from the policy"):
         for step in range(60):
-            audit(rollout(wrong, prompts(), 2, seed=step), step)
+            looker(rollout(wrong, prompts(), 2, seed=step), step)
 
 
-@pytest.mark.parametrize(("name", "temperature", "steps"), [("qwen3", 1.0, 110), ("qwen3", 0.3, 30), ("gpt2", 0.8, 20)])
-def test_silent_over_many_honest_steps_and_resumed_where_it_was(name, temperature, steps, tiny_config):
+@pytest.mark.parametrize(("name", "temperature", "steps"), [("qwen3", 1.0, 50), ("qwen3", 0.3, 20), ("gpt2", 0.8, 10)])
+def test_silent_over_many_honest_steps_and_resumed_where_it_was(name, temperature, steps, tiny_config, monkeypatch):
+    monkeypatch.setattr(audit, "WINDOW", 40)
     policy, engine = build_engine(tiny_config(name, temperature=temperature, max_completion_tokens=23))
-    audit = Audit(policy, engine.canary.noise)
-    ranks = [audit(rollout(engine, prompts(2), 2, seed), seed)["mismatch/rank"] for seed in range(steps)]
+    looker = Audit(policy, engine.canary.noise)
+    ranks = [looker(rollout(engine, prompts(2), 2, seed), seed)["mismatch/rank"] for seed in range(steps)]
     assert abs(np.mean(ranks) - 0.5) < 0.06
-    resumed = Audit(policy, engine.canary.noise, audit.state())
+    resumed = Audit(policy, engine.canary.noise, looker.state())
     groups = rollout(engine, prompts(2), 2, seed=steps)
-    assert resumed(groups, steps) == audit(groups, steps)
-    assert resumed.state() == audit.state()
-    assert len(audit.state()) == min(100, steps + 1)
+    assert resumed(groups, steps) == looker(groups, steps)
+    assert resumed.state() == looker.state()
+    assert len(looker.state()) == min(40, steps + 1)
 
 
 def test_ranks_are_those_of_the_distribution_written_out(tiny_config, groups):
