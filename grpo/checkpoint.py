@@ -197,7 +197,7 @@ def _digest(content: bytes, said: object) -> str:
 
 
 def _try_another(folder: Path) -> str:
-    return f"Choose another checkpoint of {folder.parent}."
+    return f"Give --resume or --eval another checkpoint of {folder.parent}."
 
 
 def best_checkpoint(place: Path) -> Path:
