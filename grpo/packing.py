@@ -130,20 +130,20 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
     Greedy, in order; a group that does not fit goes on in the next batch with its prompt again.
     """
     rows: list[list[Piece]] = []
-    room = 0
+    left = 0
     for group, members in pieces:
         prompt = len(group.prompt.tokens)
         for place, member in enumerate(members):
             length = len(group.completions[member].tokens)
-            if place > 0 and length <= room:
+            if place > 0 and length <= left:
                 rows[-1][-1][1].append(member)
-                room -= length
-            elif rows and prompt + length <= room:
+                left -= length
+            elif rows and prompt + length <= left:
                 rows[-1].append((group, [member]))
-                room -= prompt + length
+                left -= prompt + length
             else:
                 rows.append([(group, [member])])
-                room = tokens_per_batch - prompt - length
+                left = tokens_per_batch - prompt - length
     return rows
 
 

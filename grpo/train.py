@@ -173,6 +173,6 @@ def is_unsaved(run: Run) -> bool:
 def save(run: Run) -> None:
     """Write a checkpoint of the run as it was after its last whole step, also when the next one has failed."""
     run.recorder.stage("checkpoint")
-    run.recorder.sync()
+    run.recorder.fsync()
     save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
     run.saved = (run.progress.step, run.progress.evaluated)

@@ -110,7 +110,7 @@ def test_a_step_takes_few_decisions(tmp_path):
     ):
         assert expected in counted
     few = {name: count for name, count in counted.items() if count}
-    assert sum(few.values()) <= 60, f"{sum(few.values())}: " + ", ".join(f"{n} {c}" for n, c in few.items())
+    assert sum(few.values()) <= 50, f"{sum(few.values())}: " + ", ".join(f"{n} {c}" for n, c in few.items())
 
 
 def test_the_loop_fits_on_a_few_screens():

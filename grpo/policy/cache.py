@@ -26,13 +26,15 @@ class KeyValueCache:
         self._mask = torch.empty(0)
         self._place = torch.empty(0)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: list[int], room: int) -> None:
+    def fill(
+        self, layer: int, k: Tensor, v: Tensor, prompts: tuple[int, ...], copies: list[int], max_tokens: int
+    ) -> None:
         """Start from packed prompts: k and v [N, K, E]; each prompt is there `copies` times."""
         times = torch.tensor(copies, device=k.device)
         for slabs, packed in ((self.keys, k), (self.values, v)):
             padded = pad_sequence(list(packed.split(prompts)), batch_first=True).transpose(1, 2)
             padded = padded.repeat_interleave(times, dim=0)
-            slab = padded.new_zeros(*padded.shape[:2], max(prompts) + room, padded.shape[3])
+            slab = padded.new_zeros(*padded.shape[:2], max(prompts) + max_tokens, padded.shape[3])
             slab[:, :, : padded.shape[2]] = padded
             slabs[layer] = slab
         self.lengths = [length for length, count in zip(prompts, copies, strict=True) for _ in range(count)]

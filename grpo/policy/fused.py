@@ -154,14 +154,14 @@ class FusedModel(nn.Module):
         return self._run(batch.tokens, batch.positions, packed(batch.layout))
 
     def prefill(
-        self, tokens: Tensor, layout: GroupLayout, copies: list[int], room: int
+        self, tokens: Tensor, layout: GroupLayout, copies: list[int], max_tokens: int
     ) -> tuple[Tensor, KeyValueCache]:
         """Packed prompts [N] -> hidden states [N, D] and a cache with each prompt `copies` times, a number for each."""
         attention = packed(layout)
         cache = KeyValueCache(len(self.layers))
 
         def attend(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            cache.fill(index, k, v, layout.prompt_lengths, copies, room)
+            cache.fill(index, k, v, layout.prompt_lengths, copies, max_tokens)
             return attention(index, q, k, v, scale)
 
         return self._run(tokens, layout.positions(), attend), cache

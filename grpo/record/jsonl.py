@@ -62,7 +62,7 @@ class JsonLines:
         """Bytes written."""
         return self._file.tell()
 
-    def sync(self) -> None:
+    def fsync(self) -> None:
         """When this returns, they are on the disk."""
         os.fsync(self._file.fileno())
 

@@ -92,13 +92,13 @@ class Recorder:
         self._console.message(text)
 
     def position(self) -> dict[str, int]:
-        """How far the files are written, in bytes: for the checkpoint, which waits for `sync`."""
+        """How far the files are written, in bytes: for the checkpoint, which waits for `fsync`."""
         return {file.path.name: file.position() for file in (self._metrics, self._completions)}
 
-    def sync(self) -> None:
+    def fsync(self) -> None:
         """When this returns, all that was written to these files is on the disk."""
-        self._metrics.sync()
-        self._completions.sync()
+        self._metrics.fsync()
+        self._completions.fsync()
 
     def close(self) -> None:
         """Draw the curves a last time and close every file, whatever goes wrong on the way."""

@@ -66,7 +66,7 @@ class TorchEngine:
             # A sequence that is already at its end is fed its first token again; what comes out is not looked at.
             tokens = torch.tensor([c[place] if place < len(c) else c[0] for c in completions], device=hidden.device)
             scored.append(self._distribution(hidden).gather(1, tokens[:, None]).squeeze(1))
-            hidden = decoder.step(tokens) if place + 1 < longest else hidden
+            hidden = decoder.feed(tokens) if place + 1 < longest else hidden
         rows = torch.stack(scored, dim=1).tolist()
         return [row[: len(completion)] for row, completion in zip(rows, completions, strict=True)]
 
@@ -106,7 +106,7 @@ class TorchEngine:
             if len(going) <= most_kept * len(rows):
                 decoder.keep(going)
                 rows, tokens = [rows[at] for at in going], tokens[going]
-            hidden = decoder.step(tokens)
+            hidden = decoder.feed(tokens)
         version = self.policy.version
         return [completion_of(d.tokens, d.logprobs, d.stopped, self.tokenizer, version) for d in drafts]
 
@@ -158,12 +158,12 @@ class Decoder(Protocol):
 
     can_drop: bool
 
-    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
-        """Read the prompts, each for its number of `copies`, S sequences in all that get at most `room` more tokens;
-        the last hidden states [S, D]."""
+    def start(self, prompts: list[list[int]], copies: list[int], max_tokens: int) -> Tensor:
+        """Read the prompts, each for its number of `copies`, S sequences in all that get at most `max_tokens` more
+        tokens; the last hidden states [S, D]."""
         ...
 
-    def step(self, tokens: Tensor) -> Tensor:
+    def feed(self, tokens: Tensor) -> Tensor:
         """One more token for each sequence, [S] -> hidden states [S, D]."""
         ...
 
@@ -180,16 +180,16 @@ class PackedDecoder:
     def __init__(self, model: FusedModel):
         self.model = model
 
-    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
+    def start(self, prompts: list[list[int]], copies: list[int], max_tokens: int) -> Tensor:
         """See Decoder.start."""
         device = self.model.head.device
         layout = GroupLayout.of([len(prompt) for prompt in prompts], device=device)
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        hidden, self.cache = self.model.prefill(tokens, layout, copies, room)
+        hidden, self.cache = self.model.prefill(tokens, layout, copies, max_tokens)
         return hidden[layout.prompts[1:].long() - 1].repeat_interleave(torch.tensor(copies, device=device), dim=0)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder.step."""
+    def feed(self, tokens: Tensor) -> Tensor:
+        """See Decoder.feed."""
         return self.model.decode(tokens, self.cache)
 
     def keep(self, rows: list[int]) -> None:
@@ -203,7 +203,7 @@ class PaddedDecoder:
     def __init__(self, model: GenericModel):
         self.model = model.model
 
-    def start(self, prompts: list[list[int]], copies: list[int], room: int) -> Tensor:
+    def start(self, prompts: list[list[int]], copies: list[int], max_tokens: int) -> Tensor:
         """See Decoder.start."""
         device = self.model.device
         longest = max(map(len, prompts))
@@ -215,8 +215,8 @@ class PaddedDecoder:
         self.can_drop = all(type(layer) in DROPPABLE for layer in self.cache.layers)
         return self._run(tokens, (self.mask.cumsum(1) - 1).clamp(min=0))
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """See Decoder.step."""
+    def feed(self, tokens: Tensor) -> Tensor:
+        """See Decoder.feed."""
         positions = self.mask.sum(1, keepdim=True)
         self.mask = torch.cat([self.mask, torch.ones_like(positions)], dim=1)
         return self._run(tokens[:, None], positions)
