@@ -71,6 +71,7 @@ def test_a_second_signal_stops_at_once(run_that, capsys):
     assert "--resume" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_stops_the_run_gently(tmp_path):
     """The process is the leader of a session on a terminal of its own, as in a shell over ssh."""
     path, folder = tmp_path / "toy.py", tmp_path / "run"
@@ -146,6 +147,7 @@ def test_files_that_are_taken_away_are_told(act, told, run_that, capsys):
         assert words in error, error
 
 
+@pytest.mark.slow
 def test_too_many_open_files_are_told_and_what_is_saved_goes_on(tmp_path, run_that, capsys):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     act = f"free = os.dup(0); os.close(free); resource.setrlimit(resource.RLIMIT_NOFILE, (free, {limits[1]}))"

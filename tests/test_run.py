@@ -136,6 +136,7 @@ def test_check_wants_a_score_for_every_gold_answer(condition, count, task_file, 
     fails([task_file(extra=extra), "--check"], capsys, "`says`", "no score", f"{count} gold answers", "`solved`")
 
 
+@pytest.mark.slow
 def test_dynamic_sampling_fills_the_step_or_gives_up(task_file, tmp_path):
     sometimes = "def says(completion, answer):\n    return float(len(completion) % 2)"
     path = task_file(rewards="{says: 1.0}", extra=sometimes)
@@ -291,6 +292,7 @@ def untroubled_metrics(tmp_path_factory):
     return metrics_of(folder / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "times", "hook", "demand", "words"),
     [
@@ -325,6 +327,7 @@ def patient(completions):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("times", "done"), [("2", 2), ("4", 6)], ids=["in the middle", "the last"])
 def test_an_interrupted_evaluation_is_made_up(times, done, untroubled_metrics, tmp_path, capsys):
     path, folder = tmp_path / "toy.py", tmp_path / "run"
@@ -447,7 +450,7 @@ def test_checkpoints_that_are_not_ours_or_damaged(toy_run, tmp_path, capsys):
     weights = last / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    fails(["--resume", str(folder), "--steps", "6"], capsys, "damaged", "Choose another checkpoint")
+    fails(["--resume", str(folder), "--steps", "6"], capsys, "damaged", "another checkpoint of")
     weights.unlink()
     fails(["--resume", str(folder), "--steps", "6"], capsys, "damaged")
     (last / "state.json").write_text('{"format": "somebody else\'s"}')
@@ -457,6 +460,7 @@ def test_checkpoints_that_are_not_ours_or_damaged(toy_run, tmp_path, capsys):
     fails(["--resume", str(folder), "--steps", "9", "--lora-rank", "5"], capsys, "lora", "5")
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_is_gone_on_from_and_the_later_ones_are_left(task_file, tmp_path, capsys):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     flags = ["--save-every", "2", "--keep", "4", "--eval-every", "3"]
