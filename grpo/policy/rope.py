@@ -26,9 +26,8 @@ def check_rope(settings: Any, longest: int, name: str) -> None:
         if parameters.get("rope_type") in BY_LENGTH and longest > limit:
             raise UserError(
                 f"The positions of {name} are scaled by how long a sequence is ({parameters['rope_type']} beyond "
-                f"{limit} "
-                f"tokens), so that the same text has other probabilities beside a longer one. A run may have up to "
-                f"{longest} tokens: lower --max-completion-tokens, or leave out prompts that are too long with "
+                f"{limit} tokens), so that the same text has other probabilities beside a longer one. A run may have "
+                f"up to {longest} tokens: lower --max-completion-tokens, or leave out prompts that are too long with "
                 f"--max-context {limit}."
             )
 
