@@ -99,7 +99,7 @@ def build_engine(
     note: Callable[[str], object] = print,
 ) -> Engine:
     """The rollout engine that a configuration asks for. Where the choice is ours and vLLM refuses the model, PyTorch's
-    takes its place, and `note` is told.
+    is taken instead, and `note` is told.
 
     canary_prompts: tokens [P] of a few prompts that engine and policy are compared on after every update.
     longest: prompt and completion together, in tokens, that will be sampled at most.

@@ -7,7 +7,7 @@
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
                                                          with the size and SHA-256 of every other file, and of itself
 
-A checkpoint is written beside its place, synced to the disk and renamed: there is a whole one or none. Only folders
+A checkpoint is written under another name, synced to the disk and renamed: there is a whole one or none. Only folders
 whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
 """
 
@@ -184,7 +184,7 @@ def check_run(checkpoint: Path, run: str) -> None:
 
 
 def _signed(state: dict[str, Any]) -> bytes:
-    """state.json: JSON that says the SHA-256 of itself, taken with zeros in its place."""
+    """state.json: JSON that says the SHA-256 of itself, taken with zeros instead of it."""
     unsigned = json.dumps(state, indent=2).encode()
     return unsigned.replace(NO_DIGEST.encode(), hashlib.sha256(unsigned).hexdigest().encode())
 
@@ -200,17 +200,17 @@ def _try_another(folder: Path) -> str:
     return f"Give --resume or --eval another checkpoint of {folder.parent}."
 
 
-def best_checkpoint(place: Path) -> Path:
-    """The checkpoint with the best held-out score of a run, or the one that `place` is.
+def best_checkpoint(path: Path) -> Path:
+    """The checkpoint with the best held-out score of a run, or the one at `path`.
 
     Raises:
         UserError: there is none.
     """
-    if is_checkpoint(place):
-        return place
-    last = resume_folder(place)
+    if is_checkpoint(path):
+        return path
+    last = resume_folder(path)
     if last is None:
-        raise UserError(f"{place} has no checkpoint to score yet. Go on with it: --resume {run_of(place)}.")
+        raise UserError(f"{path} has no checkpoint to score yet. Go on with it: --resume {run_of(path)}.")
     best = last.with_name(f"step-{read_state(last)[0].best_step:06d}")
     return best if best.is_dir() else last
 

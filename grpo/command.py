@@ -153,7 +153,7 @@ def _unknown(words: list[str]) -> str:
     """What to say of words that are no flags."""
     flag = next((word for word in words if word.startswith("-")), None)
     if flag is None:
-        return f"There is no place for {words[0]!r}: one task file is given, and everything else is a flag. See --help."
+        return f"There is no use for {words[0]!r}: one task file is given, and everything else is a flag. See --help."
     name = flag.partition("=")[0].lstrip("-").replace("-", "_").replace(".", "_")
     known = [*field_names(), *Options.__dataclass_fields__]
     meant = ALIASES.get(name) or ALIASES.get(name.removeprefix("no_"))

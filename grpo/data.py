@@ -1,7 +1,7 @@
 """Data: the rows of a task: a folder of JSON lines, a data set of the hub, or made up. Knows nothing of prompts.
 
 read_rows(data, split, ...)     what a task file reads its rows with
-Rows(task, split, data)         the rows that a task gives, each with its place
+Rows(task, split, data)         the rows that a task gives, each with its index
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class JsonLines(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[each] for each in range(*index.indices(len(self)))]
         with self.path.open("rb") as lines:
             lines.seek(self.starts[index])
             return self._parse(self.numbers[index], lines.readline())
@@ -107,7 +107,7 @@ def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]
 
 
 class Rows(Sequence[Row]):
-    """The rows of a split. What has a place for each row, such as a data set of the hub, is left where it is; what
+    """The rows of a split. What can be indexed, such as a data set of the hub, is left where it is; what
     gives one row after the other is read into a list.
 
     first: read no more than so many of them. most: with more rows than this, they are taken for endless.
@@ -151,25 +151,25 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[each] for each in range(*index.indices(len(self)))]
         with user_code(self._told):
             row = self._rows[index]
         return self._checked(index, row)
 
     def __iter__(self) -> Iterator[Row]:
-        """One after the other, which for rows on a disk is faster than place by place."""
+        """One after the other, which for rows on a disk is faster than row by row."""
         with user_code(self._told):
             rows = iter(self._rows)
         for start in range(0, self._count, READ_AT_ONCE):
             with user_code(self._told):
                 some = list(islice(rows, min(READ_AT_ONCE, self._count - start)))
-            for place, row in enumerate(some, start):
-                yield self._checked(place, row)
+            for index, row in enumerate(some, start):
+                yield self._checked(index, row)
 
-    def _checked(self, place: int, row: Any) -> Row:
+    def _checked(self, index: int, row: Any) -> Row:
         if not isinstance(row, dict):
             raise UserError(
-                f"`rows` of task {self.task.name} gave {reprlib.repr(row)} ({type(row).__name__}) as row {place} of "
+                f"`rows` of task {self.task.name} gave {reprlib.repr(row)} ({type(row).__name__}) as row {index} of "
                 f"{self.source}. A row is a dict of columns, such as {{'question': ..., 'answer': ...}}. A table of "
                 'pandas gives such rows by .to_dict("records"), a DatasetDict by its split.'
             )
@@ -180,6 +180,6 @@ class Rows(Sequence[Row]):
 
 
 def _has_places(rows: Any) -> bool:
-    """Whether any row can be asked for again, by its place."""
+    """Whether any row can be asked for again, by its index."""
     hub = sys.modules.get("datasets")  # where it was not imported nothing comes from it
     return isinstance(rows, Sequence) or (hub is not None and isinstance(rows, hub.Dataset))

@@ -89,11 +89,11 @@ def set_aside(folder: Path) -> Path | None:
     recorded = [folder / name for name in RECORDED if (folder / name).exists()]
     if not recorded:
         return None
-    place = next(place for number in count(1) if not (place := folder / f"{LEFT}{number}").exists())
-    place.mkdir()
+    left = next(left for number in count(1) if not (left := folder / f"{LEFT}{number}").exists())
+    left.mkdir()
     for path in recorded:
-        path.rename(place / path.name)
-    return place
+        path.rename(left / path.name)
+    return left
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def write_config(saved: Saved) -> None:
         "config": dataclasses.asdict(saved.config),
         "origins": {name: saved.origins.get(name, "default") for name in field_names()},
     }
-    # Beside its place first: on a full disk the file that a resumed run began with must stay.
+    # Under another name first: on a full disk the file that a resumed run began with must stay.
     draft = saved.folder / f".{CONFIG_FILE}.partial"
     draft.write_text(json.dumps(content, indent=2))
     draft.replace(saved.folder / CONFIG_FILE)
@@ -176,9 +176,9 @@ def fingerprint_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def is_run(place: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a folder is a run's. A model's folder has a config.json too: a run's is known by what it says."""
-    folder = run_of(place)
+    folder = run_of(path)
     if (folder / "metrics.jsonl").exists() or list_checkpoints(folder):
         return True
     with suppress(UserError):
@@ -186,15 +186,15 @@ def is_run(place: Path) -> bool:
     return False
 
 
-def saved_run(place: str | None) -> Saved | None:
-    """config.json of the run that `place` is, or is a checkpoint of; None if it is neither.
+def saved_run(path: str | None) -> Saved | None:
+    """config.json of the run at `path`, or of the checkpoint there; None if it is neither.
 
     Raises:
         UserError: that file is gone, damaged or of another version.
     """
-    if not place or not is_run(Path(place)):
+    if not path or not is_run(Path(path)):
         return None
-    folder = run_of(Path(place))
+    folder = run_of(Path(path))
     file = folder / CONFIG_FILE
     if not file.exists():
         raise UserError(f"{file} is missing, which says what the run is made of. Put it back, or start a new run.")
@@ -246,15 +246,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def leave_later(folder: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, where the run now goes on from; returns their new places.
+    """Rename the checkpoints after `step`, where the run now goes on from; returns where they are now.
 
     They belong to the course that is left: metrics.jsonl will not hold their steps.
     """
     left = []
     for path in [path for at, path in _by_step(folder).items() if at > step]:
-        place = path.with_name(LEFT + path.name)
-        shutil.rmtree(place, ignore_errors=True)
-        left.append(path.rename(place))
+        left_path = path.with_name(LEFT + path.name)
+        shutil.rmtree(left_path, ignore_errors=True)
+        left.append(path.rename(left_path))
     return left
 
 
@@ -265,33 +265,33 @@ def _by_step(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches))
 
 
-def run_of(place: Path) -> Path:
-    """The folder of the run that `place` is, or that its checkpoints, or the checkpoint at `place`, belong to."""
-    if place.name == CHECKPOINTS:
-        return place.parent
-    return place.parent.parent if place.parent.name == CHECKPOINTS else place
+def run_of(path: Path) -> Path:
+    """The folder of the run at `path`, or that the checkpoints or the checkpoint there belong to."""
+    if path.name == CHECKPOINTS:
+        return path.parent
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path
 
 
-def resume_folder(place: Path) -> Path | None:
-    """The checkpoint that --resume means: `place` itself if it is one, else the last of the run; None if it has none
+def resume_folder(path: Path) -> Path | None:
+    """The checkpoint that --resume means: the one at `path`, else the last of the run; None if it has none
     yet, and starts over.
 
     Raises:
         UserError: it is not there, or of a course that the run has left.
     """
-    if is_checkpoint(place) and place.name.startswith(LEFT):
+    if is_checkpoint(path) and path.name.startswith(LEFT):
         raise UserError(
-            f"{place} was left when its run went on from an earlier checkpoint: metrics.jsonl no longer holds its "
-            f"steps. --eval scores it; --resume {run_of(place)} goes on with the run."
+            f"{path} was left when its run went on from an earlier checkpoint: metrics.jsonl no longer holds its "
+            f"steps. --eval scores it; --resume {run_of(path)} goes on with the run."
         )
-    if is_checkpoint(place):
-        return place
-    run = run_of(place)
-    if not place.is_dir():
-        raise UserError(f"There is no checkpoint {place}. --resume takes one of {run}, or {run} for the last.")
+    if is_checkpoint(path):
+        return path
+    run = run_of(path)
+    if not path.is_dir():
+        raise UserError(f"There is no checkpoint {path}. --resume takes one of {run}, or {run} for the last.")
     return next(reversed(list_checkpoints(run)), None)
 
 
-def is_checkpoint(place: Path) -> bool:
-    """Whether a folder is meant as a checkpoint, by its file or by its place."""
-    return (place / STATE).is_file() or (place.is_dir() and place.parent.name == CHECKPOINTS)
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is meant as a checkpoint, by its file or by where it lies."""
+    return (path / STATE).is_file() or (path.is_dir() and path.parent.name == CHECKPOINTS)

@@ -1,4 +1,4 @@
-"""Groups -> batches of at most so many tokens; the only place that lays out tensors. Knows nothing of models.
+"""Groups -> batches of at most so many tokens; alone in laying out tensors. Knows nothing of models.
 
     build_packer(config)       what one token's loss is multiplied by and who counts, chosen once above the loop
     pack(groups)               one list of batches for each optimizer step; groups without a gradient are counted only
@@ -104,8 +104,8 @@ class Packer:
         ]
 
     def _members(self, group: Group) -> list[int]:
-        """Which completions of a group have a part in the loss, by their places in it."""
-        return [place for place, completion in enumerate(group.completions) if self.counts(completion)]
+        """Which completions of a group have a part in the loss, by their indices in it."""
+        return [index for index, completion in enumerate(group.completions) if self.counts(completion)]
 
 
 def build_packer(config: Config, device: torch.device) -> Packer:
@@ -133,9 +133,9 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
     left = 0
     for group, members in pieces:
         prompt = len(group.prompt.tokens)
-        for place, member in enumerate(members):
+        for index, member in enumerate(members):
             length = len(group.completions[member].tokens)
-            if place > 0 and length <= left:
+            if index > 0 and length <= left:
                 rows[-1][-1][1].append(member)
                 left -= length
             elif rows and prompt + length <= left:
@@ -155,7 +155,7 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
         device,
     )
     tokens = [token for group, _ in pieces for token in group.prompt.tokens]
-    previous = [max(place - 1, 0) for place in range(len(tokens))]
+    previous = [max(index - 1, 0) for index in range(len(tokens))]
     ends_of_prompts = [end - 1 for end in accumulate(layout.prompt_lengths)]
     # The columns of sampled tokens only; the prompts' part is added below.
     sequence: list[int] = []

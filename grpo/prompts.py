@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import reprlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -20,12 +20,18 @@ from typing import Any, overload
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words, user_code
 from grpo.task import Row, Task, fault_of_text
 from grpo.types import Message, Prompt
+from grpo.watchdog import Limit, watchdog
 
 # Up to so many prompts of a split are made, and checked, before the run. A million would take minutes and 10 GiB.
 MADE_AT_ONCE = 10_000
 # Of more, so many: the longest. The others are made when they are asked for.
 LONGEST_MADE = 2_048
 SPARE = 8  # tokens that a tokenizer may put in front of a text's own
+
+# A chat template is code that comes with the model, and is run on every row.
+TEMPLATE_LIMIT = Limit(
+    60.0, "the longest that it may take", "Get the model anew, or let `prompt` of the task file return text."
+)
 
 Content = list[Message] | str  # what `prompt` of a task gives
 
@@ -34,16 +40,16 @@ Content = list[Message] | str  # what `prompt` of a task gives
 class Asker:
     """How the rows of a task are asked: its `prompt`, the chat template, the tokenizer.
 
-    room        the longest prompt allowed: the context less the completion, in tokens
-    vocabulary  how many tokens the model can read
+    longest_prompt  the longest prompt allowed: the context less the completion, in tokens
+    vocabulary      how many tokens the model can read
     """
 
     task: Task
     tokenizer: Any
-    room: int
+    longest_prompt: int
     vocabulary: int
 
-    def content(self, place: int, row: Row) -> Content:
+    def content(self, index: int, row: Row) -> Content:
         """What the task asks of a row.
 
         Raises:
@@ -51,14 +57,14 @@ class Asker:
         """
         with user_code(
             lambda raised: (
-                f"`prompt` of task {self.task.name} raised {raised} on row {place}. The row has the columns "
+                f"`prompt` of task {self.task.name} raised {raised} on row {index}. The row has the columns "
                 f"{', '.join(map(str, row))}."
             )
         ):
             content = self.task.prompt(dict(row))  # what it takes out of its row the rewards may still want
         if fault := fault_of_text(content) if isinstance(content, str) else self._fault_of_messages(content):
             raise UserError(
-                f"`prompt` of task {self.task.name} gave {fault} for row {place}. It must return chat messages, a list "
+                f"`prompt` of task {self.task.name} gave {fault} for row {index}. It must return chat messages, a list "
                 'such as [{"role": "user", "content": "..."}], or a text. Mend the row or `prompt` in the task file.'
             )
         if not isinstance(content, str) and not self.tokenizer.chat_template:
@@ -69,24 +75,24 @@ class Asker:
         return content
 
     def prompts(self, asked: Iterable[tuple[int, Row, Content]], most: int) -> list[Prompt]:
-        """(place, row, what it asks) -> the prompts, none of more than `most` tokens.
+        """(index, row, what it asks) -> the prompts, none of more than `most` tokens.
 
         Raises:
             UserError: one is longer, has no token at all, or one that the model cannot read.
         """
         asked = list(asked)
-        texts = [self.render(place, content) for place, _, content in asked]
+        texts = [self.render(index, content) for index, _, content in asked]
         chat = isinstance(asked[0][2], list)
         prompts = [
-            Prompt(place, text, tokens, row, content if isinstance(content, list) else None)
-            for (place, row, content), text, tokens in zip(asked, texts, self._tokens(texts, chat), strict=True)
+            Prompt(index, text, tokens, row, content if isinstance(content, list) else None)
+            for (index, row, content), text, tokens in zip(asked, texts, self._tokens(texts, chat), strict=True)
         ]
         for prompt in prompts:
             if fault := self._fault_of_tokens(prompt, most):
                 raise UserError(fault)
         return prompts
 
-    def render(self, place: int, content: Content, **variables: Any) -> str:
+    def render(self, index: int, content: Content, **variables: Any) -> str:
         """The text of one prompt. variables: of the chat template.
 
         Where the chat template refuses a system message, as Gemma's does, the system text comes in front of the first
@@ -107,13 +113,15 @@ class Asker:
             continue_final_message=goes_on,
             **variables,
         )
+        in_time = partial(_watched, f"the model's chat template on row {index}", render)
         try:
-            return render(messages)
+            return in_time(messages)
         except WHAT_USER_CODE_RAISES as error:  # a template is the model's own code
-            with suppress(*WHAT_USER_CODE_RAISES):
-                return render(_without_system(messages))
+            if not isinstance(error, TimeoutError):
+                with suppress(*WHAT_USER_CODE_RAISES):
+                    return in_time(_without_system(messages))
             raise UserError(
-                f"The model's chat template refuses the messages of row {place}: {in_words(error)}. Their roles are "
+                f"The model's chat template refuses the messages of row {index}: {in_words(error)}. Their roles are "
                 f"{', '.join(message['role'] for message in messages)}. Change `prompt` in the task file, or the model."
             ) from error
 
@@ -168,6 +176,14 @@ class Asker:
         return ""
 
 
+def _watched(what: str, render: Callable[..., str], messages: list[Message]) -> str:
+    try:
+        dog = watchdog()
+    except OSError:  # the rewards, which need one more, say so
+        return render(messages)
+    return dog.call(TEMPLATE_LIMIT, what, render, {"conversation": messages})
+
+
 def _without_system(messages: list[Message]) -> list[Message]:
     """The same messages with a leading system text put in front of the user's."""
     if [message["role"] for message in messages[:2]] != ["system", "user"]:
@@ -185,34 +201,34 @@ class Survey:
     sizes: array[int] = field(default_factory=lambda: array("Q"))  # [R], bytes of it
     contents: list[Content] = field(default_factory=list)  # of the first rows
 
-    def add(self, place: int, row: Row) -> None:
+    def add(self, index: int, row: Row) -> None:
         """The next row.
 
         Raises:
             UserError: what it asks is not as it must be.
         """
-        content = self.asker.content(place, row)
-        if place < MADE_AT_ONCE:
+        content = self.asker.content(index, row)
+        if index < MADE_AT_ONCE:
             self.contents.append(content)
         if isinstance(content, list) != isinstance(self.contents[0], list):
             raise UserError(
                 f"`prompt` of task {self.asker.task.name} gave chat messages for some rows and a text for others "
-                f"(rows 0 and {place} differ). Return the same kind for every row."
+                f"(rows 0 and {index} differ). Return the same kind for every row."
             )
         texts = [content] if isinstance(content, str) else [message["content"] for message in content]
         encoded = "\0".join(texts).encode()
         self.keys.append(int.from_bytes(blake2b(encoded, digest_size=8).digest()))
         self.sizes.append(len(encoded))
 
-    def content(self, place: int, row: Row) -> Content:
+    def content(self, index: int, row: Row) -> Content:
         """What a row asks."""
-        return self.contents[place] if place < len(self.contents) else self.asker.content(place, row)
+        return self.contents[index] if index < len(self.contents) else self.asker.content(index, row)
 
 
 def build_prompts(
-    asker: Asker, rows: Sequence[Row], survey: Survey, places: Sequence[int]
+    asker: Asker, rows: Sequence[Row], survey: Survey, indices: Sequence[int]
 ) -> tuple[Sequence[Prompt], int]:
-    """The prompts of the rows at these places, and how many tokens the longest has at most.
+    """The prompts of the rows at these indices, and how many tokens the longest has at most.
 
     Up to MADE_AT_ONCE are made now. Of more, the longest are, as far as bytes tell; the others have no more tokens than
     bytes, because a token is at least one.
@@ -222,30 +238,31 @@ def build_prompts(
     """
 
     def made(some: Iterable[int]) -> list[Prompt]:
-        return asker.prompts(((place, rows[place], survey.content(place, rows[place])) for place in some), asker.room)
+        asked = ((index, rows[index], survey.content(index, rows[index])) for index in some)
+        return asker.prompts(asked, asker.longest_prompt)
 
-    if len(places) <= MADE_AT_ONCE:
-        prompts = made(places)
+    if len(indices) <= MADE_AT_ONCE:
+        prompts = made(indices)
         return prompts, max(len(prompt.tokens) for prompt in prompts)
-    *longest, next_longest = heapq.nlargest(LONGEST_MADE + 1, places, key=survey.sizes.__getitem__)
+    *longest, next_longest = heapq.nlargest(LONGEST_MADE + 1, indices, key=survey.sizes.__getitem__)
     prompts = made(longest)
     of_the_template = max(len(prompt.text.encode()) - survey.sizes[prompt.index] for prompt in prompts)
-    bound = min(asker.room, survey.sizes[next_longest] + of_the_template + SPARE)
+    bound = min(asker.longest_prompt, survey.sizes[next_longest] + of_the_template + SPARE)
     most = max(bound, *(len(prompt.tokens) for prompt in prompts))
-    return Prompts(asker, rows, places, most), most
+    return Prompts(asker, rows, indices, most), most
 
 
 class Prompts(Sequence[Prompt]):
-    """The prompts of the rows at these places, each made when it is asked for; none has more than `most` tokens."""
+    """The prompts of the rows at these indices, each made when it is asked for; none has more than `most` tokens."""
 
-    def __init__(self, asker: Asker, rows: Sequence[Row], places: Sequence[int], most: int):
+    def __init__(self, asker: Asker, rows: Sequence[Row], indices: Sequence[int], most: int):
         self.asker = asker
         self.rows = rows
-        self.places = places
+        self.indices = indices
         self.most = most
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.indices)
 
     @overload
     def __getitem__(self, index: int) -> Prompt: ...
@@ -254,7 +271,7 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
-        place = self.places[index]
-        row = self.rows[place]
-        [prompt] = self.asker.prompts([(place, row, self.asker.content(place, row))], self.most)
+        of_row = self.indices[index]
+        row = self.rows[of_row]
+        [prompt] = self.asker.prompts([(of_row, row, self.asker.content(of_row, row))], self.most)
         return prompt

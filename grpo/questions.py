@@ -65,8 +65,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     """
     asker = build_asker(task, config)
     train, test = read_splits(asker, config, None if all_tests else config.eval_prompts, note)
-    train_prompts, longest = build_prompts(asker, train.rows, train.survey, train.places)
-    test_prompts, longest_test = build_prompts(asker, test.rows, test.survey, test.places)
+    train_prompts, longest = build_prompts(asker, train.rows, train.survey, train.indices)
+    test_prompts, longest_test = build_prompts(asker, test.rows, test.survey, test.indices)
     longest = max(longest, longest_test)
     for told in cautions(asker, [*train_prompts[:PREFLIGHT_ROWS], *test_prompts[:PREFLIGHT_ROWS]]):
         note(f"note: {told}")
@@ -91,16 +91,16 @@ def build_asker(task: Task, config: Config) -> Asker:
     """How rows are asked of the configuration's model.
 
     Raises:
-        UserError: completions leave no room for a prompt.
+        UserError: completions leave no token for a prompt.
     """
     tokenizer = load_tokenizer(config.model)
-    room = context_length(config.model, config) - config.max_completion_tokens
-    if room < 1:
+    longest_prompt = context_length(config.model, config) - config.max_completion_tokens
+    if longest_prompt < 1:
         raise UserError(
-            f"--max-completion-tokens is {config.max_completion_tokens}, which leaves {room} tokens of the context of "
-            f"{config.model} for the prompt. Lower it."
+            f"--max-completion-tokens is {config.max_completion_tokens}, which leaves {longest_prompt} tokens "
+            f"of the context of {config.model} for the prompt. Lower it."
         )
-    return Asker(task, tokenizer, room, vocabulary_size(config.model))
+    return Asker(task, tokenizer, longest_prompt, vocabulary_size(config.model))
 
 
 def check_solved(task: Task, rewards: list[Reward]) -> None:

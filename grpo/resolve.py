@@ -2,7 +2,7 @@
 
 The values of a run are, each over the ones before: the defaults of Config, the task file's, what the embedded default
 sets where something is missing, the recipe's, the flags. A resumed run begins with the values it was saved with, in
-place of the first three.
+the place of the first three.
 """
 
 from __future__ import annotations
@@ -107,19 +107,19 @@ def _settled(options: Options, flags: dict[str, Any]) -> Options:
         UserError: two of them cannot be had together, or one is empty.
     """
     given = {name: getattr(options, name) for name in ("resume", "eval") if getattr(options, name) is not None}
-    for name, place in given.items():
-        if not place or "\0" in place:
-            raise UserError(f"--{name} is {place!r}. It takes a run's folder, such as runs/gsm8k-20260101-120000.")
+    for name, path in given.items():
+        if not path or "\0" in path:
+            raise UserError(f"--{name} is {path!r}. It takes a run's folder, such as runs/gsm8k-20260101-120000.")
     things = [f"--{name}" for name in ("check", "resume", "eval", "resume_or_start") if getattr(options, name)]
     if len(things) > 1:
         raise UserError(f"{' and '.join(things)} are different things to do. Give one of them.".replace("_", "-"))
     if not options.resume_or_start:
         return options
-    if not (place := flags.get("run_dir")):
+    if not (path := flags.get("run_dir")):
         raise UserError("--resume-or-start needs --run-dir D: it goes on with the run in D, or starts one there.")
-    if is_run(Path(place)):
+    if is_run(Path(path)):
         del flags["run_dir"]
-        return dataclasses.replace(options, resume=place)
+        return dataclasses.replace(options, resume=path)
     return options
 
 
@@ -190,18 +190,18 @@ def _check_same_run(saved: Saved, task: Task, task_path: str, resumed: str, flag
         raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
 
 
-def _no_run(place: str) -> str:
-    inside = ": neither metrics.jsonl nor a checkpoint nor a run's config.json is in it" if Path(place).is_dir() else ""
-    checkpoint = run_of(Path(place))
+def _no_run(path: str) -> str:
+    inside = ": neither metrics.jsonl nor a checkpoint nor a run's config.json is in it" if Path(path).is_dir() else ""
+    checkpoint = run_of(Path(path))
     hint = f" There is a run {checkpoint}, but no such checkpoint in it." if is_run(checkpoint) else ""
-    return f"There is no run folder {place}{inside}. --resume takes one, such as runs/gsm8k-20260101-120000.{hint}"
+    return f"There is no run folder {path}{inside}. --resume takes one, such as runs/gsm8k-20260101-120000.{hint}"
 
 
 def _absolute(config: Config, task: Task) -> dict[str, str]:
     """Folders of data and of a model by their whole paths, so that the run goes on from any other folder too."""
     data = config.data or task.data
     folders = {"data": data if data != "embedded" else "", "model": config.model if config.model != "embedded" else ""}
-    return {name: str(Path(place).resolve()) for name, place in folders.items() if place and Path(place).is_dir()}
+    return {name: str(Path(path).resolve()) for name, path in folders.items() if path and Path(path).is_dir()}
 
 
 def what_is_missing(model: str, data: str) -> list[str]:

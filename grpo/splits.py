@@ -32,12 +32,12 @@ Note = Callable[[str], object]
 
 @dataclass
 class Split:
-    """The rows of a split and what they ask. `places` are those of the rows that are asked."""
+    """The rows of a split and what they ask. `indices` are of the rows that are asked."""
 
     rows: Rows
     survey: Survey
     columns: list[str]
-    places: Sequence[int]
+    indices: Sequence[int]
 
 
 def read_splits(asker: Asker, config: Config, num_tests: int | None, note: Note) -> tuple[Split, Split]:
@@ -54,18 +54,18 @@ def read_splits(asker: Asker, config: Config, num_tests: int | None, note: Note)
         return train, test
     if task.held_out == 0:
         note(f"note: task {task.name} holds nothing out: its held-out score is that of training prompts.")
-        return train, replace(train, places=train.places[:num_tests])
+        return train, replace(train, indices=train.indices[:num_tests])
     return hold_out(train, task.held_out, num_tests)
 
 
 def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
     """All rows of a split, looked at once."""
     survey, answers = Survey(asker), Answers(asker.task)
-    for place, row in enumerate(rows):
-        survey.add(place, row)
-        answers.add(place, row)
-        if (place + 1) % ROWS_BETWEEN_NOTES == 0:
-            note(f"{place + 1:,} of {len(rows):,} rows of {rows.source} read")
+    for index, row in enumerate(rows):
+        survey.add(index, row)
+        answers.add(index, row)
+        if (index + 1) % ROWS_BETWEEN_NOTES == 0:
+            note(f"{index + 1:,} of {len(rows):,} rows of {rows.source} read")
     answers.check(rows.source)
     return Split(rows, survey, list(answers.columns), range(len(rows)))
 
@@ -82,12 +82,12 @@ class Answers:
     def __post_init__(self) -> None:
         self.wanted = _columns_of_solved(self.task)
 
-    def add(self, place: int, row: Row) -> None:
+    def add(self, index: int, row: Row) -> None:
         """The next row."""
         self.columns.update(dict.fromkeys(row))
         if missing := self.task.missing_gold(row, [name for name in self.wanted if name in self.columns]):
             self.num_missing += 1
-            self.shown += [f"row {place}: {missing}"][: 4 - len(self.shown)]
+            self.shown += [f"row {index}: {missing}"][: 4 - len(self.shown)]
 
     def check(self, source: str) -> None:
         """Raises UserError if an answer is missing, or a column has no name that a reward could ask for it by."""
@@ -137,8 +137,8 @@ def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:
             "kind for every row."
         )
     trained = set(train.survey.keys)
-    shared = [place for place in test.places if test.survey.keys[place] in trained]
-    if len(shared) == len(test.places):
+    shared = [index for index in test.indices if test.survey.keys[index] in trained]
+    if len(shared) == len(test.indices):
         raise UserError(
             f"Every held-out prompt of {test.rows.source} is a training prompt too: the held-out score would say "
             f"nothing. Give --data two different splits, and let `rows` of task {task.name} look at its `split`. Where "
@@ -148,7 +148,7 @@ def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:
     if shared:
         rows = ", ".join(map(str, shared[:4])) + ", ..." * (len(shared) > 4)
         note(
-            f"note: {len(shared):,} of {len(test.places):,} held-out prompts of {test.rows.source} are training "
+            f"note: {len(shared):,} of {len(test.indices):,} held-out prompts of {test.rows.source} are training "
             f"prompts too (rows {rows}), and their score is not one of held-out prompts."
         )
 
@@ -169,7 +169,7 @@ def hold_out(split: Split, count: int, num_tests: int | None) -> tuple[Split, Sp
             f"`held_out` of task {split.survey.asker.task.name} is {count}, but {split.rows.source} asks only "
             f"{len(chosen):,} different prompts. Hold out fewer."
         )
-    first = {key: place for place, key in reversed(list(enumerate(keys))) if key <= chosen[-2]}
-    kept = array("Q", (place for place, key in enumerate(keys) if key > chosen[-2]))
+    first = {key: index for index, key in reversed(list(enumerate(keys))) if key <= chosen[-2]}
+    kept = array("Q", (index for index, key in enumerate(keys) if key > chosen[-2]))
     test = [first[key] for key in chosen[:-1]]
-    return replace(split, places=kept), replace(split, places=test[:num_tests])
+    return replace(split, indices=kept), replace(split, indices=test[:num_tests])

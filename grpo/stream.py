@@ -29,8 +29,8 @@ class PromptStream:
         return chosen
 
     def _at(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.prompts))
+        epoch, index = divmod(position, len(self.prompts))
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
             self._order = (epoch, torch.randperm(len(self.prompts), generator=generator))
-        return int(self._order[1][place])
+        return int(self._order[1][index])

@@ -232,14 +232,14 @@ def _fault_of_template(gold: Any) -> str:
         return ""
     hint = "{column} stands for a column of the row, and a brace that is meant as such is written twice"
     try:
-        places = [(name, form or "") for _, name, form, _ in _FORMATTER.parse(gold) if name is not None]
+        fields = [(name, form or "") for _, name, form, _ in _FORMATTER.parse(gold) if name is not None]
     except ValueError as error:
         return f"which is no template ({error}): {hint}"
-    if wide := next((form for _, form in places if re.search(r"\d{5}", form)), ""):
+    if wide := next((form for _, form in fields if re.search(r"\d{5}", form)), ""):
         return f"which writes a column over {wide!r} characters: a completion is not as long as that"
-    names = [name for name, _ in places]
+    names = [name for name, _ in fields]
     unnamed = any(not name or name[0].isdigit() for name in names)
-    return f"where a place has no name: {hint}" if unnamed else ""
+    return f"where a field has no name: {hint}" if unnamed else ""
 
 
 def load_task(path: str | Path) -> Task:
@@ -289,5 +289,5 @@ def fault_of_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"a text that is not Unicode (half a surrogate pair, {text[error.start]!r}, at place {error.start})"
+        return f"a text that is not Unicode (half a surrogate pair, {text[error.start]!r}, at character {error.start})"
     return ""

@@ -1,4 +1,4 @@
-"""Threads: how many of the CPU's a run computes with. Knows nothing of models: it is given a step to time.
+"""Threads: how many of the CPU's a run computes with. Knows nothing of models: it is given some work to time.
 
 Threads that wait for each other are fast on idle cores and many times slower than one thread on busy ones, and nobody
 says beforehand how busy they are. So it is measured. Sums depend, in their last bits, on how they are split between
@@ -32,9 +32,9 @@ class Choice:
     why: str
 
 
-def choose(asked: int, kept: int, step: Callable[[], object]) -> Choice:
+def choose(asked: int, kept: int, work: Callable[[], object]) -> Choice:
     """The number that was asked for or that a resumed run began with, if any (0: none), else the one that the user has
-    set, else the fastest. step: some of the work that the threads are for; it runs several times."""
+    set, else the fastest. work: a little of what the threads are for; it runs several times."""
     now = torch.get_num_threads()
     variable = next((name for name in VARIABLES if os.environ.get(name)), None)
     if asked:
@@ -45,11 +45,11 @@ def choose(asked: int, kept: int, step: Callable[[], object]) -> Choice:
         return Choice(now, f"as {variable} says")
     if now not in usual():
         return Choice(now, "what torch was set to before")
-    return fastest(candidates(now), step)
+    return fastest(candidates(now), work)
 
 
-def fastest(counts: list[int], step: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Choice:
-    """The number of threads, of these in rising order, that `step` is fastest with by the clock, in seconds. Leaves
+def fastest(counts: list[int], work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> Choice:
+    """The number of threads, of these in rising order, that `work` is fastest with by the clock, in seconds. Leaves
     torch's own number as it was."""
     if len(counts) == 1:
         return Choice(counts[0], "torch has no more")
@@ -58,9 +58,9 @@ def fastest(counts: list[int], step: Callable[[], object], clock: Callable[[], f
         start = clock()
         while len(seconds[1]) < FEWEST_ROUNDS or (len(seconds[1]) < ROUNDS and clock() - start < LONGEST):
             for count in counts:
-                seconds[count].append(_timed(count, step, clock))
+                seconds[count].append(_timed(count, work, clock))
     # Without the first round, in which memory is taken and threads are made. The median and not the best: on busy cores
-    # now and then a step is lucky.
+    # now and then a try is lucky.
     typical = {count: statistics.median(times[1:]) for count, times in seconds.items()}
     told = ", ".join(f"{1000 * typical[count]:.0f} ms with {count}" for count in counts)
     return Choice(_fewest_that_gain(typical), f"a step of the model takes {told}; --threads N decides otherwise")
@@ -95,8 +95,8 @@ def _fewest_that_gain(typical: dict[int, float]) -> int:
     return best
 
 
-def _timed(count: int, step: Callable[[], object], clock: Callable[[], float]) -> float:
+def _timed(count: int, work: Callable[[], object], clock: Callable[[], float]) -> float:
     torch.set_num_threads(count)
     start = clock()
-    step()
+    work()
     return clock() - start

@@ -6,7 +6,7 @@ Axes used everywhere:
 
 Three conventions:
 1. A per-token array is aligned with the token it describes: logprobs[i] = log p(tokens[i] | tokens[:i]).
-   The shift by one happens in one place, `Policy.logprobs`.
+   The shift by one happens once, in `Policy.logprobs`.
 2. A field is written once, by the function named after it: `score` fills `parts` and `rewards`,
    `assign_advantages` fills `advantages`.
 3. What belongs to a completion is a field of it, never a parallel list.
@@ -110,7 +110,7 @@ class Batch:
 
     layout: GroupLayout  # the lengths of prompts and completions
     tokens: Tensor  # [N] int64
-    positions: Tensor  # [N] int64, place in its own prompt + completion
+    positions: Tensor  # [N] int64, index in its own prompt + completion
     previous: Tensor  # [N] int64, the packed index of the token before; a completion's first follows its prompt
     sequence: Tensor  # [N] int64, which of the S completions a token belongs to; 0 on prompts
     mask: Tensor  # [N] bool, True = sampled by the policy

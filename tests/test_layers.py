@@ -20,6 +20,7 @@ LAYERS = (
         "words": ("grpo.errors", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
         "terminal": ("grpo.terminal",),
         "threads": ("grpo.threads",),
+        "watchdog": ("grpo.watchdog",),
         "metrics": ("grpo.metrics",),
         "recipes": ("grpo.recipes",),
         "embedded": ("grpo.embedded.*",),

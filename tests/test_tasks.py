@@ -30,6 +30,7 @@ from grpo.seeds import mix_seed
 from grpo.splits import Answers
 from grpo.stream import PromptStream
 from grpo.task import load_task
+from grpo.watchdog import Limit
 
 TASKS = Path(__file__).parents[1] / "tasks"
 NAMES = ("gsm8k", "countdown", "reverse")
@@ -127,13 +128,15 @@ def prompts_of(content, template=None, rows=1):
     tokenizer = load_tokenizer("embedded")
     tokenizer.chat_template = template or tokenizer.chat_template
     task = task_with(prompt=content if callable(content) else lambda row: content)
-    return prompts_for(Asker(task, tokenizer, room=200, vocabulary=2000), [{"answer": str(n)} for n in range(rows)])
+    return prompts_for(
+        Asker(task, tokenizer, longest_prompt=200, vocabulary=2000), [{"answer": str(n)} for n in range(rows)]
+    )
 
 
 def prompts_for(asker, rows):
     survey = Survey(asker)
-    for place, row in enumerate(rows):
-        survey.add(place, row)
+    for index, row in enumerate(rows):
+        survey.add(index, row)
     return build_prompts(asker, rows, survey, range(len(rows)))[0]
 
 
@@ -150,7 +153,7 @@ def prompts_for(asker, rows):
         ({"gold": 5}, "`gold` is 5"),
         ({"gold": str}, "`gold` is <class 'str'>"),
         ({"gold": "{answer}}"}, "Single '}' encountered"),
-        ({"gold": "{} {answer}"}, "where a place has no name"),
+        ({"gold": "{} {answer}"}, "where a field has no name"),
         ({"gold": "{answer:>1000000000}"}, "not as long as that"),
         ({"config": {"steps": 3}}, "`config` is {'steps': 3}. It must be a Config"),
         ({"embedded": {"modle": "embedded"}}, "`embedded` has modle"),
@@ -203,6 +206,13 @@ PLAIN = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% end
 GEMMA = "{% if messages[0]['role'] == 'system' %}" + REFUSAL + "{% endif %}" + PLAIN
 
 
+def test_a_template_without_an_end_is_told_in_time(monkeypatch):
+    monkeypatch.setattr("grpo.prompts.TEMPLATE_LIMIT", Limit(0.05, "the longest that it may take", "Mend it."))
+    many = "{% for i in range(99999) %}"
+    with pytest.raises(UserError, match=r"refuses the messages of row 0: TimeoutError \(no result in 0.05 s"):
+        prompts_of([{"role": "user", "content": "x"}], many * 4 + "{% endfor %}" * 4)
+
+
 def test_where_the_template_refuses_a_system_message_the_user_says_it():
     messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
     [prompt] = prompts_of(messages, GEMMA)
@@ -234,7 +244,7 @@ def test_messages_that_the_template_refuses_are_told(roles):
         ([{"role": "user"}], "a message whose content is None"),
         ([{"content": "x"}], "a message whose role is None"),
         ([{"role": "user", "content": ""}], "an empty text"),
-        ([{"role": "user", "content": "bad \ud83d"}], "half a surrogate pair, '\\ud83d', at place 4"),
+        ([{"role": "user", "content": "bad \ud83d"}], "half a surrogate pair, '\\ud83d', at character 4"),
         ("bad \ud83d", "half a surrogate pair"),
         (lambda row: "text" if row["answer"] == "3" else [{"role": "user", "content": "x"}], "rows 0 and 3 differ"),
     ],
@@ -621,8 +631,8 @@ def test_many_prompts_are_those_that_few_are(monkeypatch):
     rows = [{"question": f"{number} apples and {'more ' * (number % 7)}", "answer": "2"} for number in range(50)]
     asker = Asker(task_with(), tokenizer, 200, 2000)
     survey = Survey(asker)
-    for place, row in enumerate(rows):
-        survey.add(place, row)
+    for index, row in enumerate(rows):
+        survey.add(index, row)
     few, longest = build_prompts(asker, rows, survey, range(50))
     assert longest == max(len(prompt.tokens) for prompt in few)
     monkeypatch.setattr("grpo.prompts.MADE_AT_ONCE", 10)
@@ -635,8 +645,8 @@ def test_many_prompts_are_those_that_few_are(monkeypatch):
     assert PromptStream(many, seed=3, cursor=100).take(20) == taken[100:]
     rows[31]["question"] = "too long " * 200
     survey = Survey(asker)
-    for place, row in enumerate(rows):
-        survey.add(place, row)
+    for index, row in enumerate(rows):
+        survey.add(index, row)
     with pytest.raises(UserError, match=r"row 31 has .* tokens, but only 200 fit"):
         build_prompts(asker, rows, survey, range(50))
 

@@ -10,15 +10,20 @@ import time
 
 import pytest
 
+from grpo import watchdog
 from grpo.errors import UserError
 from grpo.folder import alone_in
-from grpo.rewards import build_rewards, watchdog
+from grpo.rewards import build_rewards
 
 TIME = 0.05
 
 
+def limit(seconds):
+    return watchdog.Limit(seconds, "the time of a test", "Give it more time.")
+
+
 def call(function, seconds=TIME, **arguments):
-    return watchdog.watchdog().call(seconds, "the call", function, arguments)
+    return watchdog.watchdog().call(limit(seconds), "the call", function, arguments)
 
 
 def endless():
@@ -75,7 +80,7 @@ def alarm():
 @pytest.mark.usefixtures("alarm")
 @pytest.mark.parametrize("function", [endless, wait, sleep, match, catch, turn, clean_up, take_the_alarm])
 def test_a_late_call_is_a_time_out_whatever_it_makes_of_it(function):
-    with pytest.raises(TimeoutError, match=r"no result in 0.05 s, the --reward-timeout"):
+    with pytest.raises(TimeoutError, match=r"no result in 0.05 s, the time of a test"):
         call(function)
 
 
@@ -103,7 +108,7 @@ def test_calls_in_other_threads_are_interrupted_too():
         each.start()
     for each in threads:
         each.join()
-    assert sorted(outcomes) == ["in time", *["no result in 0.05 s, the --reward-timeout"] * 2]
+    assert sorted(outcomes) == ["in time", *["no result in 0.05 s, the time of a test"] * 2]
 
 
 def test_a_watchdog_that_was_killed_is_replaced():
@@ -129,7 +134,7 @@ def test_a_watchdog_that_cannot_run_is_told(monkeypatch):
 
 def test_long_texts_and_many_calls_have_room():
     dog = watchdog.watchdog()
-    shown = [dog.show(None, 60.0, "\N{SNOWMAN}" * 5000) for _ in range(len(dog.free))]
+    shown = [dog.show(None, limit(60.0), "\N{SNOWMAN}" * 5000) for _ in range(len(dog.free))]
     for watch in shown:
         dog.hide(watch)
     assert call(lambda: 5, 60.0) == 5
@@ -137,7 +142,7 @@ def test_long_texts_and_many_calls_have_room():
 
 SCRIPT = """
 import itertools, os, signal, sys, threading
-from grpo.rewards import watchdog
+from grpo import watchdog
 
 watchdog.GRACE = 0.2
 
@@ -161,7 +166,8 @@ def come_back():
     return 1
 
 def call(name):
-    watchdog.watchdog().call({seconds}, "reward `%s` on row 7" % name, globals()[name], {{}})
+    limit = watchdog.Limit({seconds}, "the limit", "Give it more time.")
+    watchdog.watchdog().call(limit, "reward `%s` on row 7" % name, globals()[name], {{}})
 
 watchdog.advise("Go on there.")
 {body}
@@ -178,10 +184,8 @@ def run_script(body, seconds=0.1):
 def test_what_cannot_be_interrupted_is_ended_with_a_sentence(name, body):
     done = run_script(body.format(name=name))
     assert done.returncode == -signal.SIGKILL
-    assert (
-        f"error: Reward `{name}` on row 7 gave no result in 0.1 s, the --reward-timeout, and could not" in done.stderr
-    )
-    assert done.stderr.endswith("give it more time. Go on there.\n")
+    assert f"error: Reward `{name}` on row 7 gave no result in 0.1 s, the limit, and could not" in done.stderr
+    assert done.stderr.endswith("Give it more time. Go on there.\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("leave", 5), ("crash", -signal.SIGKILL)])
@@ -215,12 +219,13 @@ def test_a_forked_copy_that_outlives_the_run_does_not_keep_its_folder(tmp_path):
 
 def test_a_forked_copy_writes_nothing_that_the_watchdog_reads():
     dog = watchdog.watchdog()
-    watch = dog.show(None, 60.0, "the call")
+    watch = dog.show(None, limit(60.0), "the call")
     copy = os.fork()
     if copy == 0:
         dog.hide(watch)
         os._exit(0)
     assert os.waitpid(copy, 0)[1] == 0
-    assert list(watchdog._calls(dog.memory).values()) == [(60.0, "the call")]
+    [texts] = watchdog._calls(dog.memory).values()
+    assert texts == ["the call", "no result in 60 s, the time of a test", "Give it more time."]
     dog.hide(watch)
     assert watchdog._calls(dog.memory) == {}

@@ -102,15 +102,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, folder: Path) -> Factors:
     """The factors of each linear that has an adapter in the files, which are whole and hold nothing else."""
-    places = {tensor_name(name, x): name for name in ours for x in "AB"}
-    surplus = sorted(tensors.keys() - places.keys())
+    linears = {tensor_name(name, x): name for name in ours for x in "AB"}
+    surplus = sorted(tensors.keys() - linears.keys())
     if surplus:
         raise UserError(
             f"The adapter in {folder} has {len(surplus)} tensors that go with no linear layer of this model, such as "
             f"{surplus[0]}. Give the --model that it was trained with."
         )
-    adapted = {name for name in ours if settings.is_target(name)} | {places[tensor] for tensor in tensors}
-    missing = sorted(tensor for tensor, name in places.items() if name in adapted and tensor not in tensors)
+    adapted = {name for name in ours if settings.is_target(name)} | {linears[tensor] for tensor in tensors}
+    missing = sorted(tensor for tensor, name in linears.items() if name in adapted and tensor not in tensors)
     if missing or not adapted:
         raise UserError(
             f"The adapter in {folder} lacks {len(missing) or 'all'} of the tensors that this model needs by its "

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 class KeyValueCache:
     """Keys and values of S sequences being written, one slab a layer.
 
-    lengths [S] counts the tokens already there; `append` writes a token for each sequence at its own place.
+    lengths [S] counts the tokens already there; `append` writes a token for each sequence at its own position.
     """
 
     def __init__(self, num_layers: int):
@@ -40,7 +40,7 @@ class KeyValueCache:
         self.lengths = [length for length, count in zip(prompts, copies, strict=True) for _ in range(count)]
 
     def advance(self) -> None:
-        """Make place for one more token of each sequence; call once before the layers append."""
+        """Allow for one more token of each sequence; call once before the layers append."""
         device = self.keys[0].device
         self._place = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]

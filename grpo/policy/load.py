@@ -168,7 +168,7 @@ def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
 
 
 def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
-    """Every parameter came from the checkpoint, and every weight of its layers has a place: transformers draws the
+    """Every parameter came from the checkpoint, and every weight of its layers has a module: transformers draws the
     others at random, leaves out what is too many, and goes on."""
     missing = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
     if missing:
@@ -192,7 +192,7 @@ def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
 
 
 def _surplus(model: Any, unexpected: Iterable[str]) -> list[str]:
-    """Of the weights without a place those of the model's own layers, beyond the last one or within one.
+    """Of the weights without a module those of the model's own layers, beyond the last one or within one.
 
     What is elsewhere, such as the vision tower of a model whose text is trained, is left out on purpose.
     """
@@ -218,18 +218,18 @@ def _projection(
     biases = [linear.bias for linear in linears]
     there: list[Base] = [weight.to(device) for weight in weights]
     if config.base == "nf4":
-        base, room = join_nf4(there), None
+        base, below = join_nf4(there), None
     else:
         kept = kept_dtype(config.base, dtype)
         # Beside a float32 base A has no mirror; one of another dtype cannot be multiplied by together with the base.
-        base, room = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
+        base, below = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
     bias = None
     if any(b is not None for b in biases):
         parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
         bias = torch.cat([part.to(device, dtype) for part in parts])
     for linear in linears:
         del linear.weight
-    return Projection(base, bias, names, sizes, config.lora_rank, dtype, room)
+    return Projection(base, bias, names, sizes, config.lora_rank, dtype, below)
 
 
 def _check_no_adapter(name: str, folder: Path) -> None:

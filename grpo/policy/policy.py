@@ -123,7 +123,7 @@ class Policy:
         return norm
 
     def _before_sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The hidden states that predict the n sampled tokens, [n, D], and the tokens' places in the batch, [n]."""
+        """The hidden states that predict the n sampled tokens, [n, D], and the tokens' positions in the batch, [n]."""
         sampled = batch.mask.nonzero().squeeze(1)
         # The one shift: a token is predicted at the token before it.
         return self.model.hidden(batch)[batch.previous[sampled]], sampled

@@ -42,10 +42,10 @@ class Projection(nn.Module):
         sizes: list[int],
         rank: int,
         dtype: torch.dtype,
-        room: Tensor | None = None,
+        below: Tensor | None = None,
     ):
         """names: the Hugging Face module names of the parts; sizes: their output sizes; dtype: of the computation;
-        room: [P r, K] in that dtype, where the mirror of A is to be."""
+        below: [P r, K] in that dtype, where the mirror of A is to be."""
         super().__init__()
         rows, columns = base.shape
         assert rows == sum(sizes)
@@ -58,8 +58,8 @@ class Projection(nn.Module):
         self.lora_a = nn.Parameter(torch.zeros(len(sizes) * rank, columns, device=device))
         self.lora_b = nn.ParameterList(nn.Parameter(torch.zeros(size, rank, device=device)) for size in sizes)
         self.mirrors = [m.detach() if dtype == torch.float32 else m.detach().to(dtype) for m in self.masters()]
-        if room is not None:
-            self.mirrors[0] = room.copy_(self.mirrors[0])
+        if below is not None:
+            self.mirrors[0] = below.copy_(self.mirrors[0])
         self.share_scale(torch.ones(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,13 +97,14 @@ class Projection(nn.Module):
 
 
 def join_dense(weights: list[Base], dtype: torch.dtype, rank: int = 0) -> tuple[Tensor, Tensor | None]:
-    """The weights [M_p, K] of several linears as one dense base, and room [P r, K] right below it for A, if any."""
+    """The weights [M_p, K] of several linears as one dense base, and the memory right below it, [P r, K], if any, for
+    A."""
     parts = [dense_weight(weight, dtype) for weight in weights]
     if rank == 0:
         return torch.cat(parts), None
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    base, room = empty_with_room(rows, len(parts) * rank, columns, dtype, parts[0].device)
-    return torch.cat(parts, out=base), room
+    base, below = empty_with_room(rows, len(parts) * rank, columns, dtype, parts[0].device)
+    return torch.cat(parts, out=base), below
 
 
 def join_nf4(weights: list[Base]) -> NF4:

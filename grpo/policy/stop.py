@@ -1,6 +1,6 @@
 """Stop tokens: what ends a completion. Knows nothing of weights.
 
-A checkpoint says it in up to three places, which do not always agree: its generation settings, its tokenizer, and its
+A checkpoint says it in up to three files, which do not always agree: its generation settings, its tokenizer, and its
 chat template, by what it puts behind an assistant's message. A token of any of them ends a completion.
 """
 

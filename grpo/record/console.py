@@ -89,9 +89,9 @@ def _reward_columns(names: Sequence[str], column: Column) -> list[Shown]:
         Shown(
             title,
             f"reward/{name}",
-            replace(column, rank=column.rank + place + (100 if place >= _FIRST_REWARDS else 0)),
+            replace(column, rank=column.rank + index + (100 if index >= _FIRST_REWARDS else 0)),
         )
-        for place, (name, title) in enumerate(zip(names, titles, strict=True))
+        for index, (name, title) in enumerate(zip(names, titles, strict=True))
     ]
 
 

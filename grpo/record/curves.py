@@ -63,8 +63,8 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
         figure = Figure(figsize=(11, 6.2))
         above = figure.add_gridspec(1, 2, left=0.045, right=0.885, top=0.945, bottom=0.55, wspace=0.46)
         below = figure.add_gridspec(1, 4, left=0.045, right=0.985, top=0.425, bottom=0.085, wspace=0.52)
-        for place, draw in zip([*above, *below], _PANELS, strict=True):
-            axes = figure.add_subplot(place)
+        for panel, draw in zip([*above, *below], _PANELS, strict=True):
+            axes = figure.add_subplot(panel)
             axes.set_xlabel("step", labelpad=2)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             draw(axes, curves)
@@ -98,17 +98,17 @@ def _thinned(columns: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _span(curves: Curves) -> tuple[float, float]:
-    """From the first step to the last one, with a little room: the same for every panel."""
+    """From the first step to the last one, with a little margin: the same for every panel."""
     ends = [end for steps, _ in curves.values() for end in (steps[0], steps[-1])]
-    room = 0.04 * max(1.0, max(ends) - min(ends))
-    return min(ends) - room, max(ends) + room
+    margin = 0.04 * max(1.0, max(ends) - min(ends))
+    return min(ends) - margin, max(ends) + margin
 
 
 def _draw_reward(axes: Axes, curves: Curves) -> None:
     names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
-    for place, (name, label) in enumerate(zip(names, labels(names), strict=True)):
-        dashes = _DASHES[place // len(_PARTS) % len(_DASHES)]
-        _line(axes, curves, name, _PARTS[place % len(_PARTS)], label=label, width=1.4, dashes=dashes)
+    for index, (name, label) in enumerate(zip(names, labels(names), strict=True)):
+        dashes = _DASHES[index // len(_PARTS) % len(_DASHES)]
+        _line(axes, curves, name, _PARTS[index % len(_PARTS)], label=label, width=1.4, dashes=dashes)
     _line(axes, curves, "reward/mean", _MAIN, label="total", width=2.4)
     axes.set_title("Reward, mean of a step")
     _legend_beside(axes)
@@ -124,7 +124,7 @@ def _draw_held_out(axes: Axes, curves: Curves) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     styles = {main: (_MAIN, "-", 2.4)}
     others = [name for name in names if name not in styles]
-    styles |= {name: (_PARTS[place % len(_PARTS)], "--", 1.4) for place, name in enumerate(others)}
+    styles |= {name: (_PARTS[index % len(_PARTS)], "--", 1.4) for index, name in enumerate(others)}
     for name in names:
         colour, dashes, width = styles[name]
         steps, values = curves[name]
@@ -197,7 +197,7 @@ def _line(
 
 
 def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64]:
-    """[n] -> [n]: the mean of the values at most `reach` places away, NaN left out."""
+    """[n] -> [n]: the mean of the values at most `reach` values away, NaN left out."""
     known = np.isfinite(values)
     ones = np.ones(2 * reach + 1)
     # "full" and cut, because "same" gives as many values as the longer of the two.

@@ -31,10 +31,10 @@ def in_lines(name: str, widest: int, comfortable: int, fewest: int, most: int) -
 
 
 def told_apart(headers: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The same, with its place instead of the last line where a header stands for several names."""
+    """The same, with its number instead of the last line where a header stands for several names."""
     return [
-        (*header[: max(1, len(header) - 1)], f"#{place}") if headers.count(header) > 1 else header
-        for place, header in enumerate(headers, 1)
+        (*header[: max(1, len(header) - 1)], f"#{number}") if headers.count(header) > 1 else header
+        for number, header in enumerate(headers, 1)
     ]
 
 

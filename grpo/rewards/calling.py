@@ -29,7 +29,7 @@ from typing import Any
 from grpo.errors import UserError, in_words, nearest, user_code
 from grpo.rewards.samples import OF_CHATS, OF_ONE_COMPLETION, OF_TEXTS, Samples, Source, column_source, where
 from grpo.rewards.values import listed, shown
-from grpo.rewards.watchdog import Watchdog, late, watchdog
+from grpo.watchdog import Limit, Watchdog, watchdog
 
 Caller = Callable[[Samples], list[Any]]  # S values
 AsyncCaller = Callable[[Samples], Awaitable[list[Any]]]
@@ -230,6 +230,11 @@ def _no_ctrl_c() -> Iterator[None]:
         raise RuntimeError(in_words(error)) from error
 
 
+def _limit(timeout: float) -> Limit:
+    remedy = "A time-out is never scored 0: mend the reward, or give it more time."
+    return Limit(timeout, "the --reward-timeout", remedy)
+
+
 def _what(name: str, samples: Samples, scored: slice) -> str:
     return f"reward `{name}` on {where(samples, scored)}"
 
@@ -245,7 +250,8 @@ def _sync_way(name: str, timeout: float | None) -> tuple[Callable[[], Call], Any
     if timeout is None:
         return lambda: _call_unwatched, _start_sync, _call_each, _call_batch
     _living_watchdog()  # that it cannot be had is told before the run
-    return lambda: partial(_living_watchdog().call, timeout), _start_sync, _call_each, _call_batch
+    limit = _limit(timeout)
+    return lambda: partial(_living_watchdog().call, limit), _start_sync, _call_each, _call_batch
 
 
 def _call_unwatched(what: str, function: Callable, arguments: dict[str, Any]) -> Any:
@@ -272,9 +278,9 @@ def _async_way(name: str, timeout: float | None) -> tuple[AsyncLimit, Any, Any, 
     if timeout is None:
         return nullcontext, partial(_start_async, partial(_result, name)), _call_each_async, _call_batch_async
     _living_watchdog()
-    deadlines: dict[object, float] = {}
-    finish = partial(_result_in_time, name, timeout, deadlines)
-    return partial(_deadline, timeout, deadlines), partial(_start_async, finish), _call_each_async, _call_batch_async
+    limit, deadlines = _limit(timeout), {}
+    finish = partial(_result_in_time, name, limit, deadlines)
+    return partial(_deadline, limit, deadlines), partial(_start_async, finish), _call_each_async, _call_batch_async
 
 
 def _start_async(finish: Callable[[Samples, Future[Any]], Any], call: AsyncCaller, samples: Samples) -> Finish:
@@ -285,19 +291,19 @@ def _start_async(finish: Callable[[Samples, Future[Any]], Any], call: AsyncCalle
 
 
 @asynccontextmanager
-async def _deadline(timeout: float, deadlines: dict[object, float]) -> AsyncIterator[None]:
+async def _deadline(limit: Limit, deadlines: dict[object, float]) -> AsyncIterator[None]:
     """A time limit that also a call keeps which blocks the loop; `deadlines` has those of the calls under way."""
     call = object()
-    deadlines[call] = time.monotonic() + timeout
+    deadlines[call] = time.monotonic() + limit.seconds
     try:
-        async with asyncio.timeout(timeout) as limit:
+        async with asyncio.timeout(limit.seconds) as timer:
             yield
     except TimeoutError as error:
-        raise TimeoutError(late(timeout) if limit.expired() else str(error)) from error
+        raise TimeoutError(limit.exceeded if timer.expired() else str(error)) from error
     finally:
         deadline = deadlines.pop(call)
     if time.monotonic() > deadline:  # it never gave the loop a chance to stop it
-        raise TimeoutError(late(timeout))
+        raise TimeoutError(limit.exceeded)
 
 
 def _result(name: str, samples: Samples, future: Future[list[Any]]) -> list[Any]:
@@ -309,22 +315,22 @@ def _result(name: str, samples: Samples, future: Future[list[Any]]) -> list[Any]
 
 
 def _result_in_time(
-    name: str, timeout: float, deadlines: dict[object, float], samples: Samples, future: Future[list[Any]]
+    name: str, limit: Limit, deadlines: dict[object, float], samples: Samples, future: Future[list[Any]]
 ) -> list[Any]:
     """The result; an error if a call has blocked the loop, which nobody can interrupt, for more than its time.
 
     What holds the interpreter too does not let us look, and is ended by the watchdog.
     """
-    dog, patience = _living_watchdog(), min(_PATIENCE, timeout)
-    watch = dog.show(None, timeout, _what(name, samples, slice(None)))
+    dog, patience = _living_watchdog(), min(_PATIENCE, limit.seconds)
+    watch = dog.show(None, limit, _what(name, samples, slice(None)))
     began = time.monotonic()
     try:
-        while not wait([future], min(_LOOK, timeout)).done:
+        while not wait([future], min(_LOOK, limit.seconds)).done:
             _check_loop_runs(name)
             dog.beat(watch)
             if any(time.monotonic() > max(began, deadline) + patience for deadline in list(deadlines.values())):
                 raise UserError(
-                    f"Reward `{name}` gave {late(timeout)}, and the event loop of all async rewards is blocked. "
+                    f"Reward `{name}` gave {limit.exceeded}, and the event loop of all async rewards is blocked. "
                     "A time-out is never scored 0: let them `await` what they wait for, or write them with `def`."
                 )
     finally:

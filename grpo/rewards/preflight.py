@@ -245,7 +245,7 @@ def preflight_table(report: Preflight) -> Table:
 
 
 def _probes(calls: Calls, gold: str, shuffle: random.Random) -> list[Completion]:
-    words = re.split(r"(\s+)", gold)  # words at even places, the white space between them at odd ones
+    words = re.split(r"(\s+)", gold)  # words at even indices, the white space between them at odd ones
     shuffled = words[::2]
     shuffle.shuffle(shuffled)
     words[::2] = shuffled

@@ -2,7 +2,7 @@
 its own? Knows nothing of how an engine samples.
 
 The canary asks the engine for log-probabilities; this looks at what was sampled. Each step the policy reads a few
-completions, chosen by their places before anything was drawn, and ranks every token among all that could have come:
+completions, chosen by their indices before anything was drawn, and ranks every token among all that could have come:
 
     u = sum of p over the likelier tokens + v * (sum of p over those as likely), v uniform in [0, 1)
 

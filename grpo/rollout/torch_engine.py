@@ -62,11 +62,13 @@ class TorchEngine:
         decoder = self._decoder()
         hidden = decoder.start(*_counted(contexts), longest)
         scored = []
-        for place in range(longest):
+        for position in range(longest):
             # A sequence that is already at its end is fed its first token again; what comes out is not looked at.
-            tokens = torch.tensor([c[place] if place < len(c) else c[0] for c in completions], device=hidden.device)
+            tokens = torch.tensor(
+                [c[position] if position < len(c) else c[0] for c in completions], device=hidden.device
+            )
             scored.append(self._distribution(hidden).gather(1, tokens[:, None]).squeeze(1))
-            hidden = decoder.feed(tokens) if place + 1 < longest else hidden
+            hidden = decoder.feed(tokens) if position + 1 < longest else hidden
         rows = torch.stack(scored, dim=1).tolist()
         return [row[: len(completion)] for row, completion in zip(rows, completions, strict=True)]
 
@@ -94,9 +96,9 @@ class TorchEngine:
         drafts = [_Draft(request.max_tokens) for request in requests]
         most_kept = 1 - DROP_SHARE if decoder.can_drop else 0.0
         rows = list(range(len(drafts)))  # the draft that each row of the decoder writes
-        for place in range(longest):
+        for position in range(longest):
             logprobs = self._distribution(hidden)  # [rows, V]
-            tokens = draw(logprobs, draws[rows, place])
+            tokens = draw(logprobs, draws[rows, position])
             chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
             for row, token, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
                 drafts[row].append(token, logprob, self.stop_tokens)

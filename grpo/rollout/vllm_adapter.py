@@ -1,8 +1,8 @@
 """AdapterLink: for models that are not fused. vLLM holds its own copy of the base, and its own LoRA machinery
 receives the adapter. Knows nothing of sampling.
 
-vLLM reads an adapter from buffers at fixed addresses, and so do captured CUDA graphs. Each linear's place in them is
-looked up once; bringing the policy's weights is then one copy of every A and of every B times the scale.
+vLLM reads an adapter from buffers at fixed addresses, and so do captured CUDA graphs. Where each linear's part of them
+begins is looked up once; bringing the policy's weights is then one copy of every A and of every B times the scale.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterLink:
     """The policy's adapter, copied into vLLM's."""
 
     def __init__(self, policy: Policy):
-        """Raises UserError where vLLM's copy of the base or its room for the adapter could not match the policy's."""
+        """Raises UserError where vLLM's base or its buffers for the adapter could not match the policy's."""
         _check_base(policy)
         self.model, self.store = policy.model, policy.store
         self.copies: list[Copy] = []
@@ -58,7 +58,7 @@ class AdapterLink:
         """See Link.attach.
 
         Raises:
-            UserError: vLLM has no place for a projection of the policy.
+            UserError: vLLM has no buffer for a projection of the policy.
         """
         vllm_compat.open_adapter(llm, self.lora_request)
         find = vllm_compat.find_lora_slices(llm, self.lora_request.lora_int_id)
@@ -88,7 +88,7 @@ def _room_for(rank: int) -> int:
     ranks = vllm_compat.lora_ranks()
     if rank > ranks[-1]:
         raise UserError(f"--lora-rank is {rank}, and vLLM takes {ranks[-1]} at most. Lower it or use --engine torch.")
-    return next(room for room in ranks if room >= rank)
+    return next(larger for larger in ranks if larger >= rank)
 
 
 def copies_of(name: str, a: Tensor, b: Tensor, slices: list[vllm_compat.LoraSlice]) -> list[Copy]:

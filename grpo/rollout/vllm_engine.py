@@ -119,9 +119,9 @@ class VllmEngine:
     def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
         """See Engine.logprobs. A request for each token, which is asked for by name after what comes before it."""
         cases = [
-            (context + completion[:place], token)
+            (context + completion[:position], token)
             for context, completion in zip(contexts, completions, strict=True)
-            for place, token in enumerate(completion)
+            for position, token in enumerate(completion)
         ]
         params = [self._params(1, seed=0, logprob_token_ids=[token]) for _, token in cases]
         answers = iter(self._run([tokens for tokens, _ in cases], params))

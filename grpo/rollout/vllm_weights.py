@@ -281,8 +281,8 @@ class SharedConfig(QuantizationConfig):
             return SharedTable(head if isinstance(layer, ParallelLMHead) else embedding)  # not all have a name
         if not isinstance(layer, LinearBase):
             return None
-        _, _, place = prefix.rpartition("layers.")
-        index, _, part = place.partition(".")
+        _, _, rest = prefix.rpartition("layers.")
+        index, _, part = rest.partition(".")
         name = f"{index}.{PROJECTIONS.get(part)}"
         if name not in store.projections:
             raise UserError(f"vLLM has a linear layer {prefix} that the trainer does not have. Use --engine torch.")

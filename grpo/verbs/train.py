@@ -8,6 +8,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from grpo import watchdog
 from grpo.build import build_run
 from grpo.checkpoint import check_run, read_state
 from grpo.command import Options
@@ -29,7 +30,6 @@ from grpo.folder import (
 from grpo.guards import Asked, command_to_go_on, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
 from grpo.questions import Questions, build_questions, preflight_rewards
 from grpo.resolve import Resolved
-from grpo.rewards import watchdog
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -85,8 +85,8 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
     try:
         if is_new:
             write_config(saved)
-        elif starts_over and (place := set_aside(saved.folder)):
-            say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {place}.")
+        elif starts_over and (left := set_aside(saved.folder)):
+            say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {left}.")
         with working("model and engine"):
             run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say)
     except BaseException:

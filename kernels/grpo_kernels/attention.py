@@ -60,9 +60,9 @@ def group_attention(
     # Flash attention lays its result out as q lies, and what merges results takes heads beside each other.
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     if (gathered := layout.gathered) is not None:
-        places = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
+        lists = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
         longest = [layout.longest[0], gathered.longest]
-        return _gathered_op(q, k, v, layout.segments, *places, longest, scale)[0]
+        return _gathered_op(q, k, v, layout.segments, *lists, longest, scale)[0]
     out, _ = _merged_op(
         q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale
     )
@@ -184,7 +184,7 @@ _gathered_op.differentiate(_setup_gathered, _backward_gathered)
 
 
 def sum_of_copies(gathered: Tensor, copies: Tensor, copy_starts: Tensor) -> Tensor:
-    """[S, ...] -> [N, ...]: of each token the sum over its places, in float32, rounded once and always in one order."""
+    """[S, ...] -> [N, ...]: of each token the sum over its copies, in float32, rounded once and always in one order."""
     num_tokens, size = len(copy_starts) - 1, gathered[0].numel()
     sums = gathered.new_empty(num_tokens, *gathered.shape[1:])
     block = min(1024, next_power_of_2(size))
@@ -201,8 +201,8 @@ def _sum_of_copies_kernel(gathered, copies, copy_starts, sums, size, BLOCK: tl.c
     inside = column < size
     total = tl.zeros([BLOCK], tl.float32)
     for index in range(tl.load(copy_starts + token), tl.load(copy_starts + token + 1)):
-        place = tl.load(copies + index).to(tl.int64)
-        total += tl.load(gathered + place * size + column, mask=inside, other=0.0).to(tl.float32)
+        index_of_copy = tl.load(copies + index).to(tl.int64)
+        total += tl.load(gathered + index_of_copy * size + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(sums + token * size + column, total.to(sums.dtype.element_ty), mask=inside)
 
 

@@ -22,8 +22,8 @@ class Gathered:
 
     keys: Tensor  # [S] int32, packed tokens
     starts: Tensor  # [prompts + completions + 1] int32, where each list starts, and S
-    copies: Tensor  # [S] int32, the places in `keys` of the first token, of the second, ...
-    copy_starts: Tensor  # [N + 1] int32, where each token's places start in `copies`, and S
+    copies: Tensor  # [S] int32, the indices in `keys` of the first token, of the second, ...
+    copy_starts: Tensor  # [N + 1] int32, where each token's indices start in `copies`, and S
     longest: int  # list
 
     @staticmethod
@@ -34,16 +34,16 @@ class Gathered:
         prompt_starts = list(accumulate(prompt_lengths, initial=0))
         pieces = list(zip(prompt_starts, prompt_lengths, strict=False))  # (first token, tokens)
         lengths = list(prompt_lengths)
-        place = prompt_starts[-1]
+        start = prompt_starts[-1]
         for prompt, group in enumerate(completion_lengths):
             for length in filter(None, group):
-                pieces += [(prompt_starts[prompt], prompt_lengths[prompt]), (place, length)]
-                place += length
+                pieces += [(prompt_starts[prompt], prompt_lengths[prompt]), (start, length)]
+                start += length
             lengths += [prompt_lengths[prompt] + length if length else 0 for length in group]
         first, size = torch.tensor(pieces).t()
         offset = first - (size.cumsum(0) - size)
         keys = offset.repeat_interleave(size) + torch.arange(sum(lengths))
-        counts = torch.bincount(keys, minlength=place)
+        counts = torch.bincount(keys, minlength=start)
         return Gathered(
             keys.int().to(device),
             _starts(lengths, device),
@@ -114,7 +114,7 @@ class GroupLayout:
         return self.num_prompt_tokens + sum(map(sum, self.completion_lengths))
 
     def positions(self) -> Tensor:
-        """[N] int64: a token's place in its sequence. A completion goes on where its prompt ends."""
+        """[N] int64: a token's index in its sequence. A completion goes on where its prompt ends."""
         starts = [0] * len(self.prompt_lengths)
         lengths = list(self.prompt_lengths)
         for prompt_length, group in zip(self.prompt_lengths, self.completion_lengths, strict=True):

@@ -2,6 +2,8 @@
 Knows nothing of any operation.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ import torch
 KERNEL_DTYPES = (
     [torch.float32, torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float32, torch.float16]
 )
+
+MAY_BE_HELD = 2**30  # bytes of a GPU's memory
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,6 +46,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_given_back() -> Iterator[None]:
+    """Several processes share a GPU (`pytest -n 8`): what a large test has taken is given back after it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > MAY_BE_HELD:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Watchdog: ends a call that takes too long, whatever it does. Knows nothing of rewards, only of calls and sentences.
+"""Watchdog: ends a call that takes too long, whatever it does. Knows only calls and sentences, not what is called.
 
 A call may loop in Python, wait, or hold the interpreter in C (a regular expression, a power of large integers); it may
 catch every exception, and libraries like math_verify take SIGALRM for themselves. So it is watched from outside: a
@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 GRACE = 5.0  # seconds that a late call gets to end by an exception
@@ -38,8 +39,9 @@ _TICK = 0.1  # seconds between two looks
 _BETWEEN_SIGNALS = 1.0  # seconds, so that a call can clean up
 
 # The shared memory: a page with advice, then a page for each call that is under way at the same time.
-_PAGE, _NUM_CALLS = 1024, 64
-_CALL = struct.Struct("ddI")  # monotonic time by when it must be over, 0 for no call; seconds it has; bytes of its text
+_PAGE, _NUM_CALLS = 2048, 64
+_MOST_CHARACTERS = 160  # of each of a call's three texts, of 4 bytes at most
+_CALL = struct.Struct("dI")  # monotonic time by when it must be over, 0 for no call; bytes of its texts
 _TEXT = struct.Struct("I")  # bytes of the advice
 
 
@@ -47,14 +49,32 @@ class TimeIsUp(BaseException):
     """Raised inside of a late call. No Exception, because a call may turn any of those into a result."""
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The time that calls of a kind may take.
+
+    name    what sets it, in words
+    remedy  what to do about a call that nothing interrupts, a sentence
+    """
+
+    seconds: float
+    name: str
+    remedy: str
+
+    @property
+    def exceeded(self) -> str:
+        """What a late call gave, in words."""
+        return f"no result in {self.seconds:g} s, {self.name}"
+
+
 class Watch:
     """A call that is watched: where it runs, and by when it must be over."""
 
-    def __init__(self, thread: int | None, seconds: float, place: int):
+    def __init__(self, thread: int | None, limit: Limit, offset: int):
         self.thread = thread  # where TimeIsUp is raised; None: nowhere
-        self.seconds = seconds
-        self.deadline = time.monotonic() + seconds
-        self.place = place  # of its page
+        self.seconds = limit.seconds
+        self.deadline = time.monotonic() + limit.seconds
+        self.offset = offset  # of its page
         self.is_over = False
         self.has_rung = False
 
@@ -80,17 +100,17 @@ class Watchdog:
                 pass_fds=[file.fileno()],
             )
         self.free = [_PAGE * (1 + number) for number in range(_NUM_CALLS)]
-        self.watches: dict[int, Watch] = {}  # by place
+        self.watches: dict[int, Watch] = {}  # by offset
         if not takes_signals:
             threading.Thread(target=self._ring_for_ever, name="grpo-watchdog", daemon=True).start()
 
-    def call(self, seconds: float, what: str, function: Callable, arguments: dict[str, Any]) -> Any:
-        """function(**arguments), which must be back in so many seconds; `what` it is, in words.
+    def call(self, limit: Limit, what: str, function: Callable, arguments: dict[str, Any]) -> Any:
+        """function(**arguments), which must be back in time; `what` it is, in words.
 
         Raises:
             TimeoutError: it was not, whatever it made of the exception.
         """
-        watch = self.show(threading.get_ident(), seconds, what)
+        watch = self.show(threading.get_ident(), limit, what)
         returned = None
         try:
             try:
@@ -102,29 +122,30 @@ class Watchdog:
         finally:
             self.hide(watch)
             if watch.has_rung:
-                raise TimeoutError(late(seconds))
+                raise TimeoutError(limit.exceeded)
         return returned
 
-    def show(self, thread: int | None, seconds: float, what: str) -> Watch:
+    def show(self, thread: int | None, limit: Limit, what: str) -> Watch:
         """Watch a call that begins now, until it is hidden."""
-        watch = Watch(thread, seconds, self.free.pop())
-        text = what.encode(errors="replace")[: _PAGE - _CALL.size]
+        watch = Watch(thread, limit, self.free.pop())
+        texts = (part.replace("\0", " ")[:_MOST_CHARACTERS] for part in (what, limit.exceeded, limit.remedy))
+        text = "\0".join(texts).encode(errors="replace")
         # The text before the time, which makes it count.
-        self.memory[watch.place + _CALL.size : watch.place + _CALL.size + len(text)] = text
-        _CALL.pack_into(self.memory, watch.place, watch.deadline, seconds, len(text))
-        self.watches[watch.place] = watch
+        self.memory[watch.offset + _CALL.size : watch.offset + _CALL.size + len(text)] = text
+        _CALL.pack_into(self.memory, watch.offset, watch.deadline, len(text))
+        self.watches[watch.offset] = watch
         return watch
 
     def beat(self, watch: Watch) -> None:
         """It is not late yet: count its seconds from now."""
         watch.deadline = time.monotonic() + watch.seconds
-        struct.pack_into("d", self.memory, watch.place, watch.deadline)
+        struct.pack_into("d", self.memory, watch.offset, watch.deadline)
 
     def hide(self, watch: Watch) -> None:
         """The call is over."""
-        struct.pack_into("d", self.memory, watch.place, 0.0)
-        del self.watches[watch.place]
-        self.free.append(watch.place)
+        struct.pack_into("d", self.memory, watch.offset, 0.0)
+        del self.watches[watch.offset]
+        self.free.append(watch.offset)
 
     def advise(self, text: str) -> None:
         """What the child adds to its sentences."""
@@ -169,11 +190,6 @@ class Watchdog:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watch.thread), ctypes.py_object(TimeIsUp))
         if late_here:
             raise TimeIsUp
-
-
-def late(seconds: float) -> str:
-    """What a late call did, in words."""
-    return f"no result in {seconds:g} s, the --reward-timeout"
 
 
 def _take_breath() -> None:
@@ -223,7 +239,8 @@ os.register_at_fork(after_in_child=_forget)
 # ---- the child process
 
 
-Calls = dict[tuple[int, float], tuple[float, str]]  # (place, monotonic time by when it must be over) -> (seconds, what)
+# (offset of its page, monotonic time by when it must be over) -> what it is, what it gave if late, what to do then
+Calls = dict[tuple[int, float], list[str]]
 
 
 def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> None:
@@ -243,13 +260,13 @@ def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> N
         excused = {call: excused.get(call, 0.0) + (now - looked) * paused for call in calls}
         rung = {call: when for call, when in rung.items() if call in calls}
         found_late = {call: when for call, when in found_late.items() if call in calls}
-        for call, (seconds, what) in calls.items():
+        for call, texts in calls.items():
             clock = now - excused[call]
             if clock < call[1]:
                 continue
             # From when we have seen it, for we may have been the one that was late.
             if clock > found_late.setdefault(call, clock) + grace:
-                _end(memory, parent, seconds, what)
+                _end(memory, parent, *texts)
                 return
             if sends_signals and now > rung.get(call, 0.0) + _BETWEEN_SIGNALS:
                 rung[call] = now
@@ -261,11 +278,11 @@ def _watch(descriptor: int, parent: int, grace: float, sends_signals: bool) -> N
 def _calls(memory: mmap.mmap) -> Calls:
     """The calls that are under way."""
     calls: Calls = {}
-    for place in range(_PAGE, _PAGE * (1 + _NUM_CALLS), _PAGE):
-        deadline, seconds, length = _CALL.unpack_from(memory, place)
+    for offset in range(_PAGE, _PAGE * (1 + _NUM_CALLS), _PAGE):
+        deadline, length = _CALL.unpack_from(memory, offset)
         if deadline:
-            text = memory[place + _CALL.size : place + _CALL.size + length]
-            calls[place, deadline] = seconds, text.decode(errors="replace")
+            text = memory[offset + _CALL.size : offset + _CALL.size + length]
+            calls[offset, deadline] = text.decode(errors="replace").split("\0")
     return calls
 
 
@@ -278,7 +295,7 @@ def _is_stopped(process: int) -> bool:
 
 def _tell_the_end(memory: mmap.mmap, calls: Calls) -> None:
     """The process is gone: if a call was under way, say so."""
-    for _, what in calls.values():
+    for what, *_ in calls.values():
         _say(
             memory,
             f"The run ended without a word during {what}: it called os._exit() or crashed Python, or the process was "
@@ -286,12 +303,11 @@ def _tell_the_end(memory: mmap.mmap, calls: Calls) -> None:
         )
 
 
-def _end(memory: mmap.mmap, parent: int, seconds: float, what: str) -> None:
+def _end(memory: mmap.mmap, parent: int, what: str, exceeded: str, remedy: str) -> None:
     """Say what is late, and end the process. From the end of this no `finally` of it runs."""
     _say(
         memory,
-        f"{what[:1].upper()}{what[1:]} gave {late(seconds)}, and could not be interrupted, so the run was ended. A "
-        "time-out is never scored 0: mend the reward, or give it more time.",
+        f"{what[:1].upper()}{what[1:]} gave {exceeded}, and could not be interrupted, so the run was ended. {remedy}",
     )
     with suppress(ProcessLookupError):
         os.kill(parent, signal.SIGKILL)
