@@ -149,7 +149,7 @@ class LossConfig(Part):
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low. With gspo think of 3e-4."""
     clip_high: float = 0.28
-    """The ratio is clipped above 1 + clip_high ("clip-higher" lets rare tokens gain). With gspo 4e-4."""
+    """The ratio is clipped above 1 + clip_high ("clip-higher" leaves room for rare tokens). With gspo 4e-4."""
     dual_clip: float = math.inf
     """With a negative advantage the ratio counts at most this much; 3.0 is usual. inf: no such bound."""
     cispo_cap: float = 5.0

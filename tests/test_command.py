@@ -112,7 +112,7 @@ def test_every_other_name_leads_to_a_flag():
         (["--eval", "X", "--resume", "Y"], "--resume and --eval are different things"),
         (["toy.py", "--check", "--resume", "Y"], "--check and --resume are different things"),
         (["toy.py", "--resume-or-start"], "--resume-or-start needs --run-dir"),
-        (["toy.py", "other.py"], "no place for 'other.py'"),
+        (["toy.py", "other.py"], "no use for 'other.py'"),
         (["tasks/gsm8k.py", "--model", "a\0b"], "model is 'a\\x00b'"),
         (["to\0y.py"], "no task file to\\x00y.py"),
     ],

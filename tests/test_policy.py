@@ -150,14 +150,23 @@ def test_old_logprobs_are_those_before_the_first_optimizer_step(tiny_config, gro
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
-def test_recomputing_layers_changes_no_gradient(name, tiny_config, groups):
-    gradients = []
-    for recompute in ("none", "layer"):
-        config = tiny_config(name, recompute=recompute)
-        policy = build_policy(config)
-        randomise(policy)
-        batch = one_batch(groups, config)
-        policy.logprobs(batch)[0].sum().backward()
-        gradients.append([p.grad for p in policy.store.parameters()])
-    for kept, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(kept, recomputed, atol=0, rtol=0)
+def test_how_activations_wait_changes_no_gradient(name, tiny_config, groups):
+    policy = build_policy(tiny_config(name, recompute="none"))
+    randomise(policy)
+    batch = one_batch(groups, policy.config)
+
+    def gradients():
+        return torch.autograd.grad(policy.logprobs(batch)[0].sum(), policy.store.parameters())
+
+    kept = gradients()
+    first, *others = ["keep"] * len(policy.model.layers)
+    for treatments in (
+        ["recompute", *["recompute" for _ in others]],
+        ["offload", *["offload" for _ in others]],
+        ["offload", *others],
+        ["recompute", *others],
+        [first, *others],
+    ):
+        policy.model.treat(treatments)
+        for before, now in zip(kept, gradients(), strict=True):
+            torch.testing.assert_close(now, before, atol=0, rtol=0)

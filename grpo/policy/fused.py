@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from grpo_kernels.attention import group_attention
 from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from grpo.policy.activations import Treatment, ways
 from grpo.policy.cache import KeyValueCache
 from grpo.policy.linears import NF4Linear
 from grpo.policy.projections import Projection, ProjectionStore
@@ -147,7 +147,11 @@ class FusedModel(nn.Module):
         )
         self.head: Tensor = model.lm_head.weight  # [V, D]
         self.softcap: float | None = None
-        self.run_layer = _recomputed if recompute else _kept
+        self.treat(["recompute" if recompute else "keep"] * len(self.layers))
+
+    def treat(self, treatments: Sequence[Treatment]) -> None:
+        """What of each layer waits for the backward pass, and where."""
+        self.ways = ways(treatments, self.head.device)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
@@ -186,22 +190,14 @@ class FusedModel(nn.Module):
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         x = self.embed(tokens)
         angles = half_angles(*self.rope(x, positions.unsqueeze(0)))
-        for layer in self.layers:
-            x = self.run_layer(layer, x, angles, attend)
+        for layer, run in zip(self.layers, self.ways, strict=True):
+            x = run(layer, x, angles, attend)
         return self.norm(x)
 
 
 def packed(layout: GroupLayout) -> Attend:
     """Attention among the tokens of a packed batch: each to its prompt and its own past."""
     return lambda index, q, k, v, scale: group_attention(q, k, v, layout, scale=scale)
-
-
-def _kept(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
-    return layer(x, angles, attend)
-
-
-def _recomputed(layer: nn.Module, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
-    return checkpoint(layer, x, angles, attend, use_reentrant=False)
 
 
 # ---- recognition

@@ -6,17 +6,17 @@ copy of the prompt, because an unknown architecture cannot be trusted with packe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UserError
+from grpo.policy.activations import Treatment, ways
 from grpo.policy.linears import Linear, is_linear
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.types import Batch
@@ -34,8 +34,18 @@ class GenericModel(nn.Module):
         super().__init__()
         self.model = model
         self.head, self.softcap = _find_head(model)
-        if recompute:
-            recompute_layers(model)
+        # Hugging Face recomputes in train mode only, in which dropout is on, routers are noisy and some layers read the
+        # weights of their linears past their forward. The policy that is trained must be the policy that sampled: it
+        # never is in that mode.
+        self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        self.forwards = [layer.forward for layer in self.layers]
+        self.treat(["recompute" if recompute else "keep"] * len(self.layers))
+
+    def treat(self, treatments: Sequence[Treatment]) -> None:
+        """What of each layer waits for the backward pass, and where."""
+        runs = ways(treatments, self.head.device)
+        for layer, forward, run in zip(self.layers, self.forwards, runs, strict=True):
+            layer.forward = partial(run, forward)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
@@ -60,24 +70,6 @@ def last_hidden(model: Any, tokens: Tensor) -> Tensor:
 def body_of(model: Any) -> Any:
     """The model without its head. Llama 4's has not the name that Hugging Face's `base_model` looks for."""
     return model.model if model.base_model is model else model.base_model
-
-
-def recompute_layers(model: Any) -> None:
-    """Keep only each layer's input for the backward pass, where there is one, and compute the layer again for it.
-
-    Hugging Face does so in train mode only, in which dropout is on, routers are noisy and some layers read the weights
-    of their linears past their forward. The policy that is trained must be the policy that sampled: it never is in
-    that mode.
-    """
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.forward = partial(_recomputed, module.forward)
-
-
-def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*arguments, **named)
-    return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
 
 def _find_head(model: Any) -> tuple[Tensor, float | None]:
