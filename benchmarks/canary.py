@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rollout import NoText, synchronize, write_model
+from random_models import write_model
+from rollout import NoText, synchronize
 
 from grpo.advantages import ESTIMATORS, assign_advantages
 from grpo.config import Config

@@ -29,31 +29,12 @@ from typing import Any
 
 import torch
 import transformers
+from random_models import write_model
 
 PROMPTS, GROUP, PROMPT_TOKENS, COMPLETION_TOKENS = 32, 8, 128, 512
 GAP_SEQUENCES, GAP_TOKENS = 16, 64
 RANK = 32
 KV_GIB = 16.0
-
-SHAPES = {
-    "qwen3-0.6b": transformers.Qwen3Config(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
-    "qwen3-1.7b": transformers.Qwen3Config(
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
-    "llama-3.1-8b": transformers.LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-        head_dim=128, vocab_size=128256, tie_word_embeddings=False, max_position_embeddings=8192, rope_theta=500000.0,
-    ),
-    # For trying the script itself.
-    "tiny": transformers.Qwen3Config(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, vocab_size=512, tie_word_embeddings=True, max_position_embeddings=2048,
-    ),
-}  # fmt: skip
 
 CASES = (
     "qwen3-1.7b/ours-bf16", "qwen3-1.7b/ours-nf4", "qwen3-1.7b/plain", "qwen3-1.7b/lora", "qwen3-1.7b/bnb-lora",
@@ -122,20 +103,6 @@ def version(package: str) -> str:
 
     distributions = importlib.metadata.packages_distributions().get(package, [])
     return importlib.metadata.version(distributions[0]) if distributions else "none"
-
-
-def write_model(shape: str, folder: Path) -> None:
-    """A checkpoint with random weights in this shape."""
-    target = folder / shape
-    if (target / "config.json").exists():
-        return
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(SHAPES[shape], dtype=torch.bfloat16)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=2)
-    model.save_pretrained(target, max_shard_size="2GB")
-    del model
-    torch.cuda.empty_cache()  # the cases run while this process waits
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

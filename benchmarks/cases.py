@@ -1,0 +1,282 @@
+"""Cases: each is measured in a process of its own, one after another; what came out is kept in a JSON of this GPU.
+
+Knows nothing of what a case measures: a benchmark's own file is started again with --case NAME and prints a line
+`RESULT {json}`. While it runs, this process watches how much memory the GPU gives out, and the clock. Imports no
+torch: this process must hold no GPU memory itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any, Self
+
+from shapes import is_written, model_folder
+
+RESULT = "RESULT "
+GRACE = 30.0  # seconds behind the deadline in which a case may end by itself
+SAMPLE_MS = 100  # between two looks at the GPU's memory
+PACKAGES = ("torch", "transformers", "vllm", "bitsandbytes", "peft", "trl", "unsloth")
+
+Record = dict[str, Any]
+
+
+# ---- the command line
+
+
+def add_arguments(parser: argparse.ArgumentParser, example: str) -> None:
+    """What every benchmark of cases takes."""
+    parser.add_argument(
+        "--only", nargs="+", metavar="CASE", help=f"cases, such as {example}; SHAPE alone means all its"
+    )
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="from now, after which no step is begun")
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-models"), help="where models are written")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where results are kept")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--tidy", action="store_true", help="delete a model after its last case: disks are small")
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # of the process that measures one
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # time.time() of the deadline
+    parser.add_argument("--started", type=float, default=time.time(), help=argparse.SUPPRESS)
+
+
+def chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None, usual: Sequence[str], known: Sequence[str]):
+    """The cases asked for, in that order; `usual` if none is. Ends with a sentence where one is unknown."""
+    names: list[str] = []
+    for asked in usual if only is None else only:
+        found = [name for name in known if name == asked]
+        found = found or [name for name in usual if name.startswith(f"{asked}/")]
+        if not found:
+            parser.error(f"there is no case {asked}. There are: {', '.join(known)}.")
+        names += [name for name in found if name not in names]
+    return names
+
+
+# ---- the process that measures
+
+
+def answer(measure: Callable[[], Record]) -> None:
+    """Measure, print what came out, and end at once: the threads of an engine may hang when Python takes leave."""
+    hide_kernels()
+    try:
+        record = measure() | {"versions": versions()}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        record = {"failed": f"{type(error).__name__}: {str(error)[:300]}", "versions": versions()}
+    print(RESULT + json.dumps(record), flush=True)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def hide_kernels() -> None:
+    """Beside this file lies kernels.py, which is not the package of that name that other packages ask for."""
+    here = str(Path(__file__).parent)
+    sys.path.remove(here)
+    sys.path.append(here)
+    found = importlib.util.find_spec("kernels")
+    if found and found.origin and Path(found.origin).parent == Path(here):
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # as if there were none
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed here."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+# ---- the process that waits
+
+
+def run_case(script: str, name: str, more: Sequence[str], deadline: float | None) -> Record:
+    """One case in a process of its own: what it found, and the most memory of the GPU meanwhile.
+
+    deadline: time.time() at which it should be done; it is ended a little later.
+    """
+    command = [sys.executable, script, *more, "--case", name, "--started", str(time.time())]
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    left = None if deadline is None else max(1.0, deadline + GRACE - time.time())
+    lines: list[str] = []
+    with GpuMemory() as memory:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True
+        )
+        try:
+            reader = threading.Thread(target=pass_on, args=(process, lines), daemon=True)
+            reader.start()
+            process.wait(left)
+            reader.join(5)
+        except subprocess.TimeoutExpired:
+            return {"failed": "was not done at the deadline"}
+        finally:
+            with suppress(ProcessLookupError):  # it, and what it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not lines:
+        return {"failed": f"ended with code {process.returncode} and no result"}
+    return json.loads(lines[-1]) | memory.record()
+
+
+def pass_on(process: subprocess.Popen[str], results: list[str]) -> None:
+    """What a case prints, as it comes, but for its result."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(RESULT):
+            results.append(line.removeprefix(RESULT))
+        else:
+            print(line, end="", flush=True)
+
+
+class GpuMemory:
+    """Looks, while it is open, at what the first GPU has given out to all processes together; nothing without one."""
+
+    def __init__(self) -> None:
+        self.before: float | None = None
+        self.peak = 0.0
+        self.watching: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        if shutil.which("nvidia-smi"):
+            self.before = float(ask_gpu("memory.used"))
+            query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+            self.watching = subprocess.Popen([*query, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.watching:
+            self.watching.kill()
+            self.watching.wait()
+
+    def _watch(self) -> None:
+        assert self.watching and self.watching.stdout
+        for line in self.watching.stdout:
+            with suppress(ValueError):
+                self.peak = max(self.peak, float(line))
+
+    def record(self) -> Record:
+        """The peak, less what was taken before, in GiB."""
+        return {} if self.before is None else {"device_peak_gib": round((self.peak - self.before) / 1024, 2)}
+
+
+def ask_gpu(what: str) -> str:
+    """A property of the first GPU, as nvidia-smi calls it."""
+    query = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """What results are named after."""
+    return ask_gpu("name") if device != "cpu" and shutil.which("nvidia-smi") else "cpu"
+
+
+def card() -> str:
+    """Which card of its kind: figures of one can be compared."""
+    return ask_gpu("uuid")[-8:] if shutil.which("nvidia-smi") else "cpu"
+
+
+# ---- what is kept
+
+
+class Results:
+    """The JSON of a benchmark on a GPU: {"about": ..., "cases": {name: record}}."""
+
+    def __init__(self, path: Path, about: Record, finish: Callable[[dict[str, Record]], None] = lambda cases: None):
+        """about: of all cases. finish: adds to the records what follows from several of them."""
+        self.path, self.about, self.finish = path, about, finish
+        self.number = 1 + max((record["run"] for record in self.cases().values()), default=0)
+
+    def cases(self) -> dict[str, Record]:
+        """What is kept so far."""
+        return json.loads(self.path.read_text())["cases"] if self.path.exists() else {}
+
+    def keep(self, name: str, record: Record, command: str) -> None:
+        """Add a record; the one before it goes. A failure takes no measurement's place."""
+        cases = self.cases()
+        if "failed" in record and "failed" not in cases.get(name, {"failed": ""}):
+            print(f"{name} failed; what was measured of it before is kept", flush=True)
+            return
+        told = {"run": self.number, "date": date.today().isoformat(), "card": card(), "command": command}
+        cases[name] = record | told
+        self.finish(cases)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".new")
+        beside.write_text(json.dumps({"about": self.about, "cases": cases}, indent=1) + "\n")
+        beside.replace(self.path)
+
+
+def results_path(out: Path, benchmark: str, device: str) -> Path:
+    """Of a benchmark on this kind of GPU."""
+    return out / f"{benchmark}-{device.lower().replace(' ', '-')}.json"
+
+
+def write_in_another_process(shape: str, folder: Path, quantized: bool) -> None:
+    """A model, by a process that gives back the GPU's memory when it ends."""
+    here = str(Path(__file__).parent)
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from random_models import write_model;"
+    )
+    code += "sys.path.remove(sys.argv[1]); write_model(sys.argv[2], Path(sys.argv[3]), sys.argv[4] == 'True')"
+    subprocess.run([sys.executable, "-c", code, here, shape, str(folder), str(quantized)], check=True)
+
+
+def run_all(
+    names: Sequence[str],
+    results: Results,
+    arguments: argparse.Namespace,
+    needs: Callable[[str], tuple[str, bool]],
+    say: Callable[[Record], str],
+    shown: Sequence[str] = (),
+    hidden: Sequence[str] = (),
+    variant: str = "",
+) -> int:
+    """Every case in turn, kept as soon as it is there; the exit code: 1 if one failed or was not begun in time.
+
+    needs: case -> (shape, whether its checkpoint is one in NF4). say: a record in a line. shown, hidden: arguments that
+    cases are started with beside the common ones, as part of the command that is kept or not. variant: what the name
+    has behind it that a record is kept under, where the work is not the usual one.
+    """
+    deadline = None if arguments.deadline is None else arguments.started + arguments.deadline
+    own = ["--folder", str(arguments.folder), "--device", arguments.device]
+    own += [] if arguments.deadline is None else ["--deadline", str(arguments.deadline), "--until", str(deadline)]
+    failures = 0
+    for place, name in enumerate(names):
+        if deadline is not None and time.time() > deadline:
+            print(f"past the deadline: not begun: {', '.join(names[place:])}", flush=True)
+            return 1
+        shape, quantized = needs(name)
+        if not is_written(shape, arguments.folder, quantized):
+            print(f"{name}: writing its model", flush=True)
+            write_in_another_process(shape, arguments.folder, quantized)
+        label = name + variant
+        ran = arguments.folder / "ran" / re.sub(r"[^\w.=-]", "_", label)
+        record = run_case(sys.argv[0], name, [*own, *shown, *hidden], deadline) | {"compiled_before": ran.exists()}
+        ran.parent.mkdir(exist_ok=True)
+        ran.touch()
+        command = f"python benchmarks/{Path(sys.argv[0]).name} --only {name}" + "".join(f" {word}" for word in shown)
+        results.keep(label, record, command)
+        failures += "failed" in record
+        print(f"{label}: {record['failed'] if 'failed' in record else say(record)}", flush=True)
+        if arguments.tidy and not any(needs(later) == (shape, quantized) for later in names[place + 1 :]):
+            shutil.rmtree(model_folder(shape, arguments.folder, quantized))
+    return min(failures, 1)

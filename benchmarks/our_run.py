@@ -1,0 +1,196 @@
+"""A run of ours as a user has it, over random weights: the loop, the engine and the metrics are the product's own.
+
+Knows nothing of what is compared. Three things are arranged: prompts have an exact length, rewards are random, and no
+token ends a completion, so that each step is the same work. No held-out score is made, for peers make none.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_models import questions
+
+from grpo.build import build_run
+from grpo.config import Config
+from grpo.policy import load_tokenizer
+from grpo.questions import build_questions
+from grpo.rollout import Engine
+from grpo.rollout.audit import Audit
+from grpo.rollout.torch_engine import TorchEngine
+from grpo.task import Task
+from grpo.train import Run, train
+from grpo.types import Completion, Request
+
+RANK = 32
+WARM = 2  # steps that are not timed: kernels are compiled, memory is taken
+
+
+def at_random(completions: list[str]) -> list[float]:
+    """A reward that teaches nothing and gives every group something to learn from."""
+    return [random.random() for _ in completions]
+
+
+def our_config(model: Path, base: str, device: str, **more: Any) -> Config:
+    """What the product would be started with. Completions are all cut off by the token limit, and trained on."""
+    settings = dict(
+        model=str(model), base=base, device=device, lora_rank=RANK, lora_alpha=float(RANK), mask_truncated=False,
+        learning_rate=1e-5, eval_prompts=8, eval_samples=1, eval_k=1, eval_every=0, save_every=10**9,
+    )  # fmt: skip
+    return Config(**(settings | more))
+
+
+def measure(
+    config: Config, prompt_tokens: int, started: float, until: float | None, sampled: int | None = None
+) -> dict[str, Any]:
+    """Train config.steps steps, and say what they took.
+
+    started, until: time.time() when the process began, and after which no further step is begun. sampled: tokens of a
+    completion that are really sampled, where the rest is made up (see Lengthened).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(config, prompt_tokens, Path(folder))
+        if sampled is not None:
+            run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
+            run.audit = Deaf(run.policy, run.audit.noise)
+        watch = Watch(run, until)
+        with run.recorder:
+            train(run)
+        return watch.record(started) | what_ran(run)
+
+
+def build(config: Config, prompt_tokens: int, folder: Path) -> Run:
+    """The product's own, over a task whose chats are `prompt_tokens` long."""
+    count = config.prompts_per_step * config.steps
+    texts = questions(load_tokenizer(config.model), count + config.eval_prompts, prompt_tokens, config.seed)
+
+    def rows(split: str, data: str) -> Iterator[dict[str, str]]:
+        for text in texts[:count] if split == "train" else texts[count:]:
+            yield {"question": text}
+
+    task = Task(
+        name="benchmark",
+        rows=rows,
+        prompt=lambda row: [{"role": "user", "content": row["question"]}],
+        rewards={at_random: 1.0},
+        gold=None,
+        solved=None,
+        data="made up",
+        config=config,
+    )
+    run = build_run(task, config, folder, build_questions(task, config), None)
+    run.policy.stop_tokens.clear()
+    if isinstance(run.engine, TorchEngine):  # it has taken them over
+        run.engine.stop_tokens.clear()
+    run.progress.evaluated = config.steps
+    return run
+
+
+class Watch:
+    """Stands between the loop and its recorder: sees the metrics of each step, and the clock."""
+
+    def __init__(self, run: Run, until: float | None):
+        self.run, self.until = run, until
+        self.steps: list[dict[str, float]] = []
+        self.first = 0.0  # time.time() after the first step
+        self.record_step = run.recorder.step
+        run.recorder.step = self
+
+    def __call__(self, step: int, metrics: Any) -> None:
+        """See Recorder.step."""
+        self.record_step(step, metrics)
+        self.first = self.first or time.time()
+        self.steps.append(dict(metrics))
+        if self.until is not None and time.time() > self.until:
+            self.run.stop_requested = True
+
+    def record(self, started: float) -> dict[str, Any]:
+        """Medians of the timed steps, seconds; the start; the most memory that torch held in this process."""
+        timed = self.steps[WARM:] or self.steps[-1:]
+
+        def median(name: str) -> float:
+            return statistics.median(step[f"time/{name}"] for step in timed)
+
+        stages = {name: median(name) for name in ("rollout", "update", "sync")}
+        other = statistics.median(s["time/step"] - sum(s[f"time/{name}"] for name in stages) for s in timed)
+        seconds = {"step": median("step"), **stages, "old_logp": 0.0, "other": other}
+        return {
+            **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
+            "all_steps_s": [round(step["time/step"], 3) for step in self.steps],
+            "timed_steps": len(timed),
+            "start_s": round(self.first - started, 1),
+            "completion_tokens": timed[-1]["completion/length"],
+            "gap": timed[-1]["mismatch/gap"],
+            "process_peak_gib": round(timed[-1]["memory/peak_gib"], 2),
+            **torch_peaks(),
+        }
+
+
+def torch_peaks() -> dict[str, float]:
+    """The most memory of the GPU that torch had given out and held since the process began, in GiB."""
+    if not torch.cuda.is_available():
+        return {}
+    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {f"{name}_peak_gib": round(value / 2**30, 2) for name, value in peaks.items()}
+
+
+def what_ran(run: Run) -> dict[str, Any]:
+    """Precision, batches and engine, from the objects that ran."""
+    config, engine = run.config, run.engine
+    shown = engine.engine if isinstance(engine, Lengthened) else engine
+    return {
+        "ran": {
+            "base": config.base,
+            "engine": type(shown).__name__,
+            "model": type(run.policy.model).__name__,
+            "recompute": config.recompute,
+            "tokens_per_batch": config.tokens_per_batch,
+            "correction": config.correction,
+            "old_logp_pass": False,  # the ratio's denominator comes from the pass that is trained
+            "optimizer": type(run.policy.optimizer).__name__,
+        }
+    }
+
+
+# ---- contexts too long to be sampled each time
+
+
+class Lengthened:
+    """An engine whose completions go on, behind what it has sampled, with tokens at random.
+
+    Memory does not ask where tokens come from: the engine holds its whole KV cache from the start, and the update
+    reads completions of full length.
+    """
+
+    def __init__(self, engine: Engine, sampled: int, vocabulary: int):
+        self.engine, self.sampled, self.vocabulary = engine, sampled, vocabulary
+        self.canary = engine.canary
+        self.take_up, self.sync, self.release = engine.take_up, engine.sync, engine.release
+        self.logprobs, self.close = engine.logprobs, engine.close
+
+    def sample(self, requests: list[Request]) -> list[Completion]:
+        """See Engine.sample."""
+        short = self.engine.sample([replace(r, max_tokens=min(r.max_tokens, self.sampled)) for r in requests])
+        for request, completion in zip(requests, short, strict=True):
+            draw, missing = random.Random(request.seed), request.max_tokens - len(completion.tokens)
+            typical = statistics.mean(completion.sampler_logprobs)
+            completion.tokens += [draw.randrange(10, self.vocabulary - 10) for _ in range(missing)]
+            completion.sampler_logprobs += [typical] * missing
+        return short
+
+
+class Deaf(Audit):
+    """Reads what the audit reads, and lets it pass: what was made up is not drawn from the policy."""
+
+    def check_gap(self, gap: float) -> None:
+        """See Audit.check_gap."""
+
+    def _check_ranks(self) -> None:
+        """See Audit._check_ranks."""

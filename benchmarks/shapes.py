@@ -1,0 +1,51 @@
+"""The shapes of models that are measured: what transformers' configuration of that type takes; where they are written.
+
+Imports nothing: a peer may want to be imported before anything else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": dict(
+        model_type="qwen3", hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "qwen2.5-1.5b": dict(
+        model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, rope_theta=1e6,
+    ),
+    "qwen3-1.7b": dict(
+        model_type="qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False, rope_theta=500000.0,
+        max_position_embeddings=131072,
+    ),
+    "qwen2.5-14b": dict(
+        model_type="qwen2", hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
+        num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False, rope_theta=1e6,
+    ),
+    "qwen2.5-32b": dict(
+        model_type="qwen2", hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+        num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False, rope_theta=1e6,
+    ),
+    # For trying the scripts themselves.
+    "tiny": dict(
+        model_type="qwen3", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=512, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+def model_folder(shape: str, folder: Path, quantized: bool = False) -> Path:
+    """Where a shape's checkpoint lies. Peers know one in NF4 by the end of its name."""
+    return folder / (f"{shape}-bnb-4bit" if quantized else shape)
+
+
+def is_written(shape: str, folder: Path, quantized: bool = False) -> bool:
+    """Whether it is there, with its tokenizer, as a whole: its config.json is what is written last."""
+    files = ("tokenizer.json", "config.json")
+    return all((model_folder(shape, folder, quantized) / file).exists() for file in files)

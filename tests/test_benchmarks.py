@@ -1,0 +1,217 @@
+"""Benchmarks of cases: models are what transformers reads, results are merged, errors are sentences."""
+
+import fcntl
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+import cases
+import random_models
+import step
+from shapes import SHAPES, is_written
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny shape, in bf16 and in NF4."""
+    folder = tmp_path_factory.mktemp("models")
+    for quantized in (False, True):
+        random_models.write_model("tiny", folder, quantized)
+    return folder
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_is_whole_and_of_the_shape(folder, quantized):
+    """transformers misses nothing in it, finds nothing else, and computes with it; weights are as wide as they say."""
+    target = random_models.model_folder("tiny", folder, quantized)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        target, output_loading_info=True, dtype=torch.float32
+    )
+    assert not any(report.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    embedding = model.model.embed_tokens.weight
+    assert embedding.shape == (SHAPES["tiny"]["vocab_size"], SHAPES["tiny"]["hidden_size"])
+    assert abs(embedding.std().item() - random_models.DEVIATION) < 1e-3
+    assert torch.equal(model.model.norm.weight, torch.ones(SHAPES["tiny"]["hidden_size"]))
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_a_model_in_4_bits_has_every_linear_of_a_layer_so_and_no_other(folder):
+    target = random_models.model_folder("tiny", folder, quantized=True)
+    stored = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    packed = {name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.uint8}
+    packed = {name for name in packed if name.endswith("_proj")}
+    linears = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    layers = range(SHAPES["tiny"]["num_hidden_layers"])
+    assert packed == {f"model.layers.{layer}.{name}" for layer in layers for name in linears}
+
+
+def test_shards_are_cut_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_models, "SHARD_BYTES", 1000)
+    tensors = {f"{n}": torch.randn(100) for n in range(7)}
+    random_models.write_shards(tmp_path, iter(tensors.items()))
+    places = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(places.values())) == 3
+    for name, file in places.items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_a_half_written_model_is_none(folder, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "tokenizer.json").touch()
+    assert is_written("tiny", folder) and not is_written("tiny", tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "llama-3.1-8b"])
+def test_questions_are_exactly_so_long(shape):
+    """As the chat template makes them; and no two are the same."""
+    tokenizer = random_models.make_tokenizer(SHAPES[shape])
+    assert len(tokenizer) == SHAPES[shape]["vocab_size"]
+    texts = random_models.questions(tokenizer, 5, 64, seed=1)
+    for text in texts:
+        chat = [{"role": "user", "content": text}]
+        rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        assert len(tokenizer(rendered, add_special_tokens=False)["input_ids"]) == 64
+    assert len(set(texts)) == 5
+
+
+# ---- processes
+
+
+def script(tmp_path, text):
+    (tmp_path / "case.py").write_text(text)
+    return str(tmp_path / "case.py")
+
+
+def test_a_case_is_its_last_result_and_all_else_is_shown(tmp_path, capfd):
+    text = "import json, sys; print('hello'); print('RESULT ' + json.dumps({'a': 1}))"
+    record = cases.run_case(script(tmp_path, text), "tiny/trl", [], None)
+    assert record["a"] == 1 and "failed" not in record
+    assert capfd.readouterr().out == "hello\n"
+
+
+def test_a_case_that_dies_has_failed(tmp_path):
+    record = cases.run_case(script(tmp_path, "import os; os.abort()"), "tiny/trl", [], None)
+    assert record == {"failed": "ended with code -6 and no result"}
+
+
+def test_a_case_that_hangs_is_ended_with_what_it_started(tmp_path):
+    """Its child holds a lock as long as it lives."""
+    lock = tmp_path / "lock"
+    text = (
+        "import fcntl, signal, subprocess, sys\n"
+        f"held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX)\n"
+        "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'], pass_fds=[held.fileno()])\n"
+        "signal.pause()\n"
+    )
+    record = cases.run_case(script(tmp_path, text), "tiny/trl", [], time.time() - cases.GRACE)
+    assert record == {"failed": "was not done at the deadline"}
+    with open(lock, "w") as free:
+        fcntl.flock(free, fcntl.LOCK_EX)  # would wait for ever if one of them lived
+
+
+def test_nothing_is_begun_behind_the_deadline(monkeypatch, capsys, tmp_path):
+    given = ["--only", "tiny/trl", "--deadline", "-1", "--out", str(tmp_path), "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["step.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        step.main()
+    assert ended.value.code == 1 and "not begun: tiny/trl" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_ours_is_measured_by_the_command(folder, tmp_path):
+    """Two steps of the product on a CPU: completions are exactly as long as asked, and the stages make the step."""
+    given = ["--only", "tiny/ours-nf4", "--device", "cpu", "--steps", "2", "--tokens", "8", "--prompt-tokens", "40"]
+    command = [sys.executable, step.__file__, *given, "--set", "mini_batches=2", "--folder", str(folder)]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ((name, record),) = kept(tmp_path / "step-cpu.json").items()
+    assert name == "tiny/ours-nf4/tokens=8/prompt-tokens=40/mini_batches=2"
+    assert record["completion_tokens"] == 8 and record["ran"]["base"] == "nf4" and len(record["all_steps_s"]) == 2
+    stages = sum(record[f"{stage}_s"] for stage in ("rollout", "update", "sync", "other"))
+    assert 0 < record["rollout_s"] < record["step_s"] == pytest.approx(stages, abs=1e-3)
+    assert record["start_s"] > record["step_s"] and record["versions"]["torch"] == torch.__version__
+
+
+# ---- results
+
+
+def results_in(path):
+    return cases.Results(path, {"device": "cpu"}, step.add_ratios)
+
+
+def kept(path):
+    return json.loads(path.read_text())["cases"]
+
+
+def test_a_record_stays_until_its_case_is_measured_again(tmp_path):
+    path = tmp_path / "step-cpu.json"
+    first = results_in(path)
+    first.keep("tiny/ours-nf4", {"step_s": 2.0}, "python benchmarks/step.py --only tiny/ours-nf4")
+    first.keep("tiny/trl", {"step_s": 3.0}, "")
+    second = results_in(path)
+    second.keep("tiny/trl", {"step_s": 5.0}, "")
+    assert [kept(path)[name]["run"] for name in ("tiny/ours-nf4", "tiny/trl")] == [1, 2]
+    assert kept(path)["tiny/ours-nf4"]["command"] == "python benchmarks/step.py --only tiny/ours-nf4"
+    assert kept(path)["tiny/trl"]["over_ours"] == 2.5
+
+
+def test_ratios_follow_ours_when_it_is_measured_last(tmp_path):
+    path = tmp_path / "step-cpu.json"
+    results = results_in(path)
+    results.keep("tiny/trl", {"step_s": 3.0}, "")
+    assert "over_ours" not in kept(path)["tiny/trl"]
+    results.keep("tiny/ours-nf4", {"step_s": 2.0}, "")
+    results.keep("tiny/ours-nf4/recompute=none", {"step_s": 1.0}, "")
+    assert kept(path)["tiny/trl"]["over_ours"] == 1.5
+    assert kept(path)["tiny/ours-nf4/recompute=none"]["over_ours"] == 1.0
+
+
+def test_a_failure_takes_no_measurements_place(tmp_path, capsys):
+    path = tmp_path / "step-cpu.json"
+    results = results_in(path)
+    results.keep("tiny/trl", {"failed": "out of memory"}, "")
+    assert kept(path)["tiny/trl"]["failed"] == "out of memory"
+    results.keep("tiny/trl", {"step_s": 3.0}, "")
+    results.keep("tiny/trl", {"failed": "a GPU that fell off"}, "")
+    assert kept(path)["tiny/trl"]["step_s"] == 3.0 and "is kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        (["--only", "qwen9/ours-nf4"], "there is no case qwen9/ours-nf4"),
+        (["--only", "tiny/trl", "--set", "recompute"], "--set takes FIELD=VALUE"),
+        (["--only", "tiny/trl", "--set", "colour=red"], "--set takes FIELD=VALUE"),
+        (["--only", "tiny/trl", "--set", "recompute=sometimes"], "recompute is 'sometimes'"),
+        (["--only", "tiny/trl", "--set", "kv_cache_gib=much"], "much"),
+        (["--steps", "0"], "must be 1 or more"),
+    ],
+)
+def test_what_makes_no_sense_is_told_before_anything_is_written(given, told, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["step.py", *given, "--out", str(tmp_path), "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        step.main()
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shape_alone_means_all_its_usual_cases():
+    parser = step.build_parser()
+    assert cases.chosen(parser, ["qwen3-1.7b", "qwen3-1.7b/trl"], step.USUAL, step.KNOWN) == [
+        f"qwen3-1.7b/{contender}" for contender in step.CONTENDERS
+    ]
+    assert cases.chosen(parser, None, step.USUAL, step.KNOWN) == step.USUAL
