@@ -81,6 +81,9 @@ def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped(number)
 
 
+_ours: list[Callable[[int, FrameType | None], None]] = []  # the handlers that are set, the outermost first
+
+
 @contextmanager
 def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to that one alone
@@ -89,11 +92,29 @@ def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
     # nohup has SIGHUP ignored, and means it.
     heeded = [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
     before = {each: signal.signal(each, handle) for each in heeded}
+    _ours.append(handle)
     try:
         yield
     finally:
+        _ours.remove(handle)
         for each, handler in before.items():
             signal.signal(each, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+
+
+def _in_a_copy() -> None:
+    """In a forked child, of a reward's process pool say. Pools end their processes by SIGTERM, and one that takes it
+    for a wish to finish the step, or raises in the middle of the pool's own locks, is waited for without end. The first
+    Ctrl-C, and a terminal that is lost, are meant for the run: its step needs the child."""
+    for each in STOPPING:
+        if signal.getsignal(each) in (_stop, *_ours):
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGTERM else _heed_the_next)
+
+
+def _heed_the_next(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_a_copy)
 
 
 def _leave_a_lost_terminal() -> None:

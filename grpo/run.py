@@ -18,7 +18,7 @@ import sys
 from grpo.errors import Stopped, UserError
 from grpo.guards import stopped_by_signals
 from grpo.resolve import resolve
-from grpo.terminal import console, plain, say
+from grpo.terminal import console, leave_a_broken_pipe, plain, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
             return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _tell(str(error))
+    except BrokenPipeError:  # --help has a reader that has read enough
+        leave_a_broken_pipe()
+        return 128 + signal.SIGPIPE
     except OSError as error:  # what the system refuses outside of a run: a file of the command line's, mostly
         return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except KeyboardInterrupt as error:

@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+
+class Terminal(Console):
+    """Standard output. Where its reader is gone (`| head -1` has read its line) what happens is what happens where a
+    terminal is gone: SIGHUP, which lets a run finish its step and save. What is said then goes to standard error."""
+
+    def on_broken_pipe(self) -> None:
+        leave_a_broken_pipe()
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nobody has asked for the signal: it would kill
+            raise BrokenPipeError
+        signal.raise_signal(signal.SIGHUP)
+
+
+def leave_a_broken_pipe() -> None:
+    """Let standard output go where errors go; nowhere, if that is the same pipe or none."""
+    with suppress(OSError, ValueError):
+        one, two = os.fstat(1), os.fstat(2)
+        elsewhere = (
+            os.dup(2) if (one.st_dev, one.st_ino) != (two.st_dev, two.st_ino) else os.open(os.devnull, os.O_WRONLY)
+        )
+        os.dup2(elsewhere, sys.stdout.fileno())
+        os.close(elsewhere)
+
+
 # Without a terminal there is no width to keep to. Brackets are brackets and :bug: is a word: names may have them.
-console = Console(
+console = Terminal(
     highlight=False, markup=False, emoji=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns
 )
 

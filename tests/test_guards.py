@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from toy_task import SMALL, TASK
@@ -15,7 +16,7 @@ from toy_task import SMALL, TASK
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.folder import alone_in, list_checkpoints
-from grpo.guards import files_in_words, how_to_go_on, told_how_to_go_on
+from grpo.guards import files_in_words, how_to_go_on, stopped_by_signals, stops_gently, told_how_to_go_on
 from grpo.run import main
 
 # A reward that does something to the run in its third step. What the task is called with before: preflight, evaluation.
@@ -90,6 +91,33 @@ def test_a_terminal_that_goes_away_stops_the_run_gently(tmp_path):
     os.close(ours)
     assert process.wait() == 129
     assert list_checkpoints(folder)[-1].name == f"step-{len(steps_of(folder)):06d}"
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_stops_the_run_gently(tmp_path):
+    """`| head -1`: the step in which it is noticed is finished and saved, and standard error says how to go on."""
+    path, folder = tmp_path / "toy.py", tmp_path / "run"
+    path.write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo.run", str(path), *SMALL, "--steps", "5000", "--run-dir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    while b"2/5000" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    told = process.stderr.read().decode()
+    assert process.wait() == 129
+    assert list_checkpoints(folder)[-1].name == f"step-{len(steps_of(folder)):06d}"
+    assert f"--resume {folder}" in told and "Traceback" not in told
+
+
+def test_help_ends_quietly_where_its_reader_goes_away():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo.run", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
 
 
 def test_nohup_means_it(run_that):
@@ -211,6 +239,38 @@ def test_a_forked_child_does_not_keep_the_run_s_lock(tmp_path):
     with alone_in(tmp_path):
         pass
     os.close(write)
+
+
+def status_of_child(act):
+    """How a forked child ends (os.waitstatus_to_exitcode) after `act`, which a process inside of a run does."""
+    run = SimpleNamespace(stop_requested=False)
+    with stopped_by_signals(), stops_gently(run, print):
+        if not (child := os.fork()):
+            act()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def raises(number, times):
+    return lambda: [os.kill(os.getpid(), number) for _ in range(times)]
+
+
+def test_a_forked_child_dies_of_the_signal_that_pools_end_their_processes_with():
+    assert status_of_child(raises(signal.SIGTERM, 1)) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_forked_child_lets_the_step_finish_when_the_run_is_to_stop(number):
+    assert status_of_child(raises(number, 1)) == 0
+
+
+def test_a_forked_child_heeds_the_second_signal():
+    def second_interrupt():
+        with pytest.raises(KeyboardInterrupt):
+            raises(signal.SIGINT, 2)()
+
+    assert status_of_child(second_interrupt) == 0
+    assert status_of_child(raises(signal.SIGHUP, 2)) == -signal.SIGHUP
 
 
 @pytest.mark.parametrize(

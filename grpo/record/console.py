@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from rich.cells import cell_len
-from rich.console import Console as Terminal
 from rich.console import Group as Stack
 from rich.panel import Panel
 from rich.progress import (
@@ -28,7 +27,7 @@ from rich.text import Text
 
 from grpo.metrics import HEADLINES, METRICS, Column
 from grpo.record.names import in_lines, shortened, told_apart
-from grpo.terminal import plain
+from grpo.terminal import Terminal, plain
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
