@@ -157,7 +157,7 @@ def build_run(
     policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
-    progress = load_checkpoint(checkpoint, policy) if checkpoint else Progress()
+    progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
     engine = build_engine(
         config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, note

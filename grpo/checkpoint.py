@@ -19,6 +19,7 @@ import os
 import re
 import reprlib
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,13 +100,13 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     return final
 
 
-def load_checkpoint(folder: Path, policy: Policy) -> Progress:
+def load_checkpoint(folder: Path, policy: Policy, note: Callable[[str], object] = print) -> Progress:
     """Put adapter, optimizer and random states back; return the progress.
 
     Raises:
         UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
     """
-    progress = load_trained(folder, policy)
+    progress = load_trained(folder, policy, note)
     try:
         tensors = load((folder / OPTIMIZER).read_bytes())
         tensors.pop("none", None)
@@ -117,8 +118,9 @@ def load_checkpoint(folder: Path, policy: Policy) -> Progress:
     return progress
 
 
-def load_trained(folder: Path, policy: Policy) -> Progress:
+def load_trained(folder: Path, policy: Policy, note: Callable[[str], object] = print) -> Progress:
     """Put the adapter of a checkpoint into the policy, after every file is what was written; return the progress.
+    `note` is told where the adapter is only that of some linears.
 
     Raises:
         UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
@@ -131,7 +133,11 @@ def load_trained(folder: Path, policy: Policy) -> Progress:
                 f"{path} is missing or damaged: it is not what the checkpoint recorded ({expected['bytes']} bytes). "
                 f"{_try_another(folder)}"
             )
-    load_adapter(policy, folder)
+    if without := load_adapter(policy, folder):
+        note(
+            f"note: the adapter in {folder} has nothing for {len(without)} of the model's linear layers, such as "
+            f"{without[0]}: they compute what the base computes."
+        )
     return progress
 
 

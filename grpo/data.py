@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from grpo.errors import UserError, user_code
 from grpo.task import Row, Task
@@ -23,6 +23,7 @@ MOST_ROWS = 10_000_000
 HOLD_OUT = "Where there is no test split, a task that says `held_out=100` keeps so many training prompts for it."
 READ_AT_ONCE = 256  # rows
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+Thing = TypeVar("Thing")
 
 
 def read_rows(data: str, split: str, **hub_arguments: Any) -> Iterable[Row]:
@@ -41,7 +42,24 @@ def read_rows(data: str, split: str, **hub_arguments: Any) -> Iterable[Row]:
     return _read_hub(data, split, hub_arguments)
 
 
-class JsonLines(Sequence[Row]):
+class Indexed(Sequence[Thing]):
+    """Things that are read or made when they are asked for, each by its index."""
+
+    def at(self, index: int) -> Thing:
+        """The one thing there."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> Thing: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Thing]: ...
+    def __getitem__(self, index: int | slice) -> Thing | list[Thing]:
+        if isinstance(index, slice):
+            return [self.at(each) for each in range(*index.indices(len(self)))]
+        return self.at(index)
+
+
+class JsonLines(Indexed[Row]):
     """The objects in a file of JSON lines, each read when it is asked for; blank lines are none."""
 
     def __init__(self, path: Path):
@@ -61,13 +79,8 @@ class JsonLines(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Row:
+        """The row of a line that is not blank."""
         with self.path.open("rb") as lines:
             lines.seek(self.starts[index])
             return self._parse(self.numbers[index], lines.readline())
@@ -86,7 +99,8 @@ class JsonLines(Sequence[Row]):
                 f"{self.path} line {number} is not UTF-8: {error}. Save the file in that encoding."
             ) from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path} line {number} is not JSON: {error}.") from error
+            hint = "Each line must be a whole JSON object, such as json.dumps(row) writes; an array over lines is none."
+            raise UserError(f"{self.path} line {number} is not JSON: {error}. {hint}") from error
         if not isinstance(row, dict):
             shown = line.strip()[:40].decode(errors="replace")
             raise UserError(f"{self.path} line {number} is {shown!r}; each line must be a JSON object.")
@@ -106,7 +120,7 @@ def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]
         ) from error
 
 
-class Rows(Sequence[Row]):
+class Rows(Indexed[Row]):
     """The rows of a split. What can be indexed, such as a data set of the hub, is left where it is; what
     gives one row after the other is read into a list.
 
@@ -145,13 +159,8 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Row:
+        """The row there, checked."""
         with user_code(self._told):
             row = self._rows[index]
         return self._checked(index, row)

@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import blake2b
-from typing import Any, overload
+from typing import Any
 
+from grpo.data import Indexed
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words, user_code
 from grpo.task import Row, Task, fault_of_text
 from grpo.types import Message, Prompt
@@ -58,7 +59,7 @@ class Asker:
         with user_code(
             lambda raised: (
                 f"`prompt` of task {self.task.name} raised {raised} on row {index}. The row has the columns "
-                f"{', '.join(map(str, row))}."
+                f"{', '.join(map(str, row)) or 'none'}."
             )
         ):
             content = self.task.prompt(dict(row))  # what it takes out of its row the rewards may still want
@@ -252,7 +253,7 @@ def build_prompts(
     return Prompts(asker, rows, indices, most), most
 
 
-class Prompts(Sequence[Prompt]):
+class Prompts(Indexed[Prompt]):
     """The prompts of the rows at these indices, each made when it is asked for; none has more than `most` tokens."""
 
     def __init__(self, asker: Asker, rows: Sequence[Row], indices: Sequence[int], most: int):
@@ -264,13 +265,8 @@ class Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Prompt]: ...
-    def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def at(self, index: int) -> Prompt:
+        """The prompt there."""
         of_row = self.indices[index]
         row = self.rows[of_row]
         [prompt] = self.asker.prompts([(of_row, row, self.asker.content(of_row, row))], self.most)

@@ -12,6 +12,7 @@ the step, save, and end with exit codes 130, 143 and 129.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -22,9 +23,11 @@ from grpo.terminal import console, leave_a_broken_pipe, plain, say
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line. Returns the exit code."""
+    """Run a command line, by default the process's own. Returns the exit code."""
     try:
         with stopped_by_signals():
+            if argv is None:
+                _import_from_here()
             return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _tell(str(error))
@@ -36,6 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         say(" ".join(["Stopped at once.", *getattr(error, "__notes__", [])]))
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def _import_from_here() -> None:
+    """`grpo` finds the modules of rewards in the folder that it is called in, as `python -m grpo.run` does."""
+    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
 
 
 def _tell(error: str) -> int:

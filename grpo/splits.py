@@ -91,11 +91,11 @@ class Answers:
 
     def check(self, source: str) -> None:
         """Raises UserError if an answer is missing, or a column has no name that a reward could ask for it by."""
-        wrong = next((name for name in self.columns if not isinstance(name, str)), None)
-        if wrong is not None:
+        for wrong in (name for name in self.columns if not isinstance(name, str)):
+            of_csv = " csv.DictReader calls None what a line has beyond the header's columns." if wrong is None else ""
             raise UserError(
                 f"A column of {source} is called {wrong!r} ({type(wrong).__name__}). Rewards ask for columns by name: "
-                f"let `rows` of task {self.task.name} give it a name that is text."
+                f"let `rows` of task {self.task.name} give it a name that is text.{of_csv}"
             )
         if self.num_missing:
             rows = "1 row" if self.num_missing == 1 else f"{self.num_missing:,} rows"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import re
 import reprlib
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from numbers import Real
 from pathlib import Path
 from string import Formatter
@@ -30,6 +33,7 @@ if TYPE_CHECKING:  # it comes with torch, which a task file has no use for
 
 Row = dict[str, Any]
 
+TASK_FILE = "GRPO_TASK_FILE"  # the environment variable that tells it to the processes of rewards
 LONGEST_NAME = 100  # bytes; a file's name may have 255, and a run's folder has the time beside it
 _FORMATTER = Formatter()
 
@@ -253,11 +257,12 @@ def load_task(path: str | Path) -> Task:
         shipped = sorted(str(p) for p in Path("tasks").glob("*.py"))
         hint = f"Here are: {', '.join(shipped)}." if shipped else "It may lie anywhere; README.md shows a whole one."
         raise UserError(f"There is no task file {path}. {hint}")
-    spec = importlib.util.spec_from_file_location(f"grpo_task_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(_module_name(path), path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file. A task file's name ends in .py, such as tasks/gsm8k.py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    _make_importable(path.resolve())
     with user_code(
         lambda raised: f"{path} raised {raised} in {_raising_line()}. A task file must be importable; mend that line."
     ):
@@ -273,6 +278,30 @@ def load_task(path: str | Path) -> Task:
             "tasks/gsm8k.py shows how."
         )
     return task
+
+
+def _module_name(path: Path) -> str:
+    return f"grpo_task_{path.stem}"  # never the name of another module, whatever the file is called
+
+
+def _make_importable(path: Path) -> None:
+    """What lies beside a task file is imported as beside a script, from wherever the command is given; and a process
+    that a reward starts anew (multiprocessing's "spawn", macOS's default) finds the functions of the task file."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    os.environ[TASK_FILE] = str(path)
+
+
+class _TaskFinder(MetaPathFinder):
+    """Finds the task file of the process that started this one by its module's name."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        file = os.environ.get(TASK_FILE, "")
+        is_it = file and fullname == _module_name(Path(file))
+        return importlib.util.spec_from_file_location(fullname, file) if is_it else None
+
+
+sys.meta_path.append(_TaskFinder())
 
 
 def _raising_line() -> str:

@@ -69,7 +69,15 @@ def assert_equal(policy, theirs, groups):
 ], ids=str)  # fmt: skip
 def test_what_peft_computes_is_computed_and_written_again(fields, config, policy, groups, tmp_path):
     theirs = written(config, tmp_path, **fields)
-    load_adapter(policy, tmp_path)
+    without = load_adapter(policy, tmp_path)
+    assert {*without} == {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and "lora_" not in name
+        and "base_layer" not in name
+        and "head" not in name
+    }
     assert_equal(policy, theirs, groups)
 
     again = tmp_path / "again"
@@ -121,7 +129,8 @@ def test_what_cannot_be_computed_is_refused_by_its_name(fields, config, policy, 
 
 @pytest.mark.parametrize("fields", [
     dict(init_lora_weights="corda"), dict(init_lora_weights="loftq"), dict(init_lora_weights="pissa_niter_4"),
-    dict(use_qalora=True), dict(kasa_config={"beta": 1}), dict(of_the_next_version=1.5), dict(peft_type="LOHA"),
+    dict(use_qalora=True), dict(kasa_config={"beta": 1}), dict(of_the_next_version=1.5),
+    dict(zero_means_much=0), dict(peft_type="LOHA"),
     dict(r=True), dict(r="4"), dict(r=0), dict(r=None), dict(lora_alpha="12"), dict(lora_alpha=float("nan")),
     dict(lora_alpha=0), dict(lora_alpha=1e300), dict(lora_alpha=10**400), dict(use_rslora="no"), dict(use_rslora=1),
     dict(rank_pattern=[2]), dict(rank_pattern={"q_proj": 2.0}), dict(rank_pattern={"(": 2}),

@@ -201,6 +201,37 @@ def test_a_task_file_that_is_no_python_file(tmp_path):
         load_task(tmp_path / "task.txt")
 
 
+WITH_HELPERS = """
+from grpo import Task
+from helpers import prompt, rows
+
+def reward(completion):
+    return 1.0
+
+task = Task(name="t", rows=rows, prompt=prompt, rewards={reward: 1.0}, gold=None, solved=None, data="embedded")
+"""
+SPAWNS = """
+import multiprocessing, sys
+from grpo.task import load_task
+if __name__ == "__main__":
+    task = load_task(sys.argv[1])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(next(iter(task.rewards)), ["a completion"]))
+"""
+
+
+def test_modules_beside_a_task_file_and_processes_that_a_reward_starts(tmp_path):
+    """From another folder, as a run is resumed; a new process unpickles the reward by its module's name."""
+    tasks, elsewhere = tmp_path / "tasks", tmp_path / "elsewhere"
+    tasks.mkdir(), elsewhere.mkdir()
+    (tasks / "helpers.py").write_text("def rows(split, data): return []\ndef prompt(row): return 'x'\n")
+    (tasks / "mine.py").write_text(WITH_HELPERS)
+    (elsewhere / "spawns.py").write_text(SPAWNS)
+    command = [sys.executable, str(elsewhere / "spawns.py"), str(tasks / "mine.py")]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[1.0]\n", "")
+
+
 REFUSAL = "{{ raise_exception('System role not supported') }}"
 PLAIN = "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}{% endfor %}"
 GEMMA = "{% if messages[0]['role'] == 'system' %}" + REFUSAL + "{% endif %}" + PLAIN
@@ -366,6 +397,12 @@ def test_a_line_that_is_no_row_is_told_with_its_number(tmp_path, line, told):
             read(rows)
 
 
+def test_a_file_that_is_one_array_is_told(tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps([{"question": "a"}, {"question": "b"}], indent=1))
+    with pytest.raises(UserError, match=r"line 1 is not JSON.*Each line must be a whole JSON object"):
+        list(read_rows(str(tmp_path), "train"))
+
+
 def test_rows_without_an_end_are_refused():
     def endless(split, data):
         while True:
@@ -386,9 +423,10 @@ def test_rows_that_fill_one_dict_again_and_again_are_different_rows():
     assert list(Rows(task_with(rows=rows), "train", "embedded")) == [{"answer": "0"}, {"answer": "1"}, {"answer": "2"}]
 
 
-def test_a_column_has_a_name():
-    with pytest.raises(UserError, match=r"A column of embedded \(train\) is called 5 \(int\)"):
-        build_questions(task_with(rows=lambda split, data: [{"answer": "2", "question": "?", 5: 6}]), SMALL_CONFIG)
+@pytest.mark.parametrize(("name", "told"), [(5, r"5 \(int\)"), (None, r"None .*csv\.DictReader")])
+def test_a_column_has_a_name(name, told):
+    with pytest.raises(UserError, match=rf"A column of embedded \(train\) is called {told}"):
+        build_questions(task_with(rows=lambda split, data: [{"answer": "2", "question": "?", name: 6}]), SMALL_CONFIG)
 
 
 def test_rows_of_the_hub_stay_where_they_are():

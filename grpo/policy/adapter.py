@@ -56,12 +56,12 @@ def _settings(policy: Policy) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_adapter(policy: Policy, folder: Path) -> None:
+def load_adapter(policy: Policy, folder: Path) -> list[str]:
     """Take over an adapter in PEFT's format, so that the policy computes what PEFT computes with it.
 
-    A linear without an adapter in the files gets B zero. The store has one scale, that of the first linear; another
-    linear's scale goes into its B. Where one's rank is lower than the others', the rows of A beyond it stay as they
-    are, against columns of B that are zero. Nothing is changed before all is checked.
+    A linear without an adapter in the files gets B zero; returns the names of those. The store has one scale, that of
+    the first linear; another linear's scale goes into its B. Where one's rank is lower than the others', the rows of A
+    beyond it stay as they are, against columns of B that are zero. Nothing is changed before all is checked.
 
     Raises:
         UserError: the files are missing or damaged, belong to another model or rank, or are not plain LoRA.
@@ -83,6 +83,7 @@ def load_adapter(policy: Policy, folder: Path) -> None:
             b.zero_()
     policy.store.set_alpha(alpha)
     policy.store.refresh()
+    return [name for name in ours if name not in theirs]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -103,7 +103,7 @@ def _check_known(path: Path, fields: dict[str, Any]) -> None:
     """Nothing is asked for but LoRA with the fields that are honoured."""
     if fields.get("peft_type") != "LORA":
         raise UserError(f"{path} has peft_type {_shown(fields.get('peft_type'))}, and only LORA can be read. {REMEDY}")
-    asked = {name: value for name, value in fields.items() if value not in (None, False, "", [], {})}
+    asked = {name: value for name, value in fields.items() if not _is_unset(value)}
     asked.pop("peft_type")
     if asked.get("bias") == "none":
         del asked["bias"]
@@ -113,6 +113,11 @@ def _check_known(path: Path, fields: dict[str, Any]) -> None:
     if refused:
         told = ", ".join(f"{name} {_shown(asked[name])}" for name in refused[:3])
         raise UserError(f"{path} asks for {told}, which changes what is computed and cannot be followed here. {REMEDY}")
+
+
+def _is_unset(value: Any) -> bool:
+    """How PEFT writes what is not asked for. A 0 is not: in a field that is not known here it may mean much."""
+    return value is None or value is False or value in ("", [], {})
 
 
 def _shown(value: Any) -> str:

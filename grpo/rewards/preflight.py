@@ -102,8 +102,8 @@ class Preflight:
             if check.short_rows:
                 listed = ", ".join(map(str, check.short_rows[:5])) + ", ..." * (len(check.short_rows) > 5)
                 sentences.append(
-                    f"`{check.name}` pays its best, {check.best:g}, for all but {len(check.short_rows)} "
-                    f"of {check.num_rows} gold answers (rows {listed})."
+                    f"`{check.name}` pays {len(check.short_rows)} of {check.num_rows} gold answers less than its best, "
+                    f"{check.best:g} (rows {listed})."
                 )
         if self.attained < self.attainable - 1e-6:
             sentences.append(

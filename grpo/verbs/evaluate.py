@@ -28,7 +28,7 @@ def evaluate(resolved: Resolved, target: str) -> int:
         policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
-            load_trained(checkpoint, policy)
+            load_trained(checkpoint, policy, say)
             say(f"adapter of {checkpoint}")
         engine = build_engine(
             config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, say
