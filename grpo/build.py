@@ -11,6 +11,7 @@ import random
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo import generators
+from grpo import generators, memory
 from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
@@ -26,6 +27,7 @@ from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.folder import leave_later
 from grpo.loss import build_loss
+from grpo.memory import Asked, Need, Plan
 from grpo.metrics import HEADLINES
 from grpo.packing import build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
@@ -126,6 +128,63 @@ def build_vllm_engine(
     return VllmEngine(policy, tokenizer, canary_prompts, config, longest)
 
 
+def plan_memory(config: Config, policy: Policy, longest: int) -> Plan | None:
+    """What fits a GPU's memory, by trial on a few tokens, before there is an engine; None on a CPU, whose memory is
+    shared with everything else.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    if policy.device.type != "cuda":
+        return None
+    limit = torch.cuda.get_device_properties(policy.device).total_memory
+    if config.memory_gib:
+        limit = min(limit, int(config.memory_gib * memory.GIB))
+    sizes = memory.measure(policy, longest)
+    memory.keep_within(limit - sizes.others, policy.device)
+    return memory.choose(sizes, _need(config, policy, longest), limit, _asked(config))
+
+
+def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Config:
+    """The plan once more, now that it can be measured what the engine takes; the policy's layers and the configuration
+    as it has them. `note` is told.
+
+    Raises:
+        UserError: the engine takes so much that nothing fits any more.
+    """
+    engine.release()
+    held = 0 if plan.need.gives_cache_back else plan.kv_cache
+    taken = memory.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
+    need = replace(plan.need, engine_bytes=max(0, taken))
+    asked = replace(_asked(config), kv_cache=plan.kv_cache)
+    plan = memory.choose(plan.sizes, need, plan.limit, asked)
+    policy.model.treat(plan.treatments)
+    note(plan.table())
+    return replace(config, tokens_per_batch=plan.tokens_per_batch)
+
+
+def _need(config: Config, policy: Policy, longest: int) -> Need:
+    from grpo.rollout.vllm_engine import kv_bytes_per_token, sequences_at_once
+
+    with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
+    shares = isinstance(policy.model, FusedModel)
+    copied = 0 if shares else sum(p.numel() for p in policy.model.parameters()) * policy.store.compute_dtype.itemsize
+    return Need(
+        longest=longest,
+        longest_completion=config.max_completion_tokens,
+        tokens_per_step=config.prompts_per_step * (longest + config.group_size * config.max_completion_tokens),
+        sequences=sequences_at_once(config),
+        kv_bytes_per_token=kv_bytes_per_token(policy.source, policy.store.compute_dtype),
+        bytes_per_parameter=8,
+        gives_cache_back=config.release_kv_cache or not with_vllm,
+        engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
+    )
+
+
+def _asked(config: Config) -> Asked:
+    return Asked(config.recompute, config.tokens_per_batch, int(config.kv_cache_gib * memory.GIB))
+
+
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
     shares = isinstance(policy.model, FusedModel)
@@ -159,9 +218,19 @@ def build_run(
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
+    config = replace(config, tokens_per_batch=config.tokens_per_batch or progress.tokens_per_batch)
+    plan = plan_memory(config, policy, questions.longest_sequence)
     engine = build_engine(
-        config, policy, questions.tokenizer, questions.canary_prompts, questions.longest_sequence, note
+        plan.settled(config) if plan else config,
+        policy,
+        questions.tokenizer,
+        questions.canary_prompts,
+        questions.longest_sequence,
+        note,
     )
+    if plan:
+        config = settle_memory(plan, config, policy, engine, note)
+    progress.tokens_per_batch = config.tokens_per_batch
     goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):

@@ -75,8 +75,11 @@ class ModelConfig(Part):
     """Rank r of the LoRA adapter on every linear layer but the head. RL needs little: 1 to 32."""
     lora_alpha: float = 32.0
     """The adapter is scaled by alpha / rank."""
-    recompute: Literal["auto", "none", "layer"] = "auto"
-    """Activations of the backward pass: keep all (none) or recompute each layer; auto recomputes on a GPU."""
+    recompute: Literal["auto", "none", "layer", "offload"] = "auto"
+    """Activations of the backward pass: keep all (none), recompute each layer (layer), its input in the host's memory
+    meanwhile (offload). auto: on a GPU what fits, layer by layer; on a CPU none."""
+    memory_gib: float = 0.0
+    """GiB of the GPU that the run may take; 0: all that is free."""
 
     def checks(self) -> list[Check]:
         return [
@@ -84,6 +87,7 @@ class ModelConfig(Part):
             *self.between(1, 10**15, "lora_rank"),
             # Its share of the rank is a number of float32, and neither 0 nor infinite there.
             *self.between(1e-6, 1e6, "lora_alpha"),
+            *self.between(0, 10**6, "memory_gib"),
         ]
 
 
@@ -201,8 +205,9 @@ class UpdateConfig(Part):
     """Optimizer steps that the groups of one rollout are dealt out to."""
     epochs: int = 1
     """Times that the same rollout is trained on (mu in the paper)."""
-    tokens_per_batch: int = 16384
-    """Tokens in one forward and backward pass. Changes memory and speed, never the result."""
+    tokens_per_batch: int = 0
+    """Tokens in one forward and backward pass; 0 takes what fits a GPU's memory, 16,384 on a CPU. Changes memory and
+    speed, never the result."""
     learning_rate: float = 2e-5
     """AdamW's learning rate. LoRA wants about ten times that of full training."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -222,7 +227,7 @@ class UpdateConfig(Part):
         return [
             *super().checks(),
             *self.between(1, MOST_COMPLETIONS, "mini_batches", "epochs"),
-            *self.between(1, 10**9, "tokens_per_batch"),
+            *self.between(0, 10**9, "tokens_per_batch"),
             # AdamW moves each number by about the rate, whatever the gradient: beyond this nothing of a model is left.
             *self.between(TINY, 1000, "learning_rate"),
             *self.between(0, 10**9, "warmup_steps"),

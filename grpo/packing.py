@@ -20,6 +20,9 @@ from torch import Tensor
 from grpo.config import Config
 from grpo.types import Batch, Completion, Group
 
+# Where neither the user nor a plan of the memory says how many. More gain nothing.
+TOKENS_PER_BATCH = 16384
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -115,7 +118,7 @@ def build_packer(config: Config, device: torch.device) -> Packer:
         has_gradient=any_group if config.kl_coef or config.entropy_coef else has_advantage,
         counts=counts_finished if config.mask_truncated else counts_all,
         mini_batches=config.mini_batches,
-        tokens_per_batch=config.tokens_per_batch,
+        tokens_per_batch=config.tokens_per_batch or TOKENS_PER_BATCH,
         max_completion_tokens=config.max_completion_tokens,
         device=device,
     )

@@ -39,6 +39,7 @@ LAYERS = (
     },
     {
         "rollout": ("grpo.rollout.*",),
+        "memory": ("grpo.memory",),
         "checkpoint": ("grpo.checkpoint",),
         "questions": ("grpo.questions",),
         "resolve": ("grpo.resolve",),

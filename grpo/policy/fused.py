@@ -147,7 +147,8 @@ class FusedModel(nn.Module):
         )
         self.head: Tensor = model.lm_head.weight  # [V, D]
         self.softcap: float | None = None
-        self.treat(["recompute" if recompute else "keep"] * len(self.layers))
+        treatment: Treatment = "recompute" if recompute else "keep"
+        self.treat([treatment for _ in self.layers])
 
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""

@@ -39,7 +39,8 @@ class GenericModel(nn.Module):
         # never is in that mode.
         self.layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self.forwards = [layer.forward for layer in self.layers]
-        self.treat(["recompute" if recompute else "keep"] * len(self.layers))
+        treatment: Treatment = "recompute" if recompute else "keep"
+        self.treat([treatment for _ in self.layers])
 
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""

@@ -181,8 +181,7 @@ class VllmEngine:
     def _arguments(self, longest: int) -> dict[str, Any]:
         """Of vllm.LLM, but for the link's."""
         config, dtype = self.config, self.policy.store.compute_dtype
-        rollout = config.prompts_per_step * config.group_size
-        sequences = min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
+        sequences = sequences_at_once(config)
         compiled = config.compile_rollout and self.device.type == "cuda"
         sizes = [size for size in GRAPH_SIZES if size < sequences] + [sequences]
         return {
@@ -191,7 +190,9 @@ class VllmEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": longest,
             "max_num_seqs": sequences,
-            "max_num_batched_tokens": max(MAX_BATCHED_TOKENS, longest),
+            "max_num_batched_tokens": MAX_BATCHED_TOKENS
+            if self.device.type == "cuda"
+            else max(MAX_BATCHED_TOKENS, longest),
             "kv_cache_memory_bytes": self._kv_bytes(sequences, longest),
             "enable_prefix_caching": True,
             "enable_sleep_mode": self._can_release(),
@@ -282,6 +283,12 @@ def refusal_in_words(source: str) -> Iterator[None]:
         raise UnsuitedEngine(
             f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."
         ) from error
+
+
+def sequences_at_once(config: Config) -> int:
+    """How many vLLM writes side by side."""
+    rollout = config.prompts_per_step * config.group_size
+    return min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
 
 
 def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:

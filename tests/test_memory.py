@@ -1,0 +1,153 @@
+"""The memory plan: what it says fits does, more memory never costs time, what cannot fit is refused with what can."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from grpo.errors import UserError
+from grpo.memory import GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose
+
+KIB = 1024
+
+# About an 8B of 32 layers in NF4 with an adapter of rank 32.
+SIZES = Sizes(
+    others=int(0.6 * GIB),
+    weights=int(5.8 * GIB),
+    adapter=int(0.5 * GIB),
+    parameters=84_000_000,
+    layers=32,
+    fixed=int(0.6 * GIB),
+    recomputing=440.0 * KIB,
+    keeping=102.0 * KIB,
+    layer_input=8 * KIB,
+)
+NEED = Need(
+    longest=768,
+    longest_completion=512,
+    tokens_per_step=8 * (768 + 8 * 512),
+    sequences=64,
+    kv_bytes_per_token=128 * KIB,
+    bytes_per_parameter=8,
+    gives_cache_back=True,
+    engine_bytes=int(1.1 * GIB),
+)
+FREE = Asked("auto", 0, 0)
+LIMITS = [12, 14, 16, 20, 24, 32, 40, 48, 64, 80, 141]
+
+
+def plan_for(gib, need=NEED, asked=FREE, sizes=SIZES):
+    return choose(sizes, need, int(gib * GIB), asked)
+
+
+@pytest.mark.parametrize("gives_cache_back", [True, False])
+@pytest.mark.parametrize("gib", LIMITS)
+def test_a_plan_fits_and_has_a_treatment_for_every_layer(gib, gives_cache_back):
+    plan = plan_for(gib, replace(NEED, gives_cache_back=gives_cache_back))
+    assert max(plan.peaks) <= gib * GIB * (1 - SPARE_SHARE) - SPARE_BYTES
+    assert len(plan.treatments) == SIZES.layers
+    # Backwards the kept layers are first, and the last layer's input is wanted at once.
+    assert plan.treatments == sorted(plan.treatments, key=["offload", "recompute", "keep"].index)
+    assert plan.treatments[-1] != "offload"
+    assert plan.tokens_per_batch >= NEED.longest
+
+
+@pytest.mark.parametrize("longest", [768, 4096, 20_000])
+def test_more_memory_never_costs_time(longest):
+    need = replace(NEED, longest=longest, longest_completion=longest - 256)
+    times = []
+    for gib in LIMITS:
+        try:
+            plan = plan_for(gib, need)
+        except UserError:
+            assert not times  # what fits into less fits
+            continue
+        times.append((-plan.kv_cache, plan.time()))
+    assert len(times) > 3
+    assert times == sorted(times, reverse=True)
+
+
+def test_with_plenty_everything_is_kept_and_the_whole_rollout_is_cached():
+    plan = plan_for(80)
+    assert set(plan.treatments) == {"keep"}
+    assert plan.kv_cache >= NEED.sequences * NEED.longest * NEED.kv_bytes_per_token
+
+
+@pytest.mark.parametrize(("gib", "longest"), [(24, 768), (24, 5000), (16, 5000)])
+def test_no_other_plan_that_fits_is_faster(gib, longest):
+    """Against every split of the layers and every size of a batch."""
+    need = replace(NEED, longest=longest, sequences=8)
+    plan = plan_for(gib, need)
+    usable = gib * GIB * (1 - SPARE_SHARE) - SPARE_BYTES
+    for tokens in range(longest, 33_000, 256):
+        for kept in range(33):
+            for offloaded in range(min(32 - kept, 31) + 1):
+                other = replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
+                if max(other.peaks) <= usable:
+                    assert other.time() >= plan.time() - 0.02  # sizes of batches are a few
+
+
+def test_the_longest_sequence_decides_where_it_is_longer_than_a_batch():
+    need = replace(NEED, longest=120_000, longest_completion=100_000, sequences=1)
+    plan = plan_for(80, need)
+    assert plan.tokens_per_batch == 120_000
+    assert "offload" in plan.treatments or "recompute" in plan.treatments
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [
+        (Asked("none", 0, 0), lambda plan: plan.kept == 32),
+        (Asked("layer", 0, 0), lambda plan: plan.treatments == ["recompute"] * 32),
+        (Asked("offload", 0, 0), lambda plan: plan.treatments == ["offload"] * 31 + ["recompute"]),
+        (Asked("auto", 5000, 0), lambda plan: plan.tokens_per_batch == 5000),
+        (Asked("auto", 300, 0), lambda plan: plan.tokens_per_batch == 300),
+        (Asked("auto", 0, 3 * GIB), lambda plan: plan.kv_cache == 3 * GIB),
+    ],
+)
+def test_every_choice_can_be_overruled(asked, held):
+    assert held(plan_for(24, asked=asked))
+
+
+@pytest.mark.parametrize(
+    ("gib", "need", "asked"),
+    [
+        (12, replace(NEED, longest=40_000, longest_completion=39_000), FREE),
+        (24, replace(NEED, longest=400_000, longest_completion=399_000, gives_cache_back=False), FREE),
+        (12, replace(NEED, longest=40_000, longest_completion=39_000), Asked("none", 0, 0)),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_what_can(gib, need, asked):
+    with pytest.raises(UserError, match=r"does not fit into .* lower --max-completion-tokens to ([\d,]+)\.") as refused:
+        plan_for(gib, need, asked)
+    fits = int(re.search(r"lower --max-completion-tokens to ([\d,]+)\.", str(refused.value))[1].replace(",", ""))
+    prompts = need.longest - need.longest_completion
+    assert 0 < fits < need.longest_completion
+    nearest = replace(need, longest=prompts + fits, longest_completion=fits)
+    assert max(plan_for(gib, nearest).peaks) <= gib * GIB
+    further = replace(need, longest=prompts + int(1.1 * fits) + 2048, longest_completion=int(1.1 * fits) + 2048)
+    with pytest.raises(UserError):
+        plan_for(gib, further)
+
+
+def test_weights_that_do_not_fit_are_told():
+    with pytest.raises(UserError, match=r"weights, adapter and engine alone take 8\.\d\. Take a smaller model"):
+        plan_for(8)
+
+
+def test_what_was_asked_for_and_does_not_fit_is_named():
+    with pytest.raises(
+        UserError, match=r"24.0 GiB with --recompute none, --tokens-per-batch 16384\. It does where that is left"
+    ):
+        plan_for(24, asked=Asked("none", 16384, 0))
+
+
+def test_the_table_adds_up():
+    plan = plan_for(80)
+    first, *rows = plan.table().splitlines()
+    sizes = [float(re.search(r"  (\d+\.\d\d)", row)[1]) for row in rows]
+    rollout, update = (float(x) for x in re.findall(r"(\d+\.\d) in an? ", first))
+    *standing, cache, activations = sizes
+    assert sum(standing) + cache == pytest.approx(rollout, abs=0.1)
+    assert sum(standing) + activations == pytest.approx(update, abs=0.1)
+    print(plan.table())
