@@ -26,6 +26,8 @@ test-vllm:
 bench:
 	python benchmarks/embedded.py
 	python benchmarks/kernels.py --peers
+	python benchmarks/step.py
+	python benchmarks/memory.py
 
 # The tables in the docs are written from benchmarks/results/*.json, grpo/metrics.py and grpo/recipes.py, never by hand.
 tables:

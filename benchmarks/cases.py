@@ -68,17 +68,20 @@ def chosen(parser: argparse.ArgumentParser, only: Sequence[str] | None, usual: S
 # ---- the process that measures
 
 
-def answer(measure: Callable[[], Record]) -> None:
-    """Measure, print what came out, and end at once: the threads of an engine may hang when Python takes leave."""
+def answer(work: Record, measure: Callable[[], Record]) -> None:
+    """Measure, print what came out, and end at once: the threads of an engine may hang when Python takes leave.
+
+    work: what is to be measured, which is part of the record in any case.
+    """
     hide_kernels()
     try:
-        record = measure() | {"versions": versions()}
+        record = work | measure()
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        record = {"failed": f"{type(error).__name__}: {str(error)[:300]}", "versions": versions()}
-    print(RESULT + json.dumps(record), flush=True)
+        record = work | {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+    print(RESULT + json.dumps(record | {"versions": versions()}), flush=True)
     sys.stderr.flush()
     os._exit(0)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from random_models import questions
+from work import RANK, random_rewards, timed, torch_peaks
 
 from grpo.build import build_run
 from grpo.config import Config
@@ -29,13 +30,10 @@ from grpo.task import Task
 from grpo.train import Run, train
 from grpo.types import Completion, Request
 
-RANK = 32
-WARM = 2  # steps that are not timed: kernels are compiled, memory is taken
-
 
 def at_random(completions: list[str]) -> list[float]:
     """A reward that teaches nothing and gives every group something to learn from."""
-    return [random.random() for _ in completions]
+    return random_rewards(completions)
 
 
 def our_config(model: Path, base: str, device: str, **more: Any) -> Config:
@@ -57,13 +55,14 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as folder:
         run = build(config, prompt_tokens, Path(folder))
+        before = {"predicted_gib": predicted_gib(run), "built_gib": device_used_gib()}
         if sampled is not None:
             run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
             run.audit = Deaf(run.policy, run.audit.noise)
         watch = Watch(run, until)
         with run.recorder:
             train(run)
-        return watch.record(started) | what_ran(run)
+        return before | watch.record(started) | what_ran(run)
 
 
 def build(config: Config, prompt_tokens: int, folder: Path) -> Run:
@@ -113,32 +112,37 @@ class Watch:
 
     def record(self, started: float) -> dict[str, Any]:
         """Medians of the timed steps, seconds; the start; the most memory that torch held in this process."""
-        timed = self.steps[WARM:] or self.steps[-1:]
+        counted = timed(self.steps)
 
         def median(name: str) -> float:
-            return statistics.median(step[f"time/{name}"] for step in timed)
+            return statistics.median(step[f"time/{name}"] for step in counted)
 
         stages = {name: median(name) for name in ("rollout", "update", "sync")}
-        other = statistics.median(s["time/step"] - sum(s[f"time/{name}"] for name in stages) for s in timed)
+        other = statistics.median(s["time/step"] - sum(s[f"time/{name}"] for name in stages) for s in counted)
         seconds = {"step": median("step"), **stages, "old_logp": 0.0, "other": other}
         return {
             **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
             "all_steps_s": [round(step["time/step"], 3) for step in self.steps],
-            "timed_steps": len(timed),
+            "timed_steps": len(counted),
             "start_s": round(self.first - started, 1),
-            "completion_tokens": timed[-1]["completion/length"],
-            "gap": timed[-1]["mismatch/gap"],
-            "process_peak_gib": round(timed[-1]["memory/peak_gib"], 2),
-            **torch_peaks(),
+            "completion_tokens": counted[-1]["completion/length"],
+            "gap": counted[-1]["mismatch/gap"],
+            "process_peak_gib": round(counted[-1]["memory/peak_gib"], 2),
+            **torch_peaks(torch.cuda.is_available()),
         }
 
 
-def torch_peaks() -> dict[str, float]:
-    """The most memory of the GPU that torch had given out and held since the process began, in GiB."""
+def predicted_gib(run: Run) -> float | None:
+    """The peak of the GPU's memory that the run itself foretells; None while no run does."""
+    return None
+
+
+def device_used_gib() -> float | None:
+    """What the GPU has given out to all processes by now."""
     if not torch.cuda.is_available():
-        return {}
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {f"{name}_peak_gib": round(value / 2**30, 2) for name, value in peaks.items()}
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free) / 2**30, 2)
 
 
 def what_ran(run: Run) -> dict[str, Any]:

@@ -17,17 +17,15 @@ first steps are not timed; figures are medians. Results in the file stay until t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import cases
+from our_settings import add_settings, fields_of, settings_of
 from shapes import SHAPES, model_folder
+from work import COMPLETION_TOKENS, GROUP, PROMPT_TOKENS, PROMPTS, RANK
 
 STEPS = 6
-RANK = 32
-PROMPTS, GROUP, PROMPT_TOKENS, COMPLETION_TOKENS = 8, 8, 256, 512
 CONTENDERS = ("ours-nf4", "ours-bf16", "trl", "unsloth")
 USUAL = [
     f"{shape}/{contender}"
@@ -41,9 +39,11 @@ def main() -> None:
     parser = build_parser()
     arguments = parser.parse_args()
     if arguments.case:
-        cases.answer(lambda: measure(arguments))
+        cases.answer(work(arguments), lambda: measure(arguments))
     names = cases.chosen(parser, arguments.only, USUAL, KNOWN)
     shown = changes(parser, arguments)
+    if arguments.set and not all("/ours" in name for name in names):
+        parser.error("--set is of our Config: name cases of ours with --only.")
     device = cases.device_name(arguments.device)
     about = {
         "command": "python benchmarks/step.py", "device": device, "prompts": PROMPTS, "group_size": GROUP,
@@ -63,9 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=STEPS, help="of a case; the first two are not timed")
     parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of each completion")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of our Config; kept as a case of its own"
-    )
+    add_settings(parser)
     parser.add_argument("--unsloth-site", type=Path, help="a folder with Unsloth's packages, for its process alone")
     return parser
 
@@ -74,14 +72,8 @@ def changes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> l
     """The arguments that make the work another one. Ends with a sentence where one makes no sense."""
     if arguments.steps < 1 or arguments.tokens < 1:
         parser.error("--steps and --tokens must be 1 or more.")
-    from grpo.errors import UserError
-
-    try:
-        fields_of(arguments.set)
-    except (ValueError, UserError) as error:
-        parser.error(str(error))
     words = [word for change in different(arguments) for word in f"--{change}".split("=")]
-    return [*words, *(["--set", *arguments.set] if arguments.set else [])]
+    return [*words, *settings_of(parser, arguments)]
 
 
 def different(arguments: argparse.Namespace) -> list[str]:
@@ -93,41 +85,25 @@ def different(arguments: argparse.Namespace) -> list[str]:
     return [f"{name}={length}" for name, (length, usual) in lengths.items() if length != usual]
 
 
-def fields_of(settings: list[str]) -> dict[str, Any]:
-    """FIELD=VALUE -> fields of Config.
-
-    Raises:
-        ValueError: it is none, or the value is not of its type. UserError: the value makes no sense.
-    """
-    from grpo.config import Config
-
-    usual = dataclasses.asdict(Config())
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, is_one, value = setting.partition("=")
-        if not is_one or name not in usual:
-            raise ValueError(f"--set takes FIELD=VALUE with a field of Config, such as recompute=none, not {setting}.")
-        kind = type(usual[name])
-        found[name] = value == "True" if kind is bool else kind(value)
-    Config(**found)
-    return found
-
-
 def needs(case: str) -> tuple[str, bool]:
     """The checkpoint of a case: Unsloth reads one in NF4, the others quantise what they load."""
     shape, contender = case.split("/")
     return shape, contender == "unsloth"
 
 
+def work(arguments: argparse.Namespace) -> cases.Record:
+    """What a case is."""
+    return {"prompt_tokens": arguments.prompt_tokens, "asked_tokens": arguments.tokens, "steps": arguments.steps}
+
+
 def measure(arguments: argparse.Namespace) -> cases.Record:
     """One case, in its own process. What it imports is its own too: Unsloth wants to be the first."""
     shape, contender = arguments.case.split("/")
     model = model_folder(shape, arguments.folder, contender == "unsloth")
-    work = {"prompt_tokens": arguments.prompt_tokens, "asked_tokens": arguments.tokens, "steps": arguments.steps}
     if not contender.startswith("ours"):
         import step_peers
 
-        return work | step_peers.measure(contender, shape, model, arguments)
+        return step_peers.measure(contender, shape, model, arguments)
     import our_run
 
     config = our_run.our_config(
@@ -139,15 +115,17 @@ def measure(arguments: argparse.Namespace) -> cases.Record:
             "max_completion_tokens": arguments.tokens, **fields_of(arguments.set),
         },
     )  # fmt: skip
-    return work | our_run.measure(config, arguments.prompt_tokens, arguments.started, arguments.until)
+    return our_run.measure(config, arguments.prompt_tokens, arguments.started, arguments.until)
 
 
 def add_ratios(records: dict[str, cases.Record]) -> None:
     """How many of our steps in NF4 a step takes, beside the same shape and work; whether on the same card."""
     for name, record in records.items():
         shape, _, *variant = name.split("/")
-        ours = records.get("/".join([shape, "ours-nf4", *variant]), records.get(f"{shape}/ours-nf4", {}))
-        record.pop("over_ours", None)
+        lengths = [part for part in variant if part.partition("=")[0] in ("tokens", "prompt-tokens")]
+        ours = records.get("/".join([shape, "ours-nf4", *lengths]), {})
+        for follows in ("over_ours", "same_card"):
+            record.pop(follows, None)
         if "step_s" in record and "step_s" in ours:
             record["over_ours"] = round(record["step_s"] / ours["step_s"], 3)
             record["same_card"] = record["card"] == ours["card"]
@@ -155,9 +133,8 @@ def add_ratios(records: dict[str, cases.Record]) -> None:
 
 def in_a_line(record: cases.Record) -> str:
     """What was found, for the terminal."""
-    stages = ", ".join(
-        f"{name} {record[f'{name}_s']:.2f}" for name in ("rollout", "update", "sync", "old_logp", "other")
-    )
+    names = ("rollout", "update", "sync", "old_logp", "other")
+    stages = ", ".join(f"{name} {record[f'{name}_s']:.2f}" for name in names)
     peak = f"; peak {record['device_peak_gib']:.1f} GiB" if "device_peak_gib" in record else ""
     return f"step {record['step_s']:.2f} s ({stages}), start {record['start_s']:.0f} s{peak}"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import random
 import statistics
 import sys
 import tempfile
@@ -18,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RANK = 32
-WARM = 2  # steps that are not timed
-PROMPTS, GROUP = 8, 8
+from work import GROUP, PROMPTS, RANK, random_rewards, timed, torch_peaks
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONTEXT = 1024  # tokens, at least, that the engines are built for
 
@@ -44,7 +42,7 @@ def measure(contender: str, shape: str, model: Path, arguments: argparse.Namespa
     time_stages(trainer, stages)
     trainer.add_callback(watch(stages, arguments.until))
     trainer.train()
-    return record(stages, arguments.started, trainer) | {"ran": what_ran(settings, model)} | torch_peaks(on_cpu)
+    return record(stages, arguments.started, trainer) | {"ran": what_ran(settings, model)} | torch_peaks(not on_cpu)
 
 
 # ---- the two trainers
@@ -137,7 +135,7 @@ def dataset(tokenizer: Any, arguments: argparse.Namespace) -> Any:
 
 def at_random(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
     """A reward that teaches nothing and gives every group something to learn from."""
-    return [random.random() for _ in completions]
+    return random_rewards(completions)
 
 
 # ---- what a step's time goes to
@@ -231,9 +229,9 @@ def watch(stages: Stages, until: float | None) -> Any:
 
 def record(stages: Stages, started: float, trainer: Any) -> dict[str, Any]:
     """Medians of the timed steps, seconds; the start. The update is what is not sampling, syncing, scoring."""
-    timed = stages.steps[WARM:] or stages.steps[-1:]
+    counted = timed(stages.steps)
     rows = []
-    for step in timed:
+    for step in counted:
         update = step["step"] - step["before_update"]
         known = {name: step.get(name, 0.0) for name in ("rollout", "sync", "old_logp")}
         rows.append(
@@ -243,7 +241,7 @@ def record(stages: Stages, started: float, trainer: Any) -> dict[str, Any]:
     return {
         **{f"{name}_s": round(statistics.median(row[name] for row in rows), 4) for name in rows[0]},
         "all_steps_s": [round(step["step"], 3) for step in stages.steps],
-        "timed_steps": len(timed),
+        "timed_steps": len(counted),
         "start_s": round(stages.first - started, 1),
         "completion_tokens": lengths[-1] if lengths else None,
     }
@@ -258,13 +256,3 @@ def what_ran(settings: Any, model: Path) -> dict[str, Any]:
     told = {name: str(value) for name in names if (value := getattr(settings, name, None)) is not None}
     base = "nf4" if model.name.endswith("-bnb-4bit") else "bf16"
     return {"base": base, **told}
-
-
-def torch_peaks(on_cpu: bool) -> dict[str, float]:
-    """The most memory of the GPU that torch had given out and held since the process began, in GiB."""
-    import torch
-
-    if on_cpu:
-        return {}
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {f"{name}_peak_gib": round(value / 2**30, 2) for name, value in peaks.items()}

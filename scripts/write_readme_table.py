@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_table import learning, learning_in_short, percent
+from step_table import memory, steps, steps_in_short
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -72,13 +73,16 @@ def what_a_run_showed() -> str:
 
 
 def in_short() -> str:
-    """README's figures: the default run, learning in NF4, rollouts and kernels beside their rivals."""
-    return joined(embedded(), learning_in_short(RESULTS), rollouts(in_short=True), kernels(in_short=True))
+    """README's figures: steps beside their rivals, memory, the default run, learning, rollouts, kernels."""
+    measured = [steps_in_short(RESULTS), memory(RESULTS), embedded(), learning_in_short(RESULTS)]
+    return joined(*measured, rollouts(in_short=True), kernels(in_short=True))
 
 
 def everything() -> str:
     """docs/figures.md."""
     sections = {
+        "Whole steps": steps(RESULTS),
+        "Memory": memory(RESULTS),
         "The default run": embedded(),
         "Learning on a GPU": learning(RESULTS),
         "Rollouts": rollouts(in_short=False),

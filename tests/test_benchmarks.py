@@ -16,9 +16,12 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 import cases
+import memory
+import our_run
 import random_models
 import step
-from shapes import SHAPES, is_written
+import step_table
+from shapes import SHAPES, is_written, model_folder
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_model_is_whole_and_of_the_shape(folder, quantized):
     """transformers misses nothing in it, finds nothing else, and computes with it; weights are as wide as they say."""
-    target = random_models.model_folder("tiny", folder, quantized)
+    target = model_folder("tiny", folder, quantized)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, dtype=torch.float32
     )
@@ -50,7 +53,7 @@ def test_a_model_is_whole_and_of_the_shape(folder, quantized):
 
 
 def test_a_model_in_4_bits_has_every_linear_of_a_layer_so_and_no_other(folder):
-    target = random_models.model_folder("tiny", folder, quantized=True)
+    target = model_folder("tiny", folder, quantized=True)
     stored = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
     packed = {name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.uint8}
     packed = {name for name in packed if name.endswith("_proj")}
@@ -146,6 +149,79 @@ def test_ours_is_measured_by_the_command(folder, tmp_path):
     assert record["start_s"] > record["step_s"] and record["versions"]["torch"] == torch.__version__
 
 
+def test_a_long_context_is_made_up_behind_what_was_sampled(folder):
+    """Over a checkpoint in NF4; the update reads every token, and the canary and the audit still run."""
+    model = model_folder("tiny", folder, quantized=True)
+    config = our_run.our_config(
+        model, "nf4", "cpu", steps=3, prompts_per_step=1, group_size=2, eval_prompts=2, max_completion_tokens=60
+    )
+    record = our_run.measure(config, 40, started=time.time(), until=time.time(), sampled=4)
+    assert record["completion_tokens"] == 60 and record["gap"] > 1e-3
+    assert len(record["all_steps_s"]) == 1, "no step is begun behind the deadline"
+
+
+@pytest.mark.parametrize("name", memory.KNOWN)
+def test_a_case_of_memory_is_as_long_as_its_name_says_and_fits_its_model(name):
+    case, shape = memory.KNOWN[name], name.split("/")[0]
+    longest = case.prompt_tokens + case.completion_tokens
+    assert name == f"{shape}/{case.group}x{longest}"
+    assert longest <= SHAPES[shape].get("max_position_embeddings", random_models.CONTEXT)
+
+
+# ---- tables
+
+
+def measured(step_s, **more):
+    stages = {"rollout_s": 0.5 * step_s, "update_s": 0.25 * step_s, "sync_s": 0.125, "old_logp_s": 0.0, "other_s": 0.01}
+    told = {"start_s": 61.2, "device_peak_gib": 21.37, "compiled_before": False, "ran": {"base": "nf4"}}
+    return {"step_s": step_s, **stages, **told, "versions": {"torch": "2.11.0", "trl": "1.15.0"}} | more
+
+
+def rows_of(table):
+    """The cells of each line of a table that says something."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_steps_are_told_whole_and_in_parts(tmp_path):
+    path = cases.results_path(tmp_path, "step", "NVIDIA H100 80GB HBM3")
+    about = {"device": "NVIDIA H100 80GB HBM3", "command": "python benchmarks/step.py", "prompts": 8, "group_size": 8,
+             "prompt_tokens": 256, "completion_tokens": 512, "lora_rank": 32}  # fmt: skip
+    results = cases.Results(path, about, step.add_ratios)
+    results.keep("llama-3.1-8b/trl", measured(10.0, compiled_before=True), "")
+    results.keep("llama-3.1-8b/ours-nf4", measured(5.0), "")
+    results.keep("llama-3.1-8b/ours-nf4/recompute=none", measured(4.0), "")
+    results.keep("llama-3.1-8b/unsloth", {"failed": "Broken: a | b\nc"}, "")
+    short = rows_of(step_table.steps_in_short(tmp_path))
+    assert path.name == "step-nvidia-h100-80gb-hbm3.json"
+    assert ["llama-3.1-8b", "**ours**, NF4 base", "5.00", "1.00", "21.4", "61", "1"] in short
+    trl = "TRL 1.15.0, bf16, no pass for old log-probabilities"
+    assert ["llama-3.1-8b", trl, "10.00", "2.00", "21.4", "61, compiled before", "1"] in short
+    assert ["llama-3.1-8b", "Unsloth, 4 bits", "failed: Broken: a / b c", "", "", "", "1"] in short
+    assert ["llama-3.1-8b", trl, "5.00", "2.50", "0.12", "0.00", "0.01"] in short
+    assert not any("recompute" in cell for row in short for cell in row)
+    everything = rows_of(step_table.steps(tmp_path))
+    assert ["llama-3.1-8b", "**ours**, NF4 base, recompute=none", "4.00", "0.80", "21.4", "61", "1"] in everything
+    assert "torch 2.11.0" in step_table.steps(tmp_path)
+
+
+def test_peaks_are_told_beside_what_is_allowed_and_predicted(tmp_path):
+    path = cases.results_path(tmp_path, "memory", "NVIDIA H100")
+    about = {"device": "NVIDIA H100", "command": "python benchmarks/memory.py", "lora_rank": 32}
+    results = cases.Results(path, about, memory.judge)
+    results.keep("llama-3.1-8b/8x20256", measured(9.0, limit_gib=20, predicted_gib=24.0, reserved_peak_gib=15.0), "")
+    results.keep("qwen2.5-14b/8x2048", {"limit_gib": 14, "failed": "torch.OutOfMemoryError: CUDA"}, "")
+    told = rows_of(step_table.memory(tmp_path))
+    assert ["llama-3.1-8b", "8 x 20,256", "20", "21.4, more than allowed", "24.0", "15.0", "2.25"] in told
+    assert ["qwen2.5-14b", "8 x 2,048", "14", "failed: torch.OutOfMemoryError: CUDA", "", "", ""] in told
+    assert kept(path)["llama-3.1-8b/8x20256"]["predicted_off"] == pytest.approx(24 / 21.37 - 1, abs=1e-3)
+
+
+def test_what_was_tried_on_a_cpu_is_in_no_table(tmp_path):
+    results_in(tmp_path / "step-cpu.json").keep("tiny/ours-nf4", measured(1.0), "")
+    assert step_table.steps(tmp_path) == step_table.steps_in_short(tmp_path) == step_table.memory(tmp_path) == ""
+
+
 # ---- results
 
 
@@ -176,8 +252,10 @@ def test_ratios_follow_ours_when_it_is_measured_last(tmp_path):
     assert "over_ours" not in kept(path)["tiny/trl"]
     results.keep("tiny/ours-nf4", {"step_s": 2.0}, "")
     results.keep("tiny/ours-nf4/recompute=none", {"step_s": 1.0}, "")
+    results.keep("tiny/trl/tokens=8", {"step_s": 1.0}, "")
     assert kept(path)["tiny/trl"]["over_ours"] == 1.5
-    assert kept(path)["tiny/ours-nf4/recompute=none"]["over_ours"] == 1.0
+    assert kept(path)["tiny/ours-nf4/recompute=none"]["over_ours"] == 0.5
+    assert "over_ours" not in kept(path)["tiny/trl/tokens=8"], "less work is no faster step"
 
 
 def test_a_failure_takes_no_measurements_place(tmp_path, capsys):
@@ -198,6 +276,8 @@ def test_a_failure_takes_no_measurements_place(tmp_path, capsys):
         (["--only", "tiny/trl", "--set", "colour=red"], "--set takes FIELD=VALUE"),
         (["--only", "tiny/trl", "--set", "recompute=sometimes"], "recompute is 'sometimes'"),
         (["--only", "tiny/trl", "--set", "kv_cache_gib=much"], "much"),
+        (["--only", "tiny/ours-nf4", "--set", "dynamic_sampling=yes"], "True or False"),
+        (["--only", "tiny/trl", "--set", "recompute=none"], "name cases of ours"),
         (["--steps", "0"], "must be 1 or more"),
     ],
 )

@@ -1,0 +1,130 @@
+"""The most memory that whole runs of ours take, vLLM included, beside what they are allowed and what is predicted.
+
+    python benchmarks/memory.py            all cases; writes benchmarks/results/memory-<gpu>.json
+    python benchmarks/memory.py --only llama-3.1-8b/8x20256 --deadline 540
+    python benchmarks/memory.py --only tiny/2x64 --device cpu      tries the script
+
+Each case is a process of its own that runs a few steps of the product's loop (our_run.py) over random weights in NF4:
+one prompt, so many completions of one length. Where there is a limit, torch may take no more than that; whether the
+process stayed below it is seen from outside, for vLLM's KV cache and CUDA's own memory are not torch's. Of long
+contexts only the first tokens are sampled and the rest is made up (our_run.Lengthened): the engine holds its whole
+cache from the start, and the update reads full lengths. The peak is the GPU's as nvidia-smi sees it, less what was
+taken before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import cases
+from our_settings import add_settings, fields_of, settings_of
+from shapes import model_folder
+from work import RANK
+
+STEPS = 2
+SAMPLED = 128  # tokens of a completion too long to be sampled each time
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt and its completions, of one length."""
+
+    group: int
+    prompt_tokens: int
+    completion_tokens: int
+    limit_gib: float | None = None
+    kv_cache_gib: float = 0.0  # 0: what the product chooses
+    sampled: int | None = None
+
+
+USUAL = {
+    "qwen2.5-1.5b/8x1024": Case(8, 256, 768, kv_cache_gib=0.3),
+    "llama-3.1-8b/8x20256": Case(8, 256, 20_000, limit_gib=40, sampled=SAMPLED),
+    "qwen2.5-14b/8x2048": Case(8, 512, 1_536, limit_gib=14, kv_cache_gib=1.0),
+    "llama-3.1-8b/2x33792": Case(2, 512, 33_280, limit_gib=24, sampled=SAMPLED),
+    "llama-3.1-8b/2x131072": Case(2, 512, 130_560, limit_gib=80, sampled=SAMPLED),
+    "qwen2.5-32b/8x2048": Case(8, 512, 1_536, limit_gib=48, sampled=SAMPLED),
+    "qwen2.5-32b/8x8192": Case(8, 512, 7_680, limit_gib=48, sampled=SAMPLED),
+    "qwen2.5-32b/2x32768": Case(2, 512, 32_256, limit_gib=48, sampled=SAMPLED),
+}
+KNOWN = USUAL | {"tiny/2x64": Case(2, 40, 24, limit_gib=4, sampled=8)}
+
+
+def main() -> None:
+    parser = build_parser()
+    arguments = parser.parse_args()
+    if arguments.case:
+        cases.answer(work(KNOWN[arguments.case], arguments), lambda: measure(arguments))
+    names = cases.chosen(parser, arguments.only, list(USUAL), list(KNOWN))
+    if arguments.steps < 1:
+        parser.error("--steps must be 1 or more.")
+    shown = settings_of(parser, arguments)
+    device = cases.device_name(arguments.device)
+    about = {"command": "python benchmarks/memory.py", "device": device, "lora_rank": RANK, "base": "nf4"}
+    results = cases.Results(cases.results_path(arguments.out, "memory", device), about, judge)
+    variant = "".join(f"/{setting}" for setting in arguments.set)
+    hidden = ["--steps", str(arguments.steps)]
+    sys.exit(cases.run_all(names, results, arguments, needs, in_a_line, shown, hidden, variant))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases.add_arguments(parser, example="llama-3.1-8b/8x20256")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a case")
+    add_settings(parser)
+    return parser
+
+
+def needs(name: str) -> tuple[str, bool]:
+    """The checkpoint of a case: in NF4 from the start, for a 32B in bf16 fits on few disks."""
+    return name.split("/")[0], True
+
+
+def work(case: Case, arguments: argparse.Namespace) -> cases.Record:
+    """What a case is."""
+    sampled = case.sampled or case.completion_tokens
+    return dataclasses.asdict(case) | {"sampled": sampled, "steps": arguments.steps}
+
+
+def measure(arguments: argparse.Namespace) -> cases.Record:
+    """One case, in its own process."""
+    import our_run
+    import torch
+
+    case = KNOWN[arguments.case]
+    if case.limit_gib and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties().total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit_gib * 2**30 / whole))
+    usual = {
+        "steps": arguments.steps, "prompts_per_step": 1, "group_size": case.group, "eval_prompts": case.group,
+        "max_completion_tokens": case.completion_tokens, "kv_cache_gib": case.kv_cache_gib,
+    }  # fmt: skip
+    model = model_folder(arguments.case.split("/")[0], arguments.folder, quantized=True)
+    config = our_run.our_config(model, "nf4", arguments.device, **(usual | fields_of(arguments.set)))
+    return our_run.measure(config, case.prompt_tokens, arguments.started, arguments.until, case.sampled)
+
+
+def judge(records: dict[str, cases.Record]) -> None:
+    """Whether a case stayed within its limit, and how far off the prediction was, as a share of what was measured."""
+    for record in records.values():
+        peak = record.get("device_peak_gib")
+        if peak and record.get("limit_gib"):
+            record["within_limit"] = peak <= record["limit_gib"]
+        if peak and record.get("predicted_gib"):
+            record["predicted_off"] = round(record["predicted_gib"] / peak - 1, 3)
+
+
+def in_a_line(record: cases.Record) -> str:
+    """What was found, for the terminal."""
+    peak = record.get("device_peak_gib", record["process_peak_gib"])
+    limit = f" of {record['limit_gib']:g} allowed" if record["limit_gib"] else ""
+    predicted = f", {record['predicted_gib']:.1f} predicted" if record["predicted_gib"] else ""
+    return f"peak {peak:.2f} GiB{limit}{predicted}; update {record['update_s']:.2f} s"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Whole steps and peaks of memory as README and docs/figures.md show them, from results of benchmarks/step.py and
+benchmarks/memory.py. Knows nothing of how they were made.
+
+`write_readme_table.py` puts it between its markers. A GPU that was not measured has no table.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+# In the order in which they are shown; {} is the version that ran.
+CONTENDERS = {
+    "ours-nf4": ("**ours**, NF4 base", None),
+    "ours-bf16": ("**ours**, bf16 base", None),
+    "trl": ("TRL {}, bf16, no pass for old log-probabilities", "trl"),
+    "trl-defaults": ("TRL {}, bf16, its defaults", "trl"),
+    "unsloth": ("Unsloth {}, 4 bits", "unsloth"),
+}
+STAGES = {
+    "rollout": "rollout",
+    "update": "update",
+    "sync": "sync",
+    "old_logp": "old log-probabilities",
+    "other": "scoring and the rest",
+}
+LONGEST_REASON = 100  # characters of a failure
+
+
+def steps_in_short(results: Path) -> str:
+    """Steps of the usual work: the whole, then its parts."""
+    return "\n\n".join(steps_of(result, in_short=True) for result in read(results, "step"))
+
+
+def steps(results: Path) -> str:
+    """All steps that were measured, and what ran."""
+    return "\n\n".join(steps_of(result, in_short=False) for result in read(results, "step"))
+
+
+def read(results: Path, benchmark: str) -> list[Record]:
+    """What was measured, a GPU each; not what was tried on a CPU."""
+    paths = sorted(path for path in results.glob(f"{benchmark}-*.json") if path.stem != f"{benchmark}-cpu")
+    return [result for path in paths if (result := json.loads(path.read_text()))["cases"]]
+
+
+def steps_of(result: Record, in_short: bool) -> str:
+    cases = sorted(
+        ((name, record) for name, record in result["cases"].items() if not (in_short and name.count("/") > 1)),
+        key=lambda case: (case[0].split("/")[0], list(CONTENDERS).index(case[0].split("/")[1]), case[0]),
+    )
+    whole = (
+        "| shape | | step, s | × ours in NF4 | peak, GiB | first step after, s | run |\n"
+        "|---|---|---:|---:|---:|---:|---:|"
+    )
+    header = f"| shape | | {' | '.join(f'{title}, s' for title in STAGES.values())} |\n|---|---|{'---:|' * len(STAGES)}"
+    measured = [(name, record) for name, record in cases if "failed" not in record]
+    lines = [origin_of_steps(result), "", whole, *(step_line(*case) for case in cases)]
+    lines += ["", "Where the time of these steps goes:", "", header, *(parts_line(*case) for case in measured)]
+    if not in_short:
+        lines += ["", "What ran:", "", "| shape | | |\n|---|---|---|", *(ran_line(*case) for case in measured)]
+    return "\n".join(lines)
+
+
+def origin_of_steps(result: Record) -> str:
+    """The work, the machine and the command."""
+    about, records = result["about"], result["cases"].values()
+    return (
+        f"Whole GRPO steps on one {about['device']}, {dates(records)}{packages(records)}: {about['prompts']} prompts x "
+        f"{about['group_size']} completions, {about['prompt_tokens']} + {about['completion_tokens']} tokens, LoRA rank "
+        f"{about['lora_rank']}, random weights and rewards, each in a process of its own (`{about['command']}`). "
+        "Medians without the first two steps. Peak: of the whole GPU; TRL and Unsloth give vLLM a fixed share of it. "
+        "First step: done so long after the process began, with nothing compiled yet where nothing else is said. Cases "
+        "of one run followed each other on one machine."
+    )
+
+
+def step_line(name: str, record: Record) -> str:
+    if "failed" in record:
+        return f"| {shape_of(name)} | {contender(name, record)} | {reason(record)} | | | | {record['run']} |"
+    ratio = f"{record['over_ours']:.2f}" if "over_ours" in record else ""
+    ratio += "" if record.get("same_card", True) else ", another card"
+    start = f"{record['start_s']:.0f}" + (", compiled before" if record["compiled_before"] else "")
+    numbers = f"{record['step_s']:.2f} | {ratio} | {gib(record.get('device_peak_gib'))} | {start} | {record['run']}"
+    return f"| {shape_of(name)} | {contender(name, record)} | {numbers} |"
+
+
+def parts_line(name: str, record: Record) -> str:
+    values = " | ".join(f"{record[f'{stage}_s']:.2f}" for stage in STAGES)
+    return f"| {shape_of(name)} | {contender(name, record)} | {values} |"
+
+
+def ran_line(name: str, record: Record) -> str:
+    ran = ", ".join(f"{what} {value}" for what, value in record["ran"].items())
+    return f"| {shape_of(name)} | {contender(name, record)} | {ran} |"
+
+
+def shape_of(name: str) -> str:
+    return name.split("/")[0]
+
+
+def contender(name: str, record: Record) -> str:
+    """Who ran, with its version and what was set otherwise."""
+    _, kind, *variant = name.split("/")
+    title, package = CONTENDERS[kind]
+    shown = title.format(record["versions"].get(package, "")) if package and "versions" in record else title.format("")
+    return ", ".join([shown.replace(" ,", ","), *variant])
+
+
+# ---- memory
+
+
+def memory(results: Path) -> str:
+    """Peaks, beside limits and predictions."""
+    return "\n\n".join(memory_of(result) for result in read(results, "memory"))
+
+
+def memory_of(result: Record) -> str:
+    about, cases = result["about"], result["cases"]
+    header = (
+        "| shape | completions x tokens | allowed, GiB | peak, GiB | predicted, GiB | of it torch, GiB | update, s |\n"
+        "|---|---|---:|---:|---:|---:|---:|"
+    )
+    origin = (
+        f"Peaks of whole runs of ours on one {about['device']}, {dates(cases.values())}{packages(cases.values())}: NF4 "
+        f"base, LoRA rank {about['lora_rank']}, vLLM in the same process, one prompt; the tokens are prompt and "
+        f"completion (`{about['command']}`). Peak: of the whole GPU, as seen from outside."
+    )
+    return "\n".join([origin, "", header, *(memory_line(name, record) for name, record in cases.items())])
+
+
+def memory_line(name: str, record: Record) -> str:
+    shape, size, *variant = name.split("/")
+    group, tokens = size.split("x")
+    work = ", ".join([f"{group} x {int(tokens):,}", *variant])
+    allowed = f"{record['limit_gib']:g}" if record.get("limit_gib") else ""
+    if "failed" in record:
+        return f"| {shape} | {work} | {allowed} | {reason(record)} | | | |"
+    exceeded = "" if record.get("within_limit", True) else ", more than allowed"
+    numbers = f"{gib(record.get('device_peak_gib'))}{exceeded} | {gib(record.get('predicted_gib'))}"
+    torch = gib(record.get("reserved_peak_gib"))
+    return f"| {shape} | {work} | {allowed} | {numbers} | {torch} | {record['update_s']:.2f} |"
+
+
+# ---- words
+
+
+def gib(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def reason(record: Record) -> str:
+    """Why a case has no figures, in a cell."""
+    return "failed: " + " ".join(record["failed"].replace("|", "/").split())[:LONGEST_REASON]
+
+
+def dates(records: Any) -> str:
+    """When it was measured: a day, or the first and the last."""
+    days = sorted({record["date"] for record in records})
+    return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def packages(records: Any) -> str:
+    """Versions of what all of them share."""
+    found = []
+    for package, name in (("torch", "torch"), ("vllm", "vLLM"), ("transformers", "transformers")):
+        versions = sorted({record["versions"][package] for record in records if package in record.get("versions", {})})
+        found += [f"{name} {' and '.join(versions)}"] if versions else []
+    return "".join(f", {one}" for one in found)
