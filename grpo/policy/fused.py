@@ -152,6 +152,7 @@ class FusedModel(nn.Module):
 
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
+        self.treatments = list(treatments)
         self.ways = ways(treatments, self.head.device)
 
     def hidden(self, batch: Batch) -> Tensor:

@@ -44,6 +44,7 @@ class GenericModel(nn.Module):
 
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
+        self.treatments = list(treatments)
         runs = ways(treatments, self.head.device)
         for layer, forward, run in zip(self.layers, self.forwards, runs, strict=True):
             layer.forward = partial(run, forward)
