@@ -74,6 +74,7 @@ def answer(work: Record, measure: Callable[[], Record]) -> None:
     work: what is to be measured, which is part of the record in any case.
     """
     hide_kernels()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     try:
         record = work | measure()
     except Exception as error:
@@ -84,6 +85,13 @@ def answer(work: Record, measure: Callable[[], Record]) -> None:
     print(RESULT + json.dumps(record | {"versions": versions()}), flush=True)
     sys.stderr.flush()
     os._exit(0)
+
+
+def leave_with_parent() -> None:
+    """Nobody waits for a result any more when the other end of the standard input is closed."""
+    while os.read(0, 1024):  # not sys.stdin: a process forked meanwhile would wait for its lock
+        pass
+    os._exit(1)
 
 
 def hide_kernels() -> None:
@@ -122,8 +130,9 @@ def run_case(script: str, name: str, more: Sequence[str], deadline: float | None
     lines: list[str] = []
     with GpuMemory() as memory:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, errors="replace", env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             reader = threading.Thread(target=pass_on, args=(process, lines), daemon=True)
             reader.start()
@@ -170,6 +179,8 @@ class GpuMemory:
         if self.watching:
             self.watching.kill()
             self.watching.wait()
+            # What the case before has left may have been on its way out when this one began.
+            self.before = min(self.before or 0.0, float(ask_gpu("memory.used")))
 
     def _watch(self) -> None:
         assert self.watching and self.watching.stdout
@@ -263,9 +274,9 @@ def run_all(
     own = ["--folder", str(arguments.folder), "--device", arguments.device]
     own += [] if arguments.deadline is None else ["--deadline", str(arguments.deadline), "--until", str(deadline)]
     failures = 0
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if deadline is not None and time.time() > deadline:
-            print(f"past the deadline: not begun: {', '.join(names[place:])}", flush=True)
+            print(f"past the deadline: not begun: {', '.join(names[index:])}", flush=True)
             return 1
         shape, quantized = needs(name)
         if not is_written(shape, arguments.folder, quantized):
@@ -280,6 +291,6 @@ def run_all(
         results.keep(label, record, command)
         failures += "failed" in record
         print(f"{label}: {record['failed'] if 'failed' in record else say(record)}", flush=True)
-        if arguments.tidy and not any(needs(later) == (shape, quantized) for later in names[place + 1 :]):
+        if arguments.tidy and not any(needs(later) == (shape, quantized) for later in names[index + 1 :]):
             shutil.rmtree(model_folder(shape, arguments.folder, quantized))
     return min(failures, 1)

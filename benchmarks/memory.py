@@ -5,11 +5,11 @@
     python benchmarks/memory.py --only tiny/2x64 --device cpu      tries the script
 
 Each case is a process of its own that runs a few steps of the product's loop (our_run.py) over random weights in NF4:
-one prompt, so many completions of one length. Where there is a limit, torch may take no more than that; whether the
-process stayed below it is seen from outside, for vLLM's KV cache and CUDA's own memory are not torch's. Of long
-contexts only the first tokens are sampled and the rest is made up (our_run.Lengthened): the engine holds its whole
-cache from the start, and the update reads full lengths. The peak is the GPU's as nvidia-smi sees it, less what was
-taken before.
+one prompt, so many completions of one length. Where there is a limit the run is told (--memory-gib), and torch may take
+no more from the beginning; whether the process stayed below it is seen from outside, for vLLM's KV cache and CUDA's own
+memory are not torch's. Of long contexts only the first tokens are sampled and the rest is made up (our_run.Lengthened):
+the engine holds its whole cache from the start, and the update reads full lengths. The peak is the GPU's as nvidia-smi
+sees it, less what was taken before; what is predicted is the run's own plan (grpo/memory.py).
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ class Case:
     prompt_tokens: int
     completion_tokens: int
     limit_gib: float | None = None
-    kv_cache_gib: float = 0.0  # 0: what the product chooses
     sampled: int | None = None
 
 
 USUAL = {
-    "qwen2.5-1.5b/8x1024": Case(8, 256, 768, kv_cache_gib=0.3),
+    "qwen2.5-1.5b/8x1024": Case(8, 256, 768, limit_gib=3),
     "llama-3.1-8b/8x20256": Case(8, 256, 20_000, limit_gib=40, sampled=SAMPLED),
-    "qwen2.5-14b/8x2048": Case(8, 512, 1_536, limit_gib=14, kv_cache_gib=1.0),
+    "qwen2.5-14b/8x2048": Case(8, 512, 1_536, limit_gib=14),
     "llama-3.1-8b/2x33792": Case(2, 512, 33_280, limit_gib=24, sampled=SAMPLED),
     "llama-3.1-8b/2x131072": Case(2, 512, 130_560, limit_gib=80, sampled=SAMPLED),
     "qwen2.5-32b/8x2048": Case(8, 512, 1_536, limit_gib=48, sampled=SAMPLED),
@@ -101,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> cases.Record:
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit_gib * 2**30 / whole))
     usual = {
         "steps": arguments.steps, "prompts_per_step": 1, "group_size": case.group, "eval_prompts": case.group,
-        "max_completion_tokens": case.completion_tokens, "kv_cache_gib": case.kv_cache_gib,
+        "max_completion_tokens": case.completion_tokens, "memory_gib": case.limit_gib or 0.0,
     }  # fmt: skip
     model = model_folder(arguments.case.split("/")[0], arguments.folder, quantized=True)
     config = our_run.our_config(model, "nf4", arguments.device, **(usual | fields_of(arguments.set)))

@@ -7,10 +7,11 @@ token ends a completion, so that each step is the same work. No held-out score i
 from __future__ import annotations
 
 import random
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from grpo.rollout.torch_engine import TorchEngine
 from grpo.task import Task
 from grpo.train import Run, train
 from grpo.types import Completion, Request
+
+# Of the plan that a run tells.
+FORETOLD = re.compile(r"at most ([\d.]+) in a rollout, ([\d.]+) in an update")
 
 
 def at_random(completions: list[str]) -> list[float]:
@@ -54,8 +58,14 @@ def measure(
     completion that are really sampled, where the rest is made up (see Lengthened).
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = build(config, prompt_tokens, Path(folder))
-        before = {"predicted_gib": predicted_gib(run), "built_gib": device_used_gib()}
+        notes: list[str] = []
+
+        def note(told: str) -> None:
+            notes.append(told)
+            print(told, flush=True)
+
+        run = build(config, prompt_tokens, Path(folder), note)
+        before = foretold(notes) | {"built_gib": device_used_gib()}
         if sampled is not None:
             run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
             run.audit = Deaf(run.policy, run.audit.noise)
@@ -65,8 +75,8 @@ def measure(
         return before | watch.record(started) | what_ran(run)
 
 
-def build(config: Config, prompt_tokens: int, folder: Path) -> Run:
-    """The product's own, over a task whose chats are `prompt_tokens` long."""
+def build(config: Config, prompt_tokens: int, folder: Path, note: Callable[[str], object]) -> Run:
+    """The product's own, over a task whose chats are `prompt_tokens` long; `note` is told what it says at its start."""
     count = config.prompts_per_step * config.steps
     texts = questions(load_tokenizer(config.model), count + config.eval_prompts, prompt_tokens, config.seed)
 
@@ -84,7 +94,7 @@ def build(config: Config, prompt_tokens: int, folder: Path) -> Run:
         data="made up",
         config=config,
     )
-    run = build_run(task, config, folder, build_questions(task, config), None)
+    run = build_run(task, config, folder, build_questions(task, config, note=note), None, note)
     run.policy.stop_tokens.clear()
     if isinstance(run.engine, TorchEngine):  # it has taken them over
         run.engine.stop_tokens.clear()
@@ -132,9 +142,14 @@ class Watch:
         }
 
 
-def predicted_gib(run: Run) -> float | None:
-    """The peak of the GPU's memory that the run itself foretells; None while no run does."""
-    return None
+def foretold(notes: list[str]) -> dict[str, Any]:
+    """The memory plan as the run told it at its start, and the peak of the whole GPU that it foretells, in GiB; nothing
+    on a CPU, where there is none."""
+    plans = [(note, peaks) for note in notes if (peaks := FORETOLD.search(note))]
+    if not plans:
+        return {"predicted_gib": None}
+    plan, peaks = plans[-1]
+    return {"predicted_gib": max(map(float, peaks.groups())), "plan": plan.splitlines()}
 
 
 def device_used_gib() -> float | None:
@@ -175,9 +190,9 @@ class Lengthened:
 
     def __init__(self, engine: Engine, sampled: int, vocabulary: int):
         self.engine, self.sampled, self.vocabulary = engine, sampled, vocabulary
-        self.canary = engine.canary
-        self.take_up, self.sync, self.release = engine.take_up, engine.sync, engine.release
-        self.logprobs, self.close = engine.logprobs, engine.close
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
 
     def sample(self, requests: list[Request]) -> list[Completion]:
         """See Engine.sample."""

@@ -97,14 +97,14 @@ def write_shards(target: Path, named: Iterator[tuple[str, Tensor]]) -> None:
     """Safetensors files of a few GiB, and the index that finds a tensor in them."""
     from safetensors.torch import save_file
 
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
     written = 0
 
     def write() -> None:
-        file = f"model-{len(set(places.values())) + 1:05d}.safetensors"
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
         save_file(shard, target / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, file))
+        weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
     for name, value in named:
@@ -114,7 +114,7 @@ def write_shards(target: Path, named: Iterator[tuple[str, Tensor]]) -> None:
             write()
     if shard:
         write()
-    index = {"metadata": {"total_size": written}, "weight_map": places}
+    index = {"metadata": {"total_size": written}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

@@ -11,7 +11,6 @@ import functools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ LARGER_SHARE = {"qwen2.5-14b": 0.45}  # the weights alone are 27.5 GiB
 def measure(contender: str, shape: str, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One peer on one model."""
     os.environ.update(TRL_EXPERIMENTAL_SILENCE="1", UNSLOTH_DISABLE_STATISTICS="1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", "unsloth_cache")
     on_cpu = arguments.device == "cpu"
     trainer, settings = (unsloth_trainer if contender == "unsloth" else trl_trainer)(
         contender, shape, model, arguments, on_cpu
@@ -110,7 +110,7 @@ def common(contender: str, shape: str, arguments: argparse.Namespace) -> dict[st
     """What both trainers are told: the work, and that nothing else is to be done."""
     batch = SMALLER_BATCH.get(shape, BATCH[contender])
     return {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": batch,
+        "output_dir": str(arguments.folder / "trainer"), "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": PROMPTS * GROUP // batch, "num_generations": GROUP,
         "max_completion_length": arguments.tokens, "max_steps": arguments.steps, "temperature": 1.0,
         "learning_rate": 5e-6, "lr_scheduler_type": "constant", "mask_truncated_completions": False,

@@ -23,6 +23,8 @@ import step
 import step_table
 from shapes import SHAPES, is_written, model_folder
 
+from grpo.memory import GIB, Asked, Need, Sizes, choose
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -126,6 +128,23 @@ def test_a_case_that_hangs_is_ended_with_what_it_started(tmp_path):
         fcntl.flock(free, fcntl.LOCK_EX)  # would wait for ever if one of them lived
 
 
+def test_a_case_leaves_when_nobody_waits_for_it(tmp_path):
+    """Also where the process that waits is killed: the GPU would stay full."""
+    lock, here = tmp_path / "lock", str(Path(cases.__file__).parent)
+    text = (
+        f"import fcntl, signal, sys; sys.path.append({here!r}); import cases\n"
+        f"held = open({str(lock)!r}, 'w'); fcntl.flock(held, fcntl.LOCK_EX); print('begun', flush=True)\n"
+        "cases.answer({}, signal.pause)\n"
+    )
+    name = script(tmp_path, text)
+    waiting = f"import sys; sys.path.append({here!r}); import cases; cases.run_case({name!r}, '', [], None)"
+    with subprocess.Popen([sys.executable, "-c", waiting], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.kill()
+    with open(lock, "w") as free:
+        fcntl.flock(free, fcntl.LOCK_EX)
+
+
 def test_nothing_is_begun_behind_the_deadline(monkeypatch, capsys, tmp_path):
     given = ["--only", "tiny/trl", "--deadline", "-1", "--out", str(tmp_path), "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["step.py", *given])
@@ -166,6 +185,15 @@ def test_a_case_of_memory_is_as_long_as_its_name_says_and_fits_its_model(name):
     longest = case.prompt_tokens + case.completion_tokens
     assert name == f"{shape}/{case.group}x{longest}"
     assert longest <= SHAPES[shape].get("max_position_embeddings", random_models.CONTEXT)
+
+
+def test_what_a_run_foretells_is_read_from_its_plan():
+    sizes = Sizes(GIB, 6 * GIB, GIB, 84_000_000, 32, GIB, 4e5, 1e5, 8192)
+    need = Need(768, 512, 40_000, 64, 131_072, 8, gives_cache_back=True, engine_bytes=GIB)
+    plan = choose(sizes, need, 40 * GIB, Asked("auto", 0, 0))
+    record = our_run.foretold(["threads: 1", plan.table()])
+    assert record["predicted_gib"] == pytest.approx(max(plan.peaks) / GIB, abs=0.05)
+    assert record["plan"] == plan.table().splitlines()
 
 
 # ---- tables
