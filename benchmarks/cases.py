@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Self
@@ -233,7 +234,6 @@ class Results:
         told = {"run": self.number, "date": date.today().isoformat(), "card": card(), "command": command}
         cases[name] = record | told
         self.finish(cases)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".new")
         beside.write_text(json.dumps({"about": self.about, "cases": cases}, indent=1) + "\n")
         beside.replace(self.path)
@@ -244,53 +244,68 @@ def results_path(out: Path, benchmark: str, device: str) -> Path:
     return out / f"{benchmark}-{device.lower().replace(' ', '-')}.json"
 
 
-def write_in_another_process(shape: str, folder: Path, quantized: bool) -> None:
-    """A model, by a process that gives back the GPU's memory when it ends."""
-    here = str(Path(__file__).parent)
-    code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); from random_models import write_model;"
-    )
-    code += "sys.path.remove(sys.argv[1]); write_model(sys.argv[2], Path(sys.argv[3]), sys.argv[4] == 'True')"
-    subprocess.run([sys.executable, "-c", code, here, shape, str(folder), str(quantized)], check=True)
+@dataclass
+class Benchmark:
+    """Cases of one script, as its command line asks for them."""
 
+    arguments: argparse.Namespace
+    results: Results
+    needs: Callable[[str], tuple[str, bool]]  # case -> (shape, whether its checkpoint is one in NF4)
+    say: Callable[[Record], str]  # a record in a line
+    # Words that cases are started with beside the common ones, as part of the command that is kept, or not.
+    shown: Sequence[str] = ()
+    hidden: Sequence[str] = ()
+    variant: str = ""  # behind the name that a record is kept under, where the work is not the usual one
 
-def run_all(
-    names: Sequence[str],
-    results: Results,
-    arguments: argparse.Namespace,
-    needs: Callable[[str], tuple[str, bool]],
-    say: Callable[[Record], str],
-    shown: Sequence[str] = (),
-    hidden: Sequence[str] = (),
-    variant: str = "",
-) -> int:
-    """Every case in turn, kept as soon as it is there; the exit code: 1 if one failed or was not begun in time.
+    def run(self, names: Sequence[str]) -> int:
+        """Every case in turn, kept as soon as it is there; the exit code: 1 if one failed or was not begun in time."""
+        self.results.path.parent.mkdir(parents=True, exist_ok=True)
+        failures = 0
+        for index, name in enumerate(names):
+            if self.deadline is not None and time.time() > self.deadline:
+                print(f"past the deadline: not begun: {', '.join(names[index:])}", flush=True)
+                return 1
+            record = self.measure(name)
+            failures += "failed" in record
+            command = ["python", f"benchmarks/{Path(sys.argv[0]).name}", "--only", name, *self.shown]
+            self.results.keep(name + self.variant, record, " ".join(command))
+            print(f"{name + self.variant}: {record.get('failed') or self.say(record)}", flush=True)
+            later = [self.needs(other) for other in names[index + 1 :]]
+            if self.arguments.tidy and self.needs(name) not in later:
+                shutil.rmtree(self.model(name), ignore_errors=True)
+        return min(failures, 1)
 
-    needs: case -> (shape, whether its checkpoint is one in NF4). say: a record in a line. shown, hidden: arguments that
-    cases are started with beside the common ones, as part of the command that is kept or not. variant: what the name
-    has behind it that a record is kept under, where the work is not the usual one.
-    """
-    deadline = None if arguments.deadline is None else arguments.started + arguments.deadline
-    own = ["--folder", str(arguments.folder), "--device", arguments.device]
-    own += [] if arguments.deadline is None else ["--deadline", str(arguments.deadline), "--until", str(deadline)]
-    failures = 0
-    for index, name in enumerate(names):
-        if deadline is not None and time.time() > deadline:
-            print(f"past the deadline: not begun: {', '.join(names[index:])}", flush=True)
-            return 1
-        shape, quantized = needs(name)
-        if not is_written(shape, arguments.folder, quantized):
+    @property
+    def deadline(self) -> float | None:
+        """As time.time() has it."""
+        return None if self.arguments.deadline is None else self.arguments.started + self.arguments.deadline
+
+    def model(self, name: str) -> Path:
+        """The checkpoint of a case."""
+        shape, quantized = self.needs(name)
+        return model_folder(shape, quantized, self.arguments.folder)
+
+    def measure(self, name: str) -> Record:
+        """One case, its model written if it is not there."""
+        folder = self.arguments.folder
+        if not is_written(*self.needs(name), folder):
             print(f"{name}: writing its model", flush=True)
-            write_in_another_process(shape, arguments.folder, quantized)
-        label = name + variant
-        ran = arguments.folder / "ran" / re.sub(r"[^\w.=-]", "_", label)
-        record = run_case(sys.argv[0], name, [*own, *shown, *hidden], deadline) | {"compiled_before": ran.exists()}
-        ran.parent.mkdir(exist_ok=True)
-        ran.touch()
-        command = f"python benchmarks/{Path(sys.argv[0]).name} --only {name}" + "".join(f" {word}" for word in shown)
-        results.keep(label, record, command)
-        failures += "failed" in record
-        print(f"{label}: {record['failed'] if 'failed' in record else say(record)}", flush=True)
-        if arguments.tidy and not any(needs(later) == (shape, quantized) for later in names[index + 1 :]):
-            shutil.rmtree(model_folder(shape, arguments.folder, quantized))
-    return min(failures, 1)
+            try:
+                self.write(name)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                return {"failed": f"its model could not be written: {error}"}
+        own = ["--folder", str(folder), "--device", self.arguments.device]
+        own += [] if self.deadline is None else ["--until", str(self.deadline)]
+        begun = folder / "begun" / re.sub(r"[^\w.=-]", "_", name + self.variant)
+        record = {"compiled_before": begun.exists()}
+        begun.parent.mkdir(exist_ok=True)
+        begun.touch()
+        return record | run_case(sys.argv[0], name, [*own, *self.shown, *self.hidden], self.deadline)
+
+    def write(self, name: str) -> None:
+        """The model of a case, by a process that gives back the GPU's memory when it ends."""
+        shape, quantized = self.needs(name)
+        words = [shape, str(self.arguments.folder), "nf4" if quantized else "bf16"]
+        left = None if self.deadline is None else max(1.0, self.deadline - time.time())
+        script = Path(__file__).with_name("random_models.py")
+        subprocess.run([sys.executable, str(script), *words], check=True, timeout=left)

@@ -66,7 +66,7 @@ def main() -> None:
     results = cases.Results(cases.results_path(arguments.out, "memory", device), about, judge)
     variant = "".join(f"/{setting}" for setting in arguments.set)
     hidden = ["--steps", str(arguments.steps)]
-    sys.exit(cases.run_all(names, results, arguments, needs, in_a_line, shown, hidden, variant))
+    sys.exit(cases.Benchmark(arguments, results, needs, in_a_line, shown, hidden, variant).run(names))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -102,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> cases.Record:
         "steps": arguments.steps, "prompts_per_step": 1, "group_size": case.group, "eval_prompts": case.group,
         "max_completion_tokens": case.completion_tokens, "memory_gib": case.limit_gib or 0.0,
     }  # fmt: skip
-    model = model_folder(arguments.case.split("/")[0], arguments.folder, quantized=True)
+    model = model_folder(*needs(arguments.case), arguments.folder)
     config = our_run.our_config(model, "nf4", arguments.device, **(usual | fields_of(arguments.set)))
     return our_run.measure(config, case.prompt_tokens, arguments.started, arguments.until, case.sampled)
 

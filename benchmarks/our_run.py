@@ -65,7 +65,7 @@ def measure(
             print(told, flush=True)
 
         run = build(config, prompt_tokens, Path(folder), note)
-        before = foretold(notes) | {"built_gib": device_used_gib()}
+        before = foretold(notes) | {"built_gib": device_used_gib(), "built_s": round(time.time() - started, 1)}
         if sampled is not None:
             run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
             run.audit = Deaf(run.policy, run.audit.noise)

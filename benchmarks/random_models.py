@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def write_model(shape: str, folder: Path, quantized: bool = False) -> Path:
 
     quantized: the linears of the layers in bitsandbytes' NF4 with nested absmax.
     """
-    target = model_folder(shape, folder, quantized)
-    if is_written(shape, folder, quantized):
+    target = model_folder(shape, quantized, folder)
+    if is_written(shape, quantized, folder):
         return target
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(SHAPES[shape])
@@ -164,3 +165,7 @@ def questions(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
         return text
 
     return [one() for _ in range(count)]
+
+
+if __name__ == "__main__":  # SHAPE FOLDER bf16|nf4
+    write_model(sys.argv[1], Path(sys.argv[2]), quantized=sys.argv[3] == "nf4")

@@ -40,12 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def model_folder(shape: str, folder: Path, quantized: bool = False) -> Path:
+def model_folder(shape: str, quantized: bool, folder: Path) -> Path:
     """Where a shape's checkpoint lies. Peers know one in NF4 by the end of its name."""
     return folder / (f"{shape}-bnb-4bit" if quantized else shape)
 
 
-def is_written(shape: str, folder: Path, quantized: bool = False) -> bool:
+def is_written(shape: str, quantized: bool, folder: Path) -> bool:
     """Whether it is there, with its tokenizer, as a whole: its config.json is what is written last."""
     files = ("tokenizer.json", "config.json")
-    return all((model_folder(shape, folder, quantized) / file).exists() for file in files)
+    return all((model_folder(shape, quantized, folder) / file).exists() for file in files)

@@ -53,7 +53,7 @@ def main() -> None:
     variant = "".join(f"/{change}" for change in [*different(arguments), *arguments.set])
     hidden = ["--steps", str(arguments.steps)]
     hidden += ["--unsloth-site", str(arguments.unsloth_site)] if arguments.unsloth_site else []
-    sys.exit(cases.run_all(names, results, arguments, needs, in_a_line, shown, hidden, variant))
+    sys.exit(cases.Benchmark(arguments, results, needs, in_a_line, shown, hidden, variant).run(names))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +99,7 @@ def work(arguments: argparse.Namespace) -> cases.Record:
 def measure(arguments: argparse.Namespace) -> cases.Record:
     """One case, in its own process. What it imports is its own too: Unsloth wants to be the first."""
     shape, contender = arguments.case.split("/")
-    model = model_folder(shape, arguments.folder, contender == "unsloth")
+    model = model_folder(*needs(arguments.case), arguments.folder)
     if not contender.startswith("ours"):
         import step_peers
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_model_is_whole_and_of_the_shape(folder, quantized):
     """transformers misses nothing in it, finds nothing else, and computes with it; weights are as wide as they say."""
-    target = model_folder("tiny", folder, quantized)
+    target = model_folder("tiny", quantized, folder)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         target, output_loading_info=True, dtype=torch.float32
     )
@@ -55,7 +55,7 @@ def test_a_model_is_whole_and_of_the_shape(folder, quantized):
 
 
 def test_a_model_in_4_bits_has_every_linear_of_a_layer_so_and_no_other(folder):
-    target = model_folder("tiny", folder, quantized=True)
+    target = model_folder("tiny", True, folder)
     stored = {name: tensor for file in target.glob("*.safetensors") for name, tensor in load_file(file).items()}
     packed = {name.removesuffix(".weight") for name, tensor in stored.items() if tensor.dtype == torch.uint8}
     packed = {name for name in packed if name.endswith("_proj")}
@@ -77,7 +77,7 @@ def test_shards_are_cut_and_found_again(tmp_path, monkeypatch):
 def test_a_half_written_model_is_none(folder, tmp_path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "tokenizer.json").touch()
-    assert is_written("tiny", folder) and not is_written("tiny", tmp_path)
+    assert is_written("tiny", False, folder) and not is_written("tiny", False, tmp_path)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "llama-3.1-8b"])
@@ -170,7 +170,7 @@ def test_ours_is_measured_by_the_command(folder, tmp_path):
 
 def test_a_long_context_is_made_up_behind_what_was_sampled(folder):
     """Over a checkpoint in NF4; the update reads every token, and the canary and the audit still run."""
-    model = model_folder("tiny", folder, quantized=True)
+    model = model_folder("tiny", True, folder)
     config = our_run.our_config(
         model, "nf4", "cpu", steps=3, prompts_per_step=1, group_size=2, eval_prompts=2, max_completion_tokens=60
     )
@@ -254,6 +254,7 @@ def test_what_was_tried_on_a_cpu_is_in_no_table(tmp_path):
 
 
 def results_in(path):
+    path.parent.mkdir(exist_ok=True)
     return cases.Results(path, {"device": "cpu"}, step.add_ratios)
 
 
