@@ -33,6 +33,7 @@ from grpo.packing import build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
+from grpo.policy.promises import Progressed, no_progress
 from grpo.questions import Questions
 from grpo.record import Recorder
 from grpo.rollout import Engine
@@ -53,13 +54,19 @@ PROBE_ROWS, PROBE_TOKENS = 64, 32
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def build_policy(config: Config, tokenizer: Any, longest: int) -> Policy:
+def build_policy(
+    config: Config,
+    tokenizer: Any,
+    longest: int,
+    note: Callable[[str], object] = print,
+    progressed: Progressed = no_progress,
+) -> Policy:
     """The model of a configuration with a fresh adapter and its optimizer.
 
     tokenizer: of the model; it and its chat template are asked which tokens end a completion. longest: prompt and
-    completion together, in tokens, that will be run at most.
+    completion together, in tokens, that will be run at most. progressed: told how many bytes of how many are read.
     """
-    return Policy(load_model(config, choose_device(config), longest, tokenizer), config)
+    return Policy(load_model(config, choose_device(config), longest, tokenizer, note, progressed), config)
 
 
 def settle_threads(
@@ -211,9 +218,10 @@ def build_run(
     questions: Questions,
     checkpoint: Path | None,
     note: Callable[[str], object] = print,
+    progressed: Progressed = no_progress,
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
-    policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
+    policy = build_policy(config, questions.tokenizer, questions.longest_sequence, note, progressed)
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()

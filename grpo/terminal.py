@@ -7,11 +7,13 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.text import Text
 
 
 class Terminal(Console):
@@ -57,10 +59,21 @@ def say(text: str) -> None:
     console.print(plain(text), soft_wrap=True)
 
 
+class _Bar(ProgressColumn):
+    """A bar while a part of the whole is done."""
+
+    def render(self, task: Task) -> RenderableType:
+        part = task.fields["part"]
+        return ProgressBar(total=1, completed=part, width=40) if 0 < part < 1 else Text()
+
+
 @contextmanager
-def working(stage: str) -> Iterator[None]:
-    """Inside, a line at the bottom of a terminal says what is being done and for how long; a log file shows nothing."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+def working(stage: str) -> Iterator[Callable[[int, int], None]]:
+    """Inside, a line at the bottom of a terminal says what is being done and for how long; a log file shows nothing.
+
+    What is given is told how much of how much is done, which the line shows as a bar until all is.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), _Bar(), TimeElapsedColumn())
     # What libraries print is shown above; their progress bars, on stderr, would become a line for every change.
     line = Progress(
         *columns,
@@ -70,5 +83,5 @@ def working(stage: str) -> Iterator[None]:
         disable=not console.is_interactive,
     )
     with line:
-        line.add_task(stage)
-        yield
+        task = line.add_task(stage, part=0.0)
+        yield lambda done, total: line.update(task, part=done / total)

@@ -1,23 +1,139 @@
-"""Models that cannot be read: each is told in a sentence that names the folder and what is wrong with it."""
+"""Models are read tensor by tensor as transformers reads them whole; those that cannot be read are told in a sentence
+that names the folder and what is wrong with it."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from grpo_kernels.nf4 import NF4
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU
+from tiny_models import CPU, FUSED, GENERIC, SIZES, write_checkpoint
 
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_model, load_tokenizer
+from grpo.policy.promises import Promise
 
 
 @pytest.fixture
 def folder(checkpoint, tmp_path):
     """A copy of a checkpoint, to be damaged."""
     return shutil.copytree(checkpoint("llama"), tmp_path / "damaged")
+
+
+def load(folder, base="float32", **more):
+    return load_model(Config(model=str(folder), base=base, device="cpu", lora_rank=3), CPU, 64, **more)
+
+
+def pickled(source, folder):
+    """The same checkpoint in pytorch_model.bin, which is read whole, by transformers alone."""
+    shutil.copytree(source, folder)
+    weights = {}
+    for file in folder.glob("*.safetensors*"):
+        weights |= {} if file.suffix == ".json" else load_file(file)
+        file.unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+def tensors(loaded):
+    """(name, tensor) of all that a loaded model holds; where two are one memory, that is part of the name."""
+    model, found = loaded.model, {"head": loaded.model.head}
+    found |= dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, projection in loaded.store.projections.items():
+        base, mirrors = projection.base, dict(enumerate(projection.mirrors))
+        parts = {"packed": base.packed, "absmax": base.absmax} if isinstance(base, NF4) else {"base": base}
+        found |= {f"{name}.{part}": tensor for part, tensor in (parts | mirrors | {"bias": projection.bias}).items()}
+    owners = {}
+    for name, tensor in found.items():
+        if tensor is not None:
+            owner = owners.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+            yield f"{name} in {owner}", tensor
+
+
+def assert_same(ours, theirs):
+    ours, theirs = dict(tensors(ours)), dict(tensors(theirs))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert not isinstance(tensor, Promise) and tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("base", ["float32", "bf16", "nf4"])
+@pytest.mark.parametrize("name", FUSED | GENERIC)
+def test_read_piece_by_piece_it_is_the_model_that_is_read_whole(name, base, checkpoint, tmp_path):
+    notes = []
+    ours = load(checkpoint(name), base, note=notes.append)
+    assert notes == []
+    theirs = load(pickled(checkpoint(name), tmp_path / "pickled"), base, note=notes.append)
+    assert len(notes) == 1 and "read all at once" in notes[0] and "not in safetensors files" in notes[0]
+    assert type(ours.model) is type(theirs.model)
+    assert_same(ours, theirs)
+    assert (ours.stop_tokens, ours.conv1d) == (theirs.stop_tokens, theirs.conv1d)
+
+
+def test_shards_and_another_dtype(checkpoint, tmp_path):
+    kept = load(checkpoint("qwen3"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50kB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 3
+    ours = load(tmp_path / "shards")
+    assert_same(ours, load(pickled(tmp_path / "shards", tmp_path / "pickled")))
+    assert torch.equal(ours.store["1.down"].base, kept.store["1.down"].base.bfloat16().float())
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_that_is_in_the_checkpoint_too(equal, checkpoint, tmp_path):
+    """Where the two differ they are not one, whatever the config says."""
+    folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "both")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (1 if equal else 2)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ours = load(folder)
+    assert (ours.model.head is ours.model.embed.weight) == equal
+    assert torch.equal(ours.model.head, weights["lm_head.weight"])
+    assert_same(ours, load(pickled(folder, tmp_path / "pickled")))
+
+
+def test_a_checkpoint_of_the_body_alone(checkpoint, tmp_path):
+    """Its names lack the "model." that the model with a head has; the head is tied."""
+    folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "body")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert_same(load(folder), load(checkpoint("qwen3")))
+
+
+def test_experts_that_are_joined_on_reading(tmp_path):
+    """transformers stacks the experts' weights, which the checkpoint has one by one."""
+    settings = transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    folder = write_checkpoint(tmp_path / "experts", settings)
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in load_file(folder / "model.safetensors")
+    notes = []
+    ours = load(folder, note=notes.append)
+    assert notes == []
+    assert_same(ours, load(pickled(folder, tmp_path / "pickled"), note=notes.append))
+
+
+def test_a_model_that_changes_weights_on_loading_is_read_whole(tmp_path):
+    settings = transformers.RecurrentGemmaConfig(
+        vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        attention_window_size=8, block_types=["recurrent", "attention"], eos_token_id=2,
+    )  # fmt: skip
+    folder, notes = write_checkpoint(tmp_path, settings), []
+    with pytest.raises(UserError, match="RecurrentGemmaForCausalLM computes its logits"):
+        load(folder, note=notes.append)
+    assert len(notes) == 1 and "RecurrentGemmaForCausalLM changes them on loading" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_progress_ends_with_all_that_is_read(name, checkpoint):
+    told = []
+    load(checkpoint(name), progressed=lambda done, total: told.append(done / total))
+    assert told == sorted(told) and 0 < told[0] < 0.5 and told[-2:] == [1, 1]
 
 
 def error_of(folder):
@@ -43,6 +159,36 @@ def test_damaged_weights(folder):
     assert "cannot be loaded (OSError" in error_of(folder)
     (folder / "pytorch_model.bin").write_bytes(b"garbage, garbage, garbage")
     assert "cannot be loaded (UnpicklingError" in error_of(folder)
+
+
+def sharded(folder):
+    """The shards of a checkpoint that was one file, in order."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100kB")
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def test_a_shard_that_is_cut_short_or_missing(folder):
+    *_, shard, _ = sharded(folder)
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert "cannot be loaded (SafetensorError" in error_of(folder)
+    shard.unlink()
+    assert "cannot be loaded (FileNotFoundError" in error_of(folder)
+
+
+def test_a_tensor_that_is_in_two_shards(folder):
+    first, *_, last = sharded(folder)
+    twice = "model.embed_tokens.weight"
+    save_file(load_file(last) | {twice: load_file(first)[twice]}, last, {"format": "pt"})
+    message = error_of(folder)
+    assert f"The checkpoint's {twice} is in two of its files, {first.name} and {last.name}" in message
+
+
+def test_an_index_that_is_damaged(folder):
+    sharded(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    assert "cannot be loaded (JSONDecodeError" in error_of(folder)
 
 
 def test_a_damaged_config(folder):

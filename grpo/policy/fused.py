@@ -10,7 +10,6 @@ each of S sequences. What attention does with them is the caller's choice.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from grpo.policy.activations import Treatment, ways
 from grpo.policy.cache import KeyValueCache
 from grpo.policy.linears import NF4Linear
 from grpo.policy.projections import Projection, ProjectionStore
+from grpo.policy.promises import read_copy
 from grpo.types import Batch
 
 Angles = tuple[Tensor, Tensor]  # cos and sin of each pair of a head's elements, each [N, E / 2]
@@ -275,7 +275,7 @@ def _kind(layer: Any) -> str:
 
 def _same_layer(model: Any, index: int) -> bool:
     """In float32 whatever the checkpoint's dtype, and by what the layer adds: rounding and residual hide nothing."""
-    layer = copy.deepcopy(model.model.layers[index]).float()
+    layer = read_copy(model.model.layers[index])
     size = layer.input_layernorm.weight.shape[0]
     x = torch.randn(11, size, generator=torch.Generator().manual_seed(index))
     cos, sin = model.model.rotary_emb(x, torch.arange(11)[None])

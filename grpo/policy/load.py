@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
@@ -25,10 +35,13 @@ from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
+from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle, value_of
 from grpo.policy.rope import check_rope
 from grpo.policy.stop import stop_tokens
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
+# Nor is its table of what is missing or too many wanted: what matters of it is told in a sentence.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 Model = FusedModel | GenericModel
 
@@ -104,31 +117,43 @@ def context_length(name: str, config: RolloutConfig) -> int:
     return config.max_context or built_for
 
 
-def load_model(config: Config, device: torch.device, longest: int, tokenizer: Any = None) -> Loaded:
+def load_model(
+    config: Config,
+    device: torch.device,
+    longest: int,
+    tokenizer: Any = None,
+    note: Callable[[str], object] = print,
+    progressed: Progressed = no_progress,
+) -> Loaded:
     """The model of a configuration over a fresh adapter, on `device`.
 
-    The checkpoint is read into the CPU's memory and each projection is moved and quantised on its own, so the GPU never
-    holds more than the finished model. longest: the longest sequence that will be run, in tokens. tokenizer: what is
-    asked, beside the generation settings, which tokens end a completion.
+    The checkpoint's tensors are read one projection after the other, moved and quantised there: neither this machine's
+    memory nor the GPU ever holds much more than the finished model. longest: the longest sequence that will be run, in
+    tokens. tokenizer: what is asked, beside the generation settings, which tokens end a completion. note: told what a
+    user may want to know; progressed: how much is read.
 
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
     """
     dtype = compute_dtype(config.base, device)
-    model = _read_checkpoint(config.model, dtype)
+    model = _read_checkpoint(config.model, dtype, note, progressed)
     model.eval().requires_grad_(False)
     check_rope(model.config, longest, config.model)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
     build = partial(_projection, config=config, dtype=dtype, device=device)
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
+    _settle_tables(model)
     if fused.recognise(model, longest):
         store = fused.fuse(model, build)
+        settle(model, device)
         ours: Model = FusedModel(model, store, recompute).to(device)
     else:
         store = generic.fuse(model, build)
+        settle(model, device)
         ours = GenericModel(model.to(device), recompute)
     store.initialise(config.lora_alpha, config.seed)
+    progressed(1, 1)
     gc.collect()
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
 
@@ -147,24 +172,89 @@ def kept_dtype(base: str, computed: torch.dtype) -> torch.dtype:
     return torch.float16 if computed == torch.float16 else torch.bfloat16
 
 
-def _read_checkpoint(name: str, dtype: torch.dtype) -> Any:
-    """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4."""
+def _read_checkpoint(name: str, dtype: torch.dtype, note: Callable[[str], object], progressed: Progressed) -> Any:
+    """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4. Its weights are
+    promised, not read, where they can be."""
+    settings = _from_hub(AutoConfig.from_pretrained, name)
+    quantized = is_quantized(settings, name)
     # Sizes that do not match come back in the report, like weights that are missing: both are told in one sentence.
-    read = partial(
-        AutoModelForCausalLM.from_pretrained, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    quantized = is_quantized(_from_hub(AutoConfig.from_pretrained, name), name)
-    # Without a device_map transformers would put a quantised checkpoint on the GPU.
-    model, report = _from_hub(partial(read, device_map="cpu") if quantized else read, name)
+    how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if quantized:
+        # Without a device_map transformers would put a quantised checkpoint on the GPU.
+        read = partial(AutoModelForCausalLM.from_pretrained, device_map="cpu", **how)
+    else:
+        read = partial(_promised_or_whole, settings, how, note, progressed)
+    model, report = _from_hub(read, name)
     _check_complete(name, model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"The model {name} comes with an adapter beside its weights. Merge it with PEFT's merge_and_unload, "
-            "and give a folder that holds the merged model alone."
-        )
+        _refuse_adapter(name)
     if quantized:
         adopt_quantized(model, dtype)
     return model
+
+
+def _promised_or_whole(
+    settings: Any,
+    how: dict[str, Any],
+    note: Callable[[str], object],
+    progressed: Progressed,
+    source: str,
+    trust_remote_code: bool,
+) -> tuple[Any, dict[str, Any]]:
+    """The model, with promises for weights if its checkpoint allows it, and transformers' report."""
+    why_whole = "they are not in safetensors files"
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
+    if kind and (files := _safetensors_files(settings, source)):
+        try:
+            return _promised(kind, settings, how, Checkpoint(files, progressed), source)
+        except NotPromised:
+            why_whole = f"{kind.__name__} changes them on loading"
+    whole: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **how)
+    note(f"note: the weights of {source} are read all at once, which this machine's memory has to hold: {why_whole}.")
+    return whole
+
+
+def _safetensors_files(settings: Any, source: str) -> list[str]:
+    """The checkpoint's safetensors files, got from the hub where they are not here; none, if it has no such files or
+    its config names others."""
+    if getattr(settings, "transformers_weights", None):
+        return []
+    optional = {"_raise_exceptions_for_gated_repo": False, "_raise_exceptions_for_missing_entries": False}
+    if alone := cached_file(source, SAFE_WEIGHTS_NAME, **optional):
+        return [alone]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    return (get_checkpoint_shard_files(source, index)[0] or []) if index else []
+
+
+def _promised(
+    kind: Any, settings: Any, how: dict[str, Any], checkpoint: Checkpoint, source: str
+) -> tuple[Any, dict[str, Any]]:
+    if find_adapter_config_file(source):
+        _refuse_adapter(source)
+    if kind.config_class is settings.sub_configs.get("text_config"):  # the part of a larger model that is for text
+        settings = settings.get_text_config()
+    # Without a name transformers looks for no files: what it would find beside the weights is asked for here.
+    model, report = kind.from_pretrained(None, config=settings, state_dict=checkpoint.promised, **how)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:  # there is none; its tokens may be in the model's own settings
+        model.generation_config = GenerationConfig.from_pretrained(
+            source, config_file_name="config.json", _from_model_config=True
+        )
+    return model, report
+
+
+def _refuse_adapter(name: str) -> NoReturn:
+    raise UserError(
+        f"The model {name} comes with an adapter beside its weights. Merge it with PEFT's merge_and_unload, "
+        "and give a folder that holds the merged model alone."
+    )
+
+
+def _settle_tables(model: Any) -> None:
+    """Read what is outside of the layers: embedding, head, last norm."""
+    layers = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    settle(model, torch.device("cpu"), lambda name: not name.startswith(tuple(layers)))
 
 
 def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
@@ -216,7 +306,7 @@ def _projection(
     weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
-    there: list[Base] = [weight.to(device) for weight in weights]
+    there: list[Base] = [(value_of(w) if isinstance(w, Tensor) else w).to(device) for w in weights]
     if config.base == "nf4":
         base, below = join_nf4(there), None
     else:
@@ -225,7 +315,7 @@ def _projection(
         base, below = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
     bias = None
     if any(b is not None for b in biases):
-        parts = [torch.zeros(n) if b is None else b.data for b, n in zip(biases, sizes, strict=True)]
+        parts = [torch.zeros(n) if b is None else value_of(b).data for b, n in zip(biases, sizes, strict=True)]
         bias = torch.cat([part.to(device, dtype) for part in parts])
     for linear in linears:
         del linear.weight
@@ -257,7 +347,7 @@ def _from_hub(load: Any, name: str) -> Any:
         # Said, because transformers asks on the terminal otherwise, and "y" runs whatever came with the weights.
         return load(source, trust_remote_code=False)
     except Exception as error:  # each file format, and the hub's client, raises classes of its own
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         if "trust_remote_code" in str(error):
             raise UserError(

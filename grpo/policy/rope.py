@@ -22,8 +22,10 @@ def check_rope(settings: Any, longest: int, name: str) -> None:
     """
     text = settings.get_text_config()
     for parameters in _rope_parameters(text):
+        if parameters.get("rope_type") not in BY_LENGTH:
+            continue
         limit = parameters.get("original_max_position_embeddings") or text.max_position_embeddings
-        if parameters.get("rope_type") in BY_LENGTH and longest > limit:
+        if longest > limit:
             raise UserError(
                 f"The positions of {name} are scaled by how long a sequence is ({parameters['rope_type']} beyond "
                 f"{limit} tokens), so that the same text has other probabilities beside a longer one. A run may have "

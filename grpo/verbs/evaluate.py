@@ -25,7 +25,8 @@ def evaluate(resolved: Resolved, target: str) -> int:
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
     with memory_in_words(config), restored_threads():
-        policy = build_policy(config, questions.tokenizer, questions.longest_sequence)
+        with working("model") as progressed:
+            policy = build_policy(config, questions.tokenizer, questions.longest_sequence, say, progressed)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
             load_trained(checkpoint, policy, say)

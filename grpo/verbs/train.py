@@ -87,8 +87,8 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
             write_config(saved)
         elif starts_over and (left := set_aside(saved.folder)):
             say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {left}.")
-        with working("model and engine"):
-            run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say)
+        with working("model and engine") as progressed:
+            run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say, progressed)
     except BaseException:
         if is_new:
             remove_unused(saved.folder)
