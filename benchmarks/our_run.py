@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from profiling import profile
 from random_models import questions
 from work import RANK, random_rewards, timed, torch_peaks
 
@@ -50,29 +51,49 @@ def our_config(model: Path, base: str, device: str, **more: Any) -> Config:
 
 
 def measure(
-    config: Config, prompt_tokens: int, started: float, until: float | None, sampled: int | None = None
+    config: Config,
+    prompt_tokens: int,
+    started: float,
+    until: float | None,
+    sampled: int | None = None,
+    profiled: bool = False,
 ) -> dict[str, Any]:
     """Train config.steps steps, and say what they took.
 
     started, until: time.time() when the process began, and after which no further step is begun. sampled: tokens of a
-    completion that are really sampled, where the rest is made up (see Lengthened).
+    completion that are really sampled, where the rest is made up (see Lengthened). profiled: print where the time of
+    two more steps goes, first Python's, then the GPU's.
     """
+    start = {"imported": time.time() - started}
+    notes: list[str] = []
+
+    def note(told: str) -> None:
+        notes.append(told)
+        print(told, flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        notes: list[str] = []
-
-        def note(told: str) -> None:
-            notes.append(told)
-            print(told, flush=True)
-
         run = build(config, prompt_tokens, Path(folder), note)
-        before = foretold(notes) | {"built_gib": device_used_gib(), "built_s": round(time.time() - started, 1)}
+        start["built"] = time.time() - started
+        built_gib = device_used_gib()
         if sampled is not None:
             run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
             run.audit = Deaf(run.policy, run.audit.noise)
         watch = Watch(run, until)
         with run.recorder:
             train(run)
-        return before | watch.record(started) | what_ran(run)
+            record = watch.record() | foretold(notes) | what_ran(run)
+            if profiled:
+                profile(lambda: one_more_step(run), steps=1)
+    start["first step"] = watch.first - started
+    told = {stage: round(seconds, 1) for stage, seconds in start.items()}
+    return record | {"start_s": told["first step"], "start_stages_s": told, "built_gib": built_gib}
+
+
+def one_more_step(run: Run) -> None:
+    """Neither a held-out score nor a checkpoint follows it."""
+    run.config = replace(run.config, steps=run.progress.step + 2)
+    run.stop_requested = True
+    train(run)
 
 
 def build(config: Config, prompt_tokens: int, folder: Path, note: Callable[[str], object]) -> Run:
@@ -120,8 +141,8 @@ class Watch:
         if self.until is not None and time.time() > self.until:
             self.run.stop_requested = True
 
-    def record(self, started: float) -> dict[str, Any]:
-        """Medians of the timed steps, seconds; the start; the most memory that torch held in this process."""
+    def record(self) -> dict[str, Any]:
+        """Medians of the timed steps, seconds; the most memory that torch held in this process."""
         counted = timed(self.steps)
 
         def median(name: str) -> float:
@@ -134,7 +155,6 @@ class Watch:
             **{f"{name}_s": round(value, 4) for name, value in seconds.items()},
             "all_steps_s": [round(step["time/step"], 3) for step in self.steps],
             "timed_steps": len(counted),
-            "start_s": round(self.first - started, 1),
             "completion_tokens": counted[-1]["completion/length"],
             "gap": counted[-1]["mismatch/gap"],
             "process_peak_gib": round(counted[-1]["memory/peak_gib"], 2),

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from profiling import profile
 from random_models import write_model
 
 PROMPTS, GROUP, PROMPT_TOKENS, COMPLETION_TOKENS = 32, 8, 128, 512
@@ -311,28 +312,6 @@ def transformers_gap(outputs: list[Any], folder: Path) -> float:
         theirs = logprobs.gather(1, tokens[0, PROMPT_TOKENS:, None]).squeeze(1).cpu()
         total += float((theirs - torch.tensor(list(answer.logprobs.logprobs))).abs().mean())
     return total / len(outputs)
-
-
-def profile(call: Any, steps: int) -> None:
-    """Print the kernels and the Python functions that a rollout spends its time in."""
-    import cProfile
-    import pstats
-
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    python = cProfile.Profile()
-    python.enable()
-    call()
-    python.disable()
-    pstats.Stats(python, stream=sys.stdout).sort_stats("tottime").print_stats(28)
-    with torch_profile(activities=[ProfilerActivity.CUDA]) as kernels:
-        call()
-    rows = sorted(kernels.key_averages(), key=lambda row: -row.self_device_time_total)
-    busy = sum(row.self_device_time_total for row in rows)
-    print(f"GPU busy {busy / 1e3 / steps:.2f} ms a step")
-    for row in rows[:16]:
-        print(f"{row.self_device_time_total / 1e3 / steps:8.3f} ms {row.count / steps:7.1f} x  {row.key[:90]}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main() -> None:
     }  # fmt: skip
     results = cases.Results(cases.results_path(arguments.out, "step", device), about, add_ratios)
     variant = "".join(f"/{change}" for change in [*different(arguments), *arguments.set])
-    hidden = ["--steps", str(arguments.steps)]
+    hidden = ["--steps", str(arguments.steps), *(["--profile"] if arguments.profile else [])]
     hidden += ["--unsloth-site", str(arguments.unsloth_site)] if arguments.unsloth_site else []
     sys.exit(cases.Benchmark(arguments, results, needs, in_a_line, shown, hidden, variant).run(names))
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of each completion")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt")
     add_settings(parser)
+    parser.add_argument("--profile", action="store_true", help="of ours, print where the time of two more steps goes")
     parser.add_argument("--unsloth-site", type=Path, help="a folder with Unsloth's packages, for its process alone")
     return parser
 
@@ -115,7 +116,9 @@ def measure(arguments: argparse.Namespace) -> cases.Record:
             "max_completion_tokens": arguments.tokens, **fields_of(arguments.set),
         },
     )  # fmt: skip
-    return our_run.measure(config, arguments.prompt_tokens, arguments.started, arguments.until)
+    return our_run.measure(
+        config, arguments.prompt_tokens, arguments.started, arguments.until, profiled=arguments.profile
+    )
 
 
 def add_ratios(records: dict[str, cases.Record]) -> None:

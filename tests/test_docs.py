@@ -18,11 +18,11 @@ from grpo.run import main
 from grpo.task import Task
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md", "benchmarks/README.md"]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 # Flags of programs that are not in this repository, where the documents use them.
-OTHER_PROGRAMS = {"--no-deps", "--clock-control", "--set", "--durations"}
+OTHER_PROGRAMS = {"--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
 TOPS = ("grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
 MODULES = {module.name for module in pkgutil.iter_modules(grpo.__path__)}
@@ -34,6 +34,13 @@ LONGEST_TITLE = 70
 
 def text_of(document: str) -> str:
     return (ROOT / document).read_text()
+
+
+def text_with_siblings(program: str) -> str:
+    """A program's text, and that of the files beside it that it imports, which may have flags of it."""
+    imported = re.findall(r"^(?:import|from) (\w+)", text_of(program), re.M)
+    files = [Path(program).with_name(f"{name}.py") for name in imported]
+    return "\n".join(map(text_of, [program, *(str(file) for file in files if (ROOT / file).exists())]))
 
 
 def spans_of(document: str) -> list[str]:
@@ -84,7 +91,7 @@ def test_every_field_of_the_configuration_is_a_flag(flags):
 def test_flags_in_the_documents_exist(document, flags):
     for span in spans_of(document):
         program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
-        own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_of(program[1]))) if program else set()
+        own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_with_siblings(program[1]))) if program else set()
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
         unknown = used - (own if program else flags | OTHER_PROGRAMS)
         assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
