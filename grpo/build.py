@@ -7,6 +7,7 @@ build_run(...)                       a Run, ready to train or resumed
 
 from __future__ import annotations
 
+import math
 import random
 import resource
 import sys
@@ -175,11 +176,12 @@ def _need(config: Config, policy: Policy, longest: int) -> Need:
 
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
     shares = isinstance(policy.model, FusedModel)
+    of_group = longest + (config.group_size - 1) * config.max_completion_tokens  # its prompt is there once
     copied = 0 if shares else sum(p.numel() for p in policy.model.parameters()) * policy.store.compute_dtype.itemsize
     return Need(
         longest=longest,
         longest_completion=config.max_completion_tokens,
-        tokens_per_step=config.prompts_per_step * (longest + config.group_size * config.max_completion_tokens),
+        tokens_per_step=math.ceil(config.prompts_per_step / config.mini_batches) * of_group,
         sequences=sequences_at_once(config),
         kv_bytes_per_token=kv_bytes_per_token(policy.source, policy.store.compute_dtype),
         bytes_per_parameter=8,

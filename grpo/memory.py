@@ -8,16 +8,17 @@ A step has two peaks. In the rollout there is the KV cache, in the update there 
 its cache back in between, each may have all that the rest leaves. Of the update, over n tokens in a batch of a model of
 L layers, of which the last k keep their activations and the first o park their inputs in the host's memory:
 
-    bytes(n, k, o) = gradients + n (recomputing + max(0, k - 1) keeping - max(0, o - 2) input)
+    bytes(n, k, o) = gradients + fixed + n (recomputing + max(0, k - 1) keeping - max(0, o - 2) input)
 
 `recomputing` (all layers but their inputs computed again), `keeping` (what one more kept layer adds) are measured. The
 backward pass begins at the last layer: the kept ones are gone when the first is computed again, so the two never add
 up, and the first kept layer costs nothing, because one that is computed again keeps as much while it is at work. Two
-parked inputs are on the GPU at a time.
+parked inputs are on the GPU at a time. A batch of few tokens takes most at the end of its backward pass, when there
+are all of its gradients; the trial must be above that, or it measures the slope of something else.
 
-Time is counted in passes over a token: a forward pass and the backward pass to what comes in are 2 of 3 with a layer
-computed again, and a batch costs some hundred tokens' time whatever is in it (a 4-bit base is unpacked, kernels are
-launched). Counted, not measured: equal runs on equal cards choose alike.
+Time is counted in tokens, of a layer that keeps its activations: one computed again takes half as much more, a batch
+costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.
+Counted by constants, not measured on the spot: equal runs on equal cards choose alike.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ SPARE_SHARE, SPARE_BYTES = 0.04, 2**28
 # What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it.
 ENGINE_BYTES = int(1.25 * GIB)
 
-# Batches to choose from, in tokens. Larger ones gain nothing: a GPU is busy with 4,096.
-BATCHES = (*range(1024, 8192, 512), *range(8192, 32769, 2048))
-TOKENS_OF_OVERHEAD = 512  # a batch's own time
+# Batches to choose from: a step in so many equal parts, of at most so many tokens. Larger ones gain nothing.
+MOST_PARTS, LARGEST_BATCH = 64, 32768
 
-# Time of a token in a layer, in units of one that keeps its activations: forward, backward; forward once more.
-RECOMPUTED, OFFLOADED = 1.5, 1.53
+# Time, in tokens of a layer that keeps its activations, as seen on an H100 with an 8B of 218 million weights a layer: a
+# token whose layer is computed again; the same with its input away; a batch's own; launching a batch's kernels.
+RECOMPUTED, OFFLOADED, OF_A_BATCH, OF_LAUNCHES = 1.45, 1.47, 620, 3140
+OF_SO_MANY_WEIGHTS = 218e6
 
 # Tokens of the KV cache beside those of the longest sequence: blocks are whole, and some are always kept free.
 CACHE_TO_SPARE = 1024
 
-# Tokens of the trial, and of its completions.
-FEW, MORE = 1024, 3072
-TRIAL_GROUP = 4
+# Completions of a group in the trial; its tokens, at least.
+TRIAL_GROUP, LEAST_TRIAL = 4, 1024
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Need:
 
     longest: int  # prompt and completion together, tokens
     longest_completion: int
-    tokens_per_step: int  # of a rollout's packed batch, at most
+    tokens_per_step: int  # of an optimizer step, packed, at most
     sequences: int  # written at once
     kv_bytes_per_token: int
     bytes_per_parameter: int  # of the optimizer's state: 8, or 2 in 8 bits
@@ -83,6 +84,7 @@ class Sizes:
     adapter: int  # of the adapter: its masters, and their mirrors in the dtype of the computation
     parameters: int  # numbers that are trained
     layers: int
+    weights_per_layer: float  # numbers
     fixed: int  # of a batch, whatever its size
     recomputing: float  # a token, every layer recomputed
     keeping: float  # a token, for each layer that keeps its activations
@@ -91,8 +93,9 @@ class Sizes:
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
         per_token = self.recomputing + max(0, kept - 1) * self.keeping - max(0, offloaded - 2) * self.layer_input
-        gradients = 4 * self.parameters  # those added up so far; the batch's own are in `fixed`
-        return int(gradients + self.fixed + tokens * per_token)
+        gradients = 4 * self.parameters
+        at_the_end = gradients + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
+        return int(gradients + max(self.fixed + tokens * per_token, at_the_end))  # those so far, and the batch's own
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,12 @@ class Plan:
         return replace(config, kv_cache_gib=self.kv_cache / GIB, tokens_per_batch=self.tokens_per_batch)
 
     def time(self) -> float:
-        """Of a token in the update, in units of one that keeps its activations in a batch without end."""
-        layers = max(1, self.sizes.layers)
+        """Of an update, in tokens of a model whose layers all keep their activations."""
+        batches = math.ceil(self.need.tokens_per_step / max(self.tokens_per_batch, self.need.longest))
         again = (RECOMPUTED - 1) * (self.sizes.layers - self.kept) + (OFFLOADED - RECOMPUTED) * self.offloaded
-        return 1 + again / layers + TOKENS_OF_OVERHEAD / max(self.tokens_per_batch, self.need.longest)
+        factor = 1 + again / max(1, self.sizes.layers)
+        launches = OF_LAUNCHES * OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.weights_per_layer) * factor
+        return max(factor * self.need.tokens_per_step, launches * batches) + OF_A_BATCH * batches
 
     def table(self) -> str:
         """Row by row, in GiB, with the flags that decide otherwise."""
@@ -194,8 +199,10 @@ class Plan:
 def measure(policy: Policy, longest: int) -> Sizes:
     """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes."""
     parameters, device = policy.store.parameters(), policy.device
-    layers = len(policy.model.layers)
-    few, more = (_batch_of(policy, tokens, longest) for tokens in (FEW, MORE))
+    layers, itemsize = len(policy.model.layers), policy.store.compute_dtype.itemsize
+    numbers, layer_input = sum(each.numel() for each in parameters), policy.model.head.shape[1] * itemsize
+    least = max(LEAST_TRIAL, 6 * numbers // (max(1, layers) * layer_input))
+    few, more = (_batch_of(policy, tokens, longest) for tokens in (least, 2 * least))
     kept = _peak(policy, few, "keep")
     at_few, at_more = _peak(policy, few, "recompute"), _peak(policy, more, "recompute")
     in_use = taken(device)
@@ -209,12 +216,13 @@ def measure(policy: Policy, longest: int) -> Sizes:
         others=in_use - torch.cuda.memory_reserved(device),
         weights=allocated - adapter,
         adapter=adapter,
-        parameters=sum(each.numel() for each in parameters),
+        parameters=numbers,
         layers=layers,
+        weights_per_layer=_base_weights(policy) / max(1, layers),
         fixed=max(0, int(at_few - recomputing * num_few)),
         recomputing=recomputing,
         keeping=max(0.0, (kept - at_few) / num_few / max(1, layers - 1)),
-        layer_input=policy.model.head.shape[1] * policy.store.compute_dtype.itemsize,
+        layer_input=layer_input,
     )
 
 
@@ -234,6 +242,11 @@ def keep_within(limit: int, device: torch.device) -> None:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
+
+
+def _base_weights(policy: Policy) -> int:
+    """How many numbers its linears hold."""
+    return sum(math.prod(each.base.shape) for each in policy.store.projections.values())
 
 
 def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:
@@ -302,8 +315,8 @@ def _batches(need: Need, asked: Asked) -> list[int]:
     """Tokens in a batch. None is smaller than the longest sequence, and one of all of a step is the largest."""
     if asked.tokens_per_batch:
         return [asked.tokens_per_batch]
-    largest = min(BATCHES[-1], max(need.tokens_per_step, need.longest))
-    return sorted({max(need.longest, min(size, largest)) for size in BATCHES}, reverse=True)
+    parts = (math.ceil(need.tokens_per_step / count) for count in range(1, MOST_PARTS + 1))
+    return sorted({max(need.longest, size) for size in parts if size <= LARGEST_BATCH} | {need.longest}, reverse=True)
 
 
 def _splits(layers: int, recompute: str) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ SIZES = Sizes(
     adapter=int(0.5 * GIB),
     parameters=84_000_000,
     layers=32,
+    weights_per_layer=218e6,
     fixed=int(0.6 * GIB),
     recomputing=440.0 * KIB,
     keeping=102.0 * KIB,
@@ -25,7 +26,7 @@ SIZES = Sizes(
 NEED = Need(
     longest=768,
     longest_completion=512,
-    tokens_per_step=8 * (768 + 8 * 512),
+    tokens_per_step=8 * (256 + 8 * 512),
     sequences=64,
     kv_bytes_per_token=128 * KIB,
     bytes_per_parameter=8,
@@ -84,7 +85,7 @@ def test_no_other_plan_that_fits_is_faster(gib, longest):
             for offloaded in range(min(32 - kept, 31) + 1):
                 other = replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
                 if max(other.peaks) <= usable:
-                    assert other.time() >= plan.time() - 0.02  # sizes of batches are a few
+                    assert other.time() >= 0.98 * plan.time()  # sizes of batches are a few
 
 
 def test_the_longest_sequence_decides_where_it_is_longer_than_a_batch():
