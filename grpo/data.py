@@ -6,6 +6,7 @@ Rows(task, split, data)         the rows that a task gives, each with its index
 
 from __future__ import annotations
 
+import inspect
 import json
 import reprlib
 import sys
@@ -139,6 +140,7 @@ class Rows(Indexed[Row]):
         with user_code(self._told):
             try:
                 given = task.rows(split, data)
+                self._check_rows(given)
                 some = given if _has_places(given) else islice(given, most + 1 if first is None else first)
                 # Copies: what gives one row after the other may fill the same dict again and again.
                 self._rows = given if some is given else [row.copy() if isinstance(row, dict) else row for row in some]
@@ -174,6 +176,17 @@ class Rows(Indexed[Row]):
                 some = list(islice(rows, min(READ_AT_ONCE, self._count - start)))
             for index, row in enumerate(some, start):
                 yield self._checked(index, row)
+
+    def _check_rows(self, given: Any) -> None:
+        """It can be read row by row."""
+        if isinstance(given, Iterable) or _has_places(given):
+            return
+        if inspect.iscoroutine(given):
+            given.close()  # else Python says that nobody awaited it
+        raise UserError(
+            f"`rows` of task {self.task.name} gave {reprlib.repr(given)} ({type(given).__name__}) for {self.source}. "
+            "Write it with `def`, and let it return, or yield, a dict of columns for each row."
+        )
 
     def _checked(self, index: int, row: Any) -> Row:
         if not isinstance(row, dict):

@@ -188,6 +188,20 @@ def test_a_row_is_a_dict(row):
         list(Rows(task_with(rows=lambda split, data: [{"answer": "2"}, row]), "train", "embedded"))
 
 
+async def rows_of_a_coroutine(split, data):
+    return [{"answer": "2"}]
+
+
+async def rows_one_after_the_other(split, data):
+    yield {"answer": "2"}
+
+
+@pytest.mark.parametrize("rows", [lambda split, data: None, rows_of_a_coroutine, rows_one_after_the_other])
+def test_rows_are_rows(rows):
+    with pytest.raises(UserError, match=r"`rows` of task \w+ gave .* for embedded \(train\)\. Write it with `def`"):
+        Rows(task_with(rows=rows), "train", "embedded")
+
+
 @pytest.mark.parametrize(("answer", "told"), [(lambda text: 1 / 0, "ZeroDivisionError"), (list, "(list)")])
 def test_an_answer_that_fails_is_told(answer, told):
     with pytest.raises(UserError) as caught:
