@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with stopped_by_signals():
             if argv is None:
+                _open_what_is_closed()
                 _import_from_here()
             return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -39,6 +40,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         say(" ".join(["Stopped at once.", *getattr(error, "__notes__", [])]))
         return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
+
+
+def _open_what_is_closed() -> None:
+    """Where standard input, output or error is closed (`>&-`), the next file would take its number: what a library
+    prints would be written into metrics.jsonl."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def _import_from_here() -> None:

@@ -269,7 +269,8 @@ def load_task(path: str | Path) -> Task:
         try:
             spec.loader.exec_module(module)
         except SyntaxError as error:
-            raise UserError(f"{error.filename or path} line {error.lineno} is not Python: {error.msg}.") from error
+            line = f" line {error.lineno}" if error.lineno else ""
+            raise UserError(f"{error.filename or path}{line} is not Python: {error.msg}.") from error
     task = getattr(module, "task", None)
     if not isinstance(task, Task):
         found = "nothing of that name" if task is None else f"a {type(task).__name__}"
