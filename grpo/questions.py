@@ -127,7 +127,31 @@ def preflight_rewards(
     if task.gold is None:
         prompts = [*questions.train[:PREFLIGHT_ROWS], *questions.test[:PREFLIGHT_ROWS]]
         return preflight_without_gold(questions.rewards, (_without_gold(task, prompt) for prompt in prompts), calls)
-    return preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS), calls)
+    report = preflight(questions.rewards, _gold(task, questions, None if every_row else PREFLIGHT_ROWS), calls)
+    report.notes.extend(_fault_of_measure(task, report))
+    return report
+
+
+def _fault_of_measure(task: Task, report: Preflight) -> Iterator[str]:
+    """A sentence if the held-out score would not count every gold answer that was tried as right.
+
+    Raises:
+        UserError: it would count none of them, and be 0 whatever is learned.
+    """
+    if task.solved is None:
+        return
+    name, value = task.solved
+    measure = next(check for check in report.checks if check.name == name)
+    told = f"`solved` of task {task.name} says that `{name}` pays {value:g} or more for a right answer"
+    highest, count = measure.highest["gold"], measure.num_rows
+    if highest < value:
+        best = f"paid at most {highest:g}" if highest > -math.inf else "gave no score (None)"
+        raise UserError(
+            f"{told}, but it {best} to {count:,} of {count:,} gold answers: nothing would ever count as right. Mend "
+            "`solved` or `gold` in the task file, or the reward."
+        )
+    if measure.lowest["gold"] < value:
+        yield f"{told}, but the gold answer of some row gets {measure.lowest['gold']:g}. --check says more."
 
 
 def _without_gold(task: Task, prompt: Prompt) -> tuple[Prompt, list[str]]:

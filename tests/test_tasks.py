@@ -743,3 +743,39 @@ def test_a_reward_that_fails_without_gold_is_told_before_the_run():
     questions = build_questions(task, SMALL_CONFIG, note=list)
     with pytest.raises(UserError, match=r"`fragile` raised ZeroDivisionError .* row 0"):
         preflight_rewards(task, SMALL_CONFIG, questions, every_row=False, note=list)
+
+
+def test_rewards_that_never_apply_are_told_before_the_run():
+    def silent(completion):
+        return None
+
+    def says(completion):
+        return 1.0
+
+    def tried(*rewards):
+        task = task_with(gold=None, solved=None, rewards=dict.fromkeys(rewards, 1.0), held_out=0)
+        questions = build_questions(task, SMALL_CONFIG, note=list)
+        return preflight_rewards(task, SMALL_CONFIG, questions, every_row=False, note=list)
+
+    with pytest.raises(UserError, match=r"No reward applies to anything that was tried \(silent returned None"):
+        tried(silent)
+    assert tried(silent, says).notes == ["`silent` gave no score (None) to anything tried."]
+
+
+@pytest.mark.parametrize("every_row", [False, True])
+def test_a_measure_that_calls_no_gold_answer_right_is_told_before_the_run(every_row):
+    def tried(value, pays):
+        def says(completion, answer):
+            return pays(answer) if completion == answer else 0.0
+
+        rows = [{"question": f"{number}?", "answer": str(number)} for number in range(4)]
+        task = task_with(rows=lambda split, data: rows, rewards={says: 1.0}, solved=("says", value), held_out=1)
+        questions = build_questions(task, SMALL_CONFIG, note=list)
+        return preflight_rewards(task, SMALL_CONFIG, questions, every_row, note=list)
+
+    with pytest.raises(UserError, match=r"`says` pays 5 or more for a right answer, but it paid at most 1 to"):
+        tried(5.0, lambda answer: 1.0)
+    assert not tried(1.0, lambda answer: 1.0).warnings
+    assert "the gold answer of some row gets 0.5. --check says more" in " ".join(
+        tried(1.0, lambda answer: 0.5 if answer == "2" else 1.0).warnings
+    )

@@ -140,11 +140,19 @@ def preflight_without_gold(
 ) -> Preflight:
     """Score, for each (prompt, texts): these texts. What they are paid says nothing; that they are is enough.
 
-    Raises UserError as `score` does.
+    Raises UserError as `score` does, and where no reward applies to any of them.
     """
     calls = calls or Calls()
     probes = ((prompt, list(map(calls.completion, texts))) for prompt, texts in rows)
-    tried, _, notes = try_rewards(rewards, probes, calls)
+    tried, trials, notes = try_rewards(rewards, probes, calls)
+    silent = [trial.reward.name for trial in trials if all(paid.isnan().all() for paid in trial.parts)]
+    if len(silent) == len(trials):
+        raise UserError(
+            f"No reward applies to anything that was tried ({', '.join(silent)} returned None for texts of {len(tried)} "
+            "rows, empty ones among them). A completion that nothing scores would count as reward 0; let one reward "
+            "return a number for every text."
+        )
+    notes += [f"`{name}` gave no score (None) to anything tried." for name in silent]
     return Preflight(len(tried), [], 0.0, 0.0, notes)
 
 
