@@ -148,9 +148,9 @@ def preflight_without_gold(
     silent = [trial.reward.name for trial in trials if all(paid.isnan().all() for paid in trial.parts)]
     if len(silent) == len(trials):
         raise UserError(
-            f"No reward applies to anything that was tried ({', '.join(silent)} returned None for texts of {len(tried)} "
-            "rows, empty ones among them). A completion that nothing scores would count as reward 0; let one reward "
-            "return a number for every text."
+            f"No reward applies to anything that was tried ({', '.join(silent)} returned None for {len(tried)} "
+            "rows, empty texts among others). A completion that nothing scores would count as reward 0; let one "
+            "reward return a number for every text."
         )
     notes += [f"`{name}` gave no score (None) to anything tried." for name in silent]
     return Preflight(len(tried), [], 0.0, 0.0, notes)
