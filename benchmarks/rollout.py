@@ -17,20 +17,18 @@ Rivals are asked for log-probabilities in the same way (`processed_logprobs`, fl
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import cases
 import torch
 import transformers
 from profiling import profile
-from random_models import write_model
+from shapes import SHAPES, model_folder
 
 PROMPTS, GROUP, PROMPT_TOKENS, COMPLETION_TOKENS = 32, 8, 128, 512
 GAP_SEQUENCES, GAP_TOKENS = 16, 64
@@ -43,74 +41,57 @@ CASES = (
     "llama-3.1-8b/ours-bf16", "llama-3.1-8b/ours-nf4", "llama-3.1-8b/bnb-lora",
 )  # fmt: skip
 
+KNOWN = [f"{shape}/{kind}" for shape in SHAPES for kind in ("ours-bf16", "ours-nf4", "plain", "lora", "bnb-lora")]
+
 
 def main() -> None:
-    """Run the cases, each in its own process, and write what they measured."""
-    arguments = parse()
+    """Run the cases, each in its own process, and keep what they measured."""
+    parser = build_parser()
+    arguments = parser.parse_args()
     if arguments.case:
-        print("RESULT " + json.dumps(measure(arguments)))
-        return
-    results = {}
-    for case in arguments.only or CASES:
-        write_model(case.split("/")[0], arguments.folder)
-        command = [sys.executable, __file__, "--case", case, *sys.argv[1:]]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        lines = done.stdout.splitlines()
-        print("\n".join(line for line in lines if not line.startswith("RESULT ")), flush=True)
-        found = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
-        name = case if arguments.kv_gib == KV_GIB else f"{case}/{arguments.kv_gib:g} GiB"
-        results[name] = json.loads(found[0]) if found else {"failed": done.returncode}
-        print(name, json.dumps(results[name]), flush=True)
-        write(results, arguments)
+        cases.answer({}, lambda: measure(arguments))
+    names = cases.chosen(parser, arguments.only, CASES, KNOWN)
+    device, found = cases.device_name(arguments.device), cases.versions()
+    about = {
+        "command": "python benchmarks/rollout.py", "device": device, "torch": found["torch"],
+        "vllm": found.get("vllm", "none"), "prompts": PROMPTS, "group_size": GROUP, "prompt_tokens": PROMPT_TOKENS,
+        "completion_tokens": COMPLETION_TOKENS, "lora_rank": RANK, "kv_cache_gib": KV_GIB,
+    }  # fmt: skip
+    results = cases.Results(cases.results_path(arguments.out, "rollout", device), about)
+    lengths = {"kv-gib": (arguments.kv_gib, KV_GIB), "tokens": (arguments.tokens, COMPLETION_TOKENS)}
+    shown = [word for name, (value, usual) in lengths.items() if value != usual for word in (f"--{name}", f"{value:g}")]
+    variant = "" if arguments.kv_gib == KV_GIB else f"/{arguments.kv_gib:g} GiB"
+    variant += "" if arguments.tokens == COMPLETION_TOKENS else f"/tokens={arguments.tokens}"
+    hidden = ["--profile"] if arguments.profile else []
+    sys.exit(cases.Benchmark(arguments, results, needs, in_a_line, shown, hidden, variant).run(names))
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="cases, such as qwen3-1.7b/ours-nf4")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-models"), help="where models are written")
+    cases.add_arguments(parser, example="qwen3-1.7b/ours-nf4")
     parser.add_argument("--kv-gib", type=float, default=KV_GIB)
     parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of each completion")
     parser.add_argument("--profile", action="store_true", help="also say where a decode step's time goes")
-    parser.add_argument(
-        "--compiled-before", action="store_true", help="note that the start of these cases finds code of an earlier run"
-    )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    return parser
 
 
-def write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Add the results to this GPU's file."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    path = arguments.output / f"rollout-{name.lower().replace(' ', '-')}.json"
-    before = json.loads(path.read_text())["cases"] if path.exists() else {}
-    # Figures are compared within a run; those that stay in the file are of earlier ones.
-    number = 1 + max((row.get("run", 0) for name, row in before.items() if name not in results), default=0)
-    noted = {"run": number} | ({"compiled_before": True} if arguments.compiled_before else {})
-    results = {name: row | noted for name, row in results.items()}
-    about = {
-        "command": "python benchmarks/rollout.py", "device": name, "torch": torch.__version__,
-        "vllm": version("vllm"), "prompts": PROMPTS, "group_size": GROUP, "prompt_tokens": PROMPT_TOKENS,
-        "completion_tokens": arguments.tokens, "lora_rank": RANK, "kv_cache_gib": KV_GIB,
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"about": about, "cases": before | results}, indent=1) + "\n")
+def needs(case: str) -> tuple[str, bool]:
+    """The checkpoint of a case: all begin with one in bf16."""
+    return case.split("/")[0], False
 
 
-def version(package: str) -> str:
-    """The installed version of a package, whatever its distribution is called."""
-    import importlib.metadata
-
-    distributions = importlib.metadata.packages_distributions().get(package, [])
-    return importlib.metadata.version(distributions[0]) if distributions else "none"
+def in_a_line(record: cases.Record) -> str:
+    """What was found, for the terminal."""
+    return ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, float | int))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """One case."""
-    shape, kind = arguments.case.split("/")
+    _, kind = arguments.case.split("/")
     start = time.perf_counter()
-    result = (measure_ours if kind.startswith("ours") else measure_vllm)(kind, arguments.folder / shape, arguments)
+    folder = model_folder(*needs(arguments.case), arguments.folder)
+    result = (measure_ours if kind.startswith("ours") else measure_vllm)(kind, folder, arguments)
     return result | {"case_s": round(time.perf_counter() - start, 1)}
 
 
@@ -238,7 +219,6 @@ def gap(engine: Any, policy: Any, asked: list[Any]) -> float:
 
 def measure_vllm(kind: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """vLLM with its own weights, with or without its own LoRA."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_LOGGING_LEVEL="ERROR")
     import vllm
     from vllm.lora.request import LoRARequest
 

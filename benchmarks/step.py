@@ -139,7 +139,9 @@ def in_a_line(record: cases.Record) -> str:
     names = ("rollout", "update", "sync", "old_logp", "other")
     stages = ", ".join(f"{name} {record[f'{name}_s']:.2f}" for name in names)
     peak = f"; peak {record['device_peak_gib']:.1f} GiB" if "device_peak_gib" in record else ""
-    return f"step {record['step_s']:.2f} s ({stages}), start {record['start_s']:.0f} s{peak}"
+    asked, written = record["asked_tokens"], record["completion_tokens"]
+    shorter = "" if written == asked else f"; COMPLETIONS OF {written} TOKENS, NOT {asked}"
+    return f"step {record['step_s']:.2f} s ({stages}), start {record['start_s']:.0f} s{peak}{shorter}"
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ CONTEXT = 1024  # tokens, at least, that the engines are built for
 # Sequences in one forward and backward pass. TRL's best at 8B is 16 (4% faster than its usual 8); a larger model
 # leaves less memory beside two copies of its weights.
 BATCH = {"trl": 16, "trl-defaults": 8, "unsloth": 8}
-SMALLER_BATCH = {"qwen2.5-14b": 4}
+SMALLER_BATCH = {("trl", "qwen2.5-14b"): 4, ("trl-defaults", "qwen2.5-14b"): 4}
 # Share of the GPU that vLLM takes. TRL's own default, and what Unsloth's notebooks ask for.
 SHARE = {"trl": 0.35, "trl-defaults": 0.35, "unsloth": 0.6}
 LARGER_SHARE = {"qwen2.5-14b": 0.45}  # the weights alone are 27.5 GiB
@@ -42,7 +42,9 @@ def measure(contender: str, shape: str, model: Path, arguments: argparse.Namespa
     time_stages(trainer, stages)
     trainer.add_callback(watch(stages, arguments.until))
     trainer.train()
-    return record(stages, arguments.started, trainer) | {"ran": what_ran(settings, model)} | torch_peaks(not on_cpu)
+    found = record(stages, arguments.started, trainer)
+    ran = what_ran(settings, model) | {"old_logp_pass": found["old_logp_s"] > 0}
+    return found | {"ran": ran} | torch_peaks(not on_cpu)
 
 
 # ---- the two trainers
@@ -108,7 +110,7 @@ def unsloth_trainer(
 
 def common(contender: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What both trainers are told: the work, and that nothing else is to be done."""
-    batch = SMALLER_BATCH.get(shape, BATCH[contender])
+    batch = SMALLER_BATCH.get((contender, shape), BATCH[contender])
     return {
         "output_dir": str(arguments.folder / "trainer"), "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": PROMPTS * GROUP // batch, "num_generations": GROUP,
@@ -205,7 +207,7 @@ def time_stages(trainer: Any, stages: Stages) -> None:
     for method in ("sync_weights", "_unsloth_load_lora"):
         if hasattr(generation, method):
             stages.wrap(generation, method, lambda: "sync")
-    stages.wrap(getattr(generation, "llm", generation), "generate", lambda: "rollout")
+    stages.wrap(getattr(generation, "llm", None) or generation, "generate", lambda: "rollout")
 
 
 def watch(stages: Stages, until: float | None) -> Any:

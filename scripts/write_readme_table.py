@@ -169,9 +169,14 @@ def all_rollouts(about: dict[str, Any], cases: dict[str, Any]) -> str:
     return "\n".join([origin, "", header, *(rollout_line(case, row) for case, row in cases.items())])
 
 
+def engine_of(case: str) -> str:
+    """Who samples, and what was not as usual."""
+    _, engine, *variant = case.split("/")
+    return ", ".join([ENGINES[engine], *(f"{v} of KV cache" if v.endswith("GiB") else v for v in variant)])
+
+
 def rollout_line(case: str, row: dict[str, Any]) -> str:
-    shape, engine, *cache = case.split("/")
-    name = ENGINES[engine] + "".join(f", {size} of KV cache" for size in cache)
+    shape, name = case.split("/")[0], engine_of(case)
     gap = row.get("gap", {})
     value = gap.get("random_adapter", gap.get("transformers"))
     shown = "" if value is None else f"{value:.3f}"
@@ -196,10 +201,8 @@ def rollouts_in_short(about: dict[str, Any], cases: dict[str, Any]) -> str:
     for shape in SHAPES_IN_SHORT:
         for case, row in cases.items():
             if case.startswith(f"{shape}/"):
-                _, engine, *cache = case.split("/")
-                name = ENGINES[engine] + "".join(f", {size} of KV cache" for size in cache)
                 numbers = f"{row['run']} | {row['tokens_per_s']:,} | {row['after_rollouts_gib']:.1f}"
-                lines.append(f"| {shape} | {name} | {numbers} |")
+                lines.append(f"| {shape} | {engine_of(case)} | {numbers} |")
     return "\n".join([origin, "", header, *lines])
 
 
