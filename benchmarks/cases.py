@@ -173,13 +173,15 @@ class GpuMemory:
             self.before = float(ask_gpu("memory.used"))
             query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
             self.watching = subprocess.Popen([*query, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
-            threading.Thread(target=self._watch, daemon=True).start()
+            self.reader = threading.Thread(target=self._watch, daemon=True)
+            self.reader.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.watching:
             self.watching.kill()
             self.watching.wait()
+            self.reader.join()
             # What the case before has left may have been on its way out when this one began.
             self.before = min(self.before or 0.0, float(ask_gpu("memory.used")))
 

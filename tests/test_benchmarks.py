@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -126,6 +127,19 @@ def test_a_case_that_hangs_is_ended_with_what_it_started(tmp_path):
     assert record == {"failed": "was not done at the deadline"}
     with open(lock, "w") as free:
         fcntl.flock(free, fcntl.LOCK_EX)  # would wait for ever if one of them lived
+
+
+def test_a_case_is_told_what_the_gpu_gave_out_meanwhile(tmp_path, monkeypatch):
+    """By an nvidia-smi that sees 1,000 MiB before, 5,096 once the case runs, and 1,000 again."""
+    seen = tmp_path / "seen"
+    os.mkfifo(seen)
+    program = tmp_path / "nvidia-smi"
+    watching = f"printf '1000\\n5096\\nERR\\n'; echo > {seen}; exec tail -f /dev/null"
+    program.write_text(f'#!/bin/sh\ncase "$*" in *-lms*) {watching};; *) echo 1000;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    text = f"open({str(seen)!r}).read(); print('RESULT {{}}')"
+    assert cases.run_case(script(tmp_path, text), "tiny/trl", [], None) == {"device_peak_gib": 4.0}
 
 
 def test_a_case_leaves_when_nobody_waits_for_it(tmp_path):
