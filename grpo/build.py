@@ -26,11 +26,12 @@ from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
+from grpo.fitting import Fitting
 from grpo.folder import leave_later
 from grpo.loss import build_loss
 from grpo.memory import Asked, Need, Plan
 from grpo.metrics import HEADLINES
-from grpo.packing import build_packer, has_advantage, lay_out_to_read
+from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_to_read
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
@@ -241,6 +242,8 @@ def build_run(
     if plan:
         config = settle_memory(plan, config, policy, engine, note)
     progress.tokens_per_batch = config.tokens_per_batch
+    policy.fit = Fitting(batch_limit(config), note)
+    policy.fit.restore(progress.batch_limit)
     goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
@@ -254,6 +257,7 @@ def build_run(
         progress.position if checkpoint else None,
         headline=HEADLINES[0 if task.solved else 1],
     )
+    policy.fit.tell = recorder.message
     generators_now = generators.reader(policy.device)
     return Run(
         config=config,
@@ -263,7 +267,7 @@ def build_run(
         stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
         rewards=questions.rewards,
         estimator=ESTIMATORS[config.advantage],
-        pack=build_packer(config, policy.device),
+        pack=build_packer(config, policy.device, policy.fit.limit),
         loss=build_loss(config),
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions),

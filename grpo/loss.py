@@ -39,8 +39,8 @@ METRICS = ("tokens", "policy/loss", "policy/entropy", "policy/clip_fraction", "p
 class Scorer(Protocol):
     """What a loss's preparations need of a policy."""
 
-    def logprobs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """log p and entropy of the sampled tokens, [N] each."""
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """log p and entropy of the sampled tokens, [N] each, without gradient."""
         ...
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
@@ -166,7 +166,7 @@ class PolicyLoss:
 def store_old_logprobs(policy: Scorer, batches: list[Batch]) -> None:
     """o, where several optimizer steps are taken on a rollout."""
     for batch in batches:
-        batch.old_logprobs = policy.logprobs(batch)[0]
+        batch.old_logprobs = policy.read(batch)[0]
 
 
 def store_reference_logprobs(policy: Scorer, batches: list[Batch]) -> None:
@@ -175,12 +175,17 @@ def store_reference_logprobs(policy: Scorer, batches: list[Batch]) -> None:
         batch.reference_logprobs = policy.reference_logprobs(batch)
 
 
-def store_entropy_floor(policy: Scorer, batches: list[Batch], *, share: float) -> None:
-    """The entropy that the top `share` of the optimizer step's sampled tokens reaches, by the policy as it is."""
-    entropies = torch.cat([policy.logprobs(batch)[1][batch.mask] for batch in batches]).sort(descending=True).values
-    floor = float(entropies[max(0, round(len(entropies) * share) - 1)])
-    for batch in batches:
-        batch.entropy_floor = floor
+def store_top_entropy(policy: Scorer, batches: list[Batch], *, share: float) -> None:
+    """Which of the optimizer step's sampled tokens are the `share` of highest entropy, by the policy as it is.
+
+    Told token by token: the one that the share ends at is in it however the entropies of the update are rounded.
+    """
+    entropies = [policy.read(batch)[1] for batch in batches]
+    of_sampled = [entropy[batch.mask] for entropy, batch in zip(entropies, batches, strict=True)]
+    descending = torch.cat(of_sampled).sort(descending=True).values
+    lowest = descending[max(0, round(len(descending) * share) - 1)]
+    for entropy, batch in zip(entropies, batches, strict=True):
+        batch.in_top = entropy >= lowest
 
 
 # ---- old: the policy that sampled
@@ -282,7 +287,7 @@ def on_policy_enough(forward: Pass, batch: Batch, *, threshold: float) -> Tensor
 
 def entropy_on_top(forward: Pass, batch: Batch) -> Tensor:
     """1 where the token's entropy is among the step's highest: Wang et al. 2025, arXiv 2506.01939, equation 5."""
-    return (forward.entropy.detach() >= batch.entropy_floor).float()
+    return batch.in_top.float()
 
 
 # ---- extra terms
@@ -363,7 +368,7 @@ def build_loss(config: Config) -> PolicyLoss:
     if config.off_policy_mask < math.inf:
         masks.append(partial(on_policy_enough, threshold=config.off_policy_mask))
     if config.top_entropy < 1:
-        step_preparations.append(partial(store_entropy_floor, share=config.top_entropy))
+        step_preparations.append(partial(store_top_entropy, share=config.top_entropy))
         masks.append(entropy_on_top)
     if config.kl_coef:
         preparations.append(store_reference_logprobs)

@@ -83,6 +83,8 @@ METRICS = (
            "a rollout.", "share", "below 20%"),
     Metric("policy/kept", "Share of sampled tokens that `--off-policy-mask` and `--top-entropy` leave in the loss.",
            "share"),
+    Metric("policy/split_batches", "Batches that the memory did not hold and that were computed in two halves: the "
+           "result is the same, and later batches are no larger than the halves.", "batches", "0 but for a first step"),
     Metric("mismatch/kl", "KL divergence from sampler to trainer, estimated on the sampled tokens (k3): how far the "
            "engine's numerics are from the policy's.", "nats a token", "about 1e-13 in float32, below 1e-2 in bf16",
            column=Column("mismatch KL", ".1e", 7, 24)),

@@ -2,6 +2,7 @@
 
     build_packer(config)       what one token's loss is multiplied by and who counts, chosen once above the loop
     pack(groups)               one list of batches for each optimizer step; groups without a gradient are counted only
+    halve(batch)               the same completions in two batches, for a machine whose memory does not hold the one
 
 A group's prompt is laid out once and shared by its completions. A group that does not fit into one batch is
 split between batches, each with its own copy of the prompt, which changes the cost and not the result.
@@ -9,7 +10,7 @@ split between batches, each with its own copy of the prompt, which changes the c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -69,6 +70,26 @@ def counts_finished(completion: Completion) -> bool:
     return completion.finish == "stop"
 
 
+class BatchLimit:
+    """The most tokens of a batch: what was asked for, or less where memory did not hold that (grpo/fitting.py)."""
+
+    def __init__(self, asked: int):
+        self.asked = self.tokens = asked
+
+    def lower(self, tokens: int) -> None:
+        """No batch is larger from now on."""
+        self.tokens = min(self.tokens, tokens)
+
+    def state(self) -> list[int]:
+        """What a resumed run must know to lay out the batches of the uninterrupted one."""
+        return [self.asked, self.tokens]
+
+    def restore(self, state: list[int]) -> None:
+        """The inverse of `state`. Where another number is asked for by now, memory is asked again."""
+        if state[:1] == [self.asked]:
+            self.lower(state[1])
+
+
 @dataclass(frozen=True)
 class Packer:
     """The choices of packing, made once for a run."""
@@ -77,7 +98,7 @@ class Packer:
     has_gradient: Callable[[Group], bool]  # without one a group would be forward and backward passes for nothing
     counts: Callable[[Completion], bool]
     mini_batches: int
-    tokens_per_batch: int
+    limit: BatchLimit
     max_completion_tokens: int
     device: torch.device
 
@@ -103,7 +124,7 @@ class Packer:
         )
         return [
             lay_out(rows, lambda length: self.normalizer(length, totals), self.device)
-            for rows in fill(trained, self.tokens_per_batch)
+            for rows in fill(trained, self.limit.tokens)
         ]
 
     def _members(self, group: Group) -> list[int]:
@@ -111,14 +132,19 @@ class Packer:
         return [index for index, completion in enumerate(group.completions) if self.counts(completion)]
 
 
-def build_packer(config: Config, device: torch.device) -> Packer:
-    """The Packer that a configuration asks for."""
+def batch_limit(config: Config) -> BatchLimit:
+    """How large batches may be at first."""
+    return BatchLimit(config.tokens_per_batch or TOKENS_PER_BATCH)
+
+
+def build_packer(config: Config, device: torch.device, limit: BatchLimit | None = None) -> Packer:
+    """The Packer that a configuration asks for. limit: of the policy that runs the batches, which may lower it."""
     return Packer(
         normalizer=NORMALIZERS[config.normalization],
         has_gradient=any_group if config.kl_coef or config.entropy_coef else has_advantage,
         counts=counts_finished if config.mask_truncated else counts_all,
         mini_batches=config.mini_batches,
-        tokens_per_batch=config.tokens_per_batch or TOKENS_PER_BATCH,
+        limit=limit or batch_limit(config),
         max_completion_tokens=config.max_completion_tokens,
         device=device,
     )
@@ -133,7 +159,7 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
     Greedy, in order; a group that does not fit goes on in the next batch with its prompt again.
     """
     rows: list[list[Piece]] = []
-    left = 0
+    left = 0  # tokens of the last row; there is none yet, and no prompt is so short
     for group, members in pieces:
         prompt = len(group.prompt.tokens)
         for index, member in enumerate(members):
@@ -141,7 +167,7 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
             if index > 0 and length <= left:
                 rows[-1][-1][1].append(member)
                 left -= length
-            elif rows and prompt + length <= left:
+            elif prompt + length <= left:
                 rows[-1].append((group, [member]))
                 left -= prompt + length
             else:
@@ -158,43 +184,98 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
         device,
     )
     tokens = [token for group, _ in pieces for token in group.prompt.tokens]
-    previous = [max(index - 1, 0) for index in range(len(tokens))]
-    ends_of_prompts = [end - 1 for end in accumulate(layout.prompt_lengths)]
-    # The columns of sampled tokens only; the prompts' part is added below.
-    sequence: list[int] = []
+    # The columns of completions only; the prompts' part is added below.
     sampler_logprobs: list[float] = []
     advantages: list[float] = []
     weights: list[float] = []
     mask: list[bool] = []
-    num_sequences = 0
-    for (group, members), end_of_prompt in zip(pieces, ends_of_prompts, strict=True):
+    for group, members in pieces:
         for member in members:
             completion = group.completions[member]
-            start, length = len(tokens), len(completion.tokens)
             tokens += completion.tokens
-            previous += [end_of_prompt, *range(start, start + length - 1)]
-            sequence += [num_sequences] * length
             sampler_logprobs += completion.sampler_logprobs
             advantage, share = float(group.advantages[member]), weight(completion.num_sampled)
             advantages += [advantage * sampled for sampled in completion.mask]
             weights += [share * sampled for sampled in completion.mask]
             mask += completion.mask
-            num_sequences += 1
 
     def column(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor([0] * (len(tokens) - len(values)) + values, dtype=dtype, device=device)
 
     return Batch(
         layout=layout,
+        **_links(layout),
         tokens=column(tokens, torch.int64),
-        positions=layout.positions(),
-        previous=column(previous, torch.int64),
-        sequence=column(sequence, torch.int64),
         mask=column(mask, torch.bool),
         sampler_logprobs=column(sampler_logprobs, torch.float32),
         advantages=column(advantages, torch.float32),
         weights=column(weights, torch.float32),
     )
+
+
+def _links(layout: GroupLayout) -> dict[str, Tensor]:
+    """The columns of a batch that follow from its layout alone, by their names."""
+    previous = [max(index - 1, 0) for index in range(layout.num_prompt_tokens)]
+    sequence = [0] * layout.num_prompt_tokens
+    num_sequences = 0
+    for lengths, end in zip(layout.completion_lengths, accumulate(layout.prompt_lengths), strict=True):
+        for length in lengths:
+            start = len(previous)
+            previous += [end - 1, *range(start, start + length - 1)]
+            sequence += [num_sequences] * length
+            num_sequences += 1
+    device = layout.segments.device
+    return {
+        "positions": layout.positions(),
+        "previous": torch.tensor(previous, dtype=torch.int64, device=device),
+        "sequence": torch.tensor(sequence, dtype=torch.int64, device=device),
+    }
+
+
+def halve(batch: Batch) -> list[Batch]:
+    """The completions of a batch in two batches, in their order: cut between two of its groups, where the larger half
+    is smallest. A single group is cut between two completions, and both halves have its prompt; a single completion
+    stays whole.
+
+    What the loss has stored goes along, and what it sums over a sequence it finds whole.
+    """
+    layout = batch.layout
+    prompts, groups = list(layout.prompt_lengths), list(layout.completion_lengths)
+    if batch.num_sequences == 1:
+        return [batch]
+    if len(groups) > 1:
+        cut = _middle([prompt + sum(group) for prompt, group in zip(prompts, groups, strict=True)])
+        first, second = (prompts[:cut], groups[:cut]), (prompts[cut:], groups[cut:])
+    else:
+        cut = _middle(groups[0])
+        first, second = (prompts, [groups[0][:cut]]), (prompts, [groups[0][cut:]])
+    ends = (layout.num_prompt_tokens - sum(second[0]), layout.num_tokens - sum(map(sum, second[1])))
+    return [_part(batch, *first, 0, layout.num_prompt_tokens), _part(batch, *second, *ends)]
+
+
+def _middle(lengths: Sequence[int]) -> int:
+    """How many of two lengths or more the first half has, so that the larger half is smallest."""
+    ends = list(accumulate(lengths))
+    return min(range(1, len(lengths)), key=lambda cut: max(ends[cut - 1], ends[-1] - ends[cut - 1]))
+
+
+def _part(
+    batch: Batch,
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    first_prompt: int,
+    first_completion: int,
+) -> Batch:
+    """Of a batch the prompts and completions of these lengths, from these tokens on."""
+    layout = GroupLayout.of(prompt_lengths, completion_lengths, batch.tokens.device)
+    prompts = slice(first_prompt, first_prompt + layout.num_prompt_tokens)
+    completions = slice(first_completion, first_completion + layout.num_tokens - layout.num_prompt_tokens)
+    columns = {
+        name: torch.cat([column[prompts], column[completions]])
+        for name, column in vars(batch).items()
+        if isinstance(column, Tensor)
+    }
+    return replace(batch, layout=layout, **(columns | _links(layout)))
 
 
 def lay_out_to_read(groups: list[Group], device: torch.device) -> Batch:

@@ -162,6 +162,7 @@ def remember_place(run: Run) -> None:
     """What a checkpoint of `progress` needs of the world around it, before anything moves on."""
     run.generators = run.generators_now()
     run.progress.position = run.recorder.position()
+    run.progress.batch_limit = run.policy.fit.limit.state()
     run.progress.canary, run.progress.audit = run.engine.canary.state(), run.audit.state()
 
 

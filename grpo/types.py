@@ -120,7 +120,7 @@ class Batch:
     # Filled by the passes that the loss asks for before its optimizer steps; empty otherwise.
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
     reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, adapter off
-    entropy_floor: float = float("-inf")  # tokens of lower entropy are left out when only the top share trains
+    in_top: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] bool, of the share of highest entropy
 
     @property
     def num_sequences(self) -> int:

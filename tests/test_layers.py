@@ -26,7 +26,7 @@ LAYERS = (
         "embedded": ("grpo.embedded.*",),
     },
     {
-        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.loss"),
+        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.fitting", "grpo.loss"),
         "rewards": ("grpo.rewards.*",),
         "record": ("grpo.record.*",),
         "folder": ("grpo.folder", "grpo.guards"),

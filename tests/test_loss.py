@@ -63,7 +63,7 @@ def expected_loss(config, forward, batch):
             elif not config.correction_floor <= weight <= config.correction_cap:
                 weight = 0.0
             keep = float(not (advantage < 0 and drift > config.off_policy_mask))
-            keep *= float(entropy[t] >= batch.entropy_floor) if config.top_entropy < 1 else 1.0
+            keep *= float(batch.in_top[t]) if config.top_entropy < 1 else 1.0
             d = p[t] - f[t]
             k3 = math.exp(-d) + d - 1
             kl = {"k1": d, "k2": d * d / 2, "k3": k3, "weighted": math.exp(p[t] - o[t]) * k3}[config.kl_estimator]
@@ -100,7 +100,7 @@ def test_loss_is_its_formula(name, groups):
     [[batch]] = build_packer(config, CPU)(groups)
     forward = forward_pass(batch)
     if config.top_entropy < 1:
-        batch.entropy_floor = forward.entropy[batch.mask].median().item()
+        batch.in_top = forward.entropy >= forward.entropy[batch.mask].median()
     loss, _ = loss_of(config, forward, batch)
     assert loss.item() == pytest.approx(expected_loss(config, forward, batch), rel=2e-5, abs=1e-7)
 
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_formula(name, groups):
     [[batch]] = build_packer(config, CPU)(groups)
     forward = forward_pass(batch)
     if config.top_entropy < 1:
-        batch.entropy_floor = forward.entropy[batch.mask].median().item()
+        batch.in_top = forward.entropy >= forward.entropy[batch.mask].median()
     loss, _ = loss_of(config, forward, batch)
     loss.backward()
     sampled = batch.mask.nonzero().squeeze(1).tolist()

@@ -210,16 +210,18 @@ def test_a_batch_that_failed_half_way_leaves_no_trace_and_can_be_tried_again(gro
 
 def test_the_top_share_by_entropy_is_taken_anew_before_each_step(groups, tiny_config):
     """The second of two epochs takes it by the entropies after the first, which are what it masks by."""
-    floors = []
+    taken = []
     for epochs in (1, 2):
         config = tiny_config(epochs=2, top_entropy=0.3)
         policy, loss = build_policy(config), build_loss(config)
         randomise(policy)
         [[batch]] = build_packer(config, CPU)(groups)
         policy.update([[batch]], loss, 0.02, epochs)
-        floors.append(batch.entropy_floor)
+        taken.append(batch.in_top[batch.mask])
         loss.prepare_step(policy, [batch])
-        floors.append(batch.entropy_floor)
-    first, after_one, second, _ = floors
-    assert second == pytest.approx(after_one, abs=1e-6)
-    assert abs(second - first) > 1e-3
+        taken.append(batch.in_top[batch.mask])
+        highest = policy.logprobs(batch)[1][batch.mask].topk(round(0.3 * int(batch.mask.sum()))).indices
+        assert sorted(highest.tolist()) == taken[-1].nonzero().squeeze(1).tolist()
+    first, after_one, second, _ = taken
+    assert torch.equal(second, after_one)
+    assert not torch.equal(second, first)

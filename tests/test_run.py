@@ -297,11 +297,11 @@ def untroubled_metrics(tmp_path_factory):
     ("size", "times", "hook", "demand", "words"),
     [
         (EVALUATION, "2", "before_forward", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
-        (STEP, "7", "before_forward", ON_A_GPU, ["the GPU", "20.00 GiB"]),
+        (STEP, "7", "after_update", ON_A_GPU, ["the GPU", "20.00 GiB"]),
         (STEP, "10", "after_update", ON_A_CPU, ["this machine", "4000000000000000 bytes"]),
         (EVALUATION, "2", "before_forward", WARMING_UP, ["the GPU ran out"]),
     ],
-    ids=["rollout", "forward", "update", "warming up"],
+    ids=["rollout", "update on a GPU", "update", "warming up"],
 )
 def test_memory_that_runs_out_is_told_and_nothing_is_lost(
     size, times, hook, demand, words, untroubled_metrics, tmp_path, capsys

@@ -2,10 +2,13 @@
 nor of what it is taught by: the loss comes from outside.
 
 logprobs(batch)              log p and entropy of every sampled token, with gradient where torch records one
+read(batch)                  the same without gradient, in as many parts as memory asks for
 update(steps, loss, rate)    for each optimizer step: what the loss prepares -> forward, loss, backward of each batch
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,9 @@ from grpo_kernels import head_product, linear_logprob
 from torch import Tensor
 
 from grpo.config import Config
+from grpo.fitting import Fitting
 from grpo.loss import Loss
+from grpo.packing import batch_limit
 from grpo.policy.load import Loaded
 from grpo.policy.optimizer import build_optimizer, clip_gradient
 from grpo.types import Batch
@@ -34,6 +39,7 @@ class Policy:
         self.config = config
         self.version = 0
         self.optimizer = build_optimizer(self.store.parameters(), config)
+        self.fit = Fitting(batch_limit(config))
 
     @property
     def device(self) -> torch.device:
@@ -46,23 +52,19 @@ class Policy:
         Only sampled tokens reach the head, whose logits never exist for all of them at once. The entropy has a gradient
         where that is asked for.
         """
-        hidden, sampled = self._before_sampled(batch)
-        logprobs, entropy = linear_logprob(
-            hidden,
-            self.model.head,
-            batch.tokens[sampled],
-            self.config.temperature,
-            self.model.softcap,
-            differentiable_entropy=differentiable_entropy,
-        )
-        zeros = torch.zeros(batch.tokens.shape, device=hidden.device)
-        return zeros.index_copy(0, sampled, logprobs), zeros.index_copy(0, sampled, entropy)
+        logprobs, entropy = self._of_sampled(batch, differentiable_entropy)
+        return _aligned(logprobs, batch), _aligned(entropy, batch)
 
     @torch.no_grad()
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`logprobs` without gradient. Where memory does not hold a pass over the whole batch, its parts are passed."""
+        logprobs, entropy = zip(*self.fit(self._of_sampled, batch), strict=True)
+        return _aligned(torch.cat(logprobs), batch), _aligned(torch.cat(entropy), batch)
+
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """log p under the base model, adapter off, [N]."""
+        """log p under the base model, adapter off, [N], no gradient."""
         with self.store.reference():
-            return self.logprobs(batch)[0]
+            return self.read(batch)[0]
 
     @torch.no_grad()
     def ranks(self, batch: Batch, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,9 +72,7 @@ class Policy:
         tokens and, times its number of `draws` [n] in [0, 1), of those as likely; and 1 - the largest probability
         there was.
         """
-        hidden, sampled = self._before_sampled(batch)
-        rows = zip(hidden.split(ROWS_AT_ONCE), batch.tokens[sampled].split(ROWS_AT_ONCE), strict=True)
-        parts = [self._rank(states, tokens) for states, tokens in rows]
+        parts = [rows for part in self.fit(self._ranks, batch) for rows in part]
         logprobs, above, equal, largest = (torch.cat(column) for column in zip(*parts, strict=True))
         return logprobs, above + draws.to(above) * equal, 1 - largest
 
@@ -98,9 +98,13 @@ class Policy:
         sums: list[dict[str, Tensor]] = []
         for batches in optimizer_steps * epochs:
             loss.prepare_step(self, batches)
-            sums += [self.backward(batch, loss) for batch in batches]
+            sums += [part for batch in batches for part in self.fit(partial(self.backward, loss=loss), batch)]
             norms.append(self._optimizer_step())
-        return loss.summarize(sums) | {"optim/grad_norm": max(norms, default=0.0), "optim/learning_rate": rate}
+        return loss.summarize(sums) | {
+            "policy/split_batches": self.fit.count(),
+            "optim/grad_norm": max(norms, default=0.0),
+            "optim/learning_rate": rate,
+        }
 
     def backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         """Add the gradient of a batch's share of the loss to the masters; returns the sums of its metrics.
@@ -122,11 +126,29 @@ class Policy:
         self.store.refresh()
         return norm
 
+    def _of_sampled(self, batch: Batch, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """log p and entropy of the n sampled tokens of a batch, [n] each."""
+        hidden, sampled = self._before_sampled(batch)
+        return linear_logprob(
+            hidden,
+            self.model.head,
+            batch.tokens[sampled],
+            self.config.temperature,
+            self.model.softcap,
+            differentiable_entropy=differentiable_entropy,
+        )
+
     def _before_sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The hidden states that predict the n sampled tokens, [n, D], and the tokens' positions in the batch, [n]."""
         sampled = batch.mask.nonzero().squeeze(1)
         # The one shift: a token is predicted at the token before it.
         return self.model.hidden(batch)[batch.previous[sampled]], sampled
+
+    def _ranks(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`_rank` of the sampled tokens of a batch, some rows at once."""
+        hidden, sampled = self._before_sampled(batch)
+        rows = zip(hidden.split(ROWS_AT_ONCE), batch.tokens[sampled].split(ROWS_AT_ONCE), strict=True)
+        return [self._rank(states, tokens) for states, tokens in rows]
 
     def _rank(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden [S, D], tokens [S] -> log p, the probability above and of the same, and the largest, [S] each."""
@@ -135,6 +157,12 @@ class Policy:
         p = logprobs.exp()
         above, equal = (p * (logprobs > own)).sum(1), (p * (logprobs == own)).sum(1)
         return own.squeeze(1), above, equal, p.amax(1)
+
+
+def _aligned(values: Tensor, batch: Batch) -> Tensor:
+    """Values of the n sampled tokens, [n] float32, as a column of the batch, [N]; 0 on the rest."""
+    zeros = torch.zeros(batch.tokens.shape, device=values.device)
+    return zeros.index_copy(0, batch.mask.nonzero().squeeze(1), values)
 
 
 def _add_gradient(master: Tensor, gradient: Tensor | None) -> None:

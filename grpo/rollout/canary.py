@@ -198,7 +198,7 @@ class Canary:
     @torch.no_grad()
     def _measure(self) -> Measured:
         engine = torch.tensor([p for row in self.logprobs(self.contexts, self.completions) for p in row])
-        policy = self.policy.logprobs(self.batch)[0][self.batch.mask].cpu()
+        policy = self.policy.read(self.batch)[0][self.batch.mask].cpu()
         return Measured(self.policy.version, engine, policy)
 
 

@@ -1,0 +1,360 @@
+"""A batch that memory does not hold: the result is the whole's, nothing of a failed try stays, none is tried twice.
+
+Memory runs out here by hooks on a layer, which raise what PyTorch raises where a pass has more than so many tokens.
+"""
+
+import gc
+import json
+import shutil
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from test_packing import rows_of
+from tiny_models import CPU, build_policy, randomise
+from torch.nn.modules.module import register_module_forward_pre_hook
+from toy_task import SMALL, TASK
+
+from grpo.checkpoint import read_state
+from grpo.config import Config
+from grpo.fitting import Fitting
+from grpo.folder import list_checkpoints
+from grpo.loss import build_loss
+from grpo.metrics import TIMING_PREFIXES
+from grpo.packing import BatchLimit, build_packer, halve
+from grpo.policy.fused import FusedLayer
+from grpo.run import main
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a capacity of 1 GiB")
+WHERE = {  # a pass of this kind runs out
+    "forward": lambda: True,
+    "with gradient": torch.is_grad_enabled,
+    "without gradient": lambda: not torch.is_grad_enabled(),
+}
+
+
+def run_out(policy, most, where, told=None):
+    """From now on this pass over more than `most` tokens runs out of memory, in the model's last layer. told: how many
+    tokens each pass has, and whether it fails."""
+    passes = [] if told is None else told
+
+    def check(tokens):
+        passes.append((tokens, tokens > most))
+        if tokens > most:
+            raise torch.OutOfMemoryError(str(FULL))
+
+    layer = policy.model.layers[-1]
+    if where == "backward":
+        return layer.register_full_backward_pre_hook(lambda module, gradients: check(len(gradients[0])))
+
+    def before(module, inputs):
+        if WHERE[where]():
+            check(len(inputs[0]))
+
+    return layer.register_forward_pre_hook(before)
+
+
+def gradient_of(policy, config, groups, most=10_000, where="forward"):
+    """The gradient of an optimizer step, flat, its metrics and how often a batch was split. The policy that sampled is
+    another than the one that is updated, so that ratios are not 1."""
+    loss = build_loss(config)
+    policy.fit = Fitting(BatchLimit(10_000))
+    policy.optimizer.zero_grad()
+    hook = run_out(policy, most, where)
+    randomise(policy)
+    [batches] = build_packer(config, CPU)(groups)
+    loss.prepare(policy, batches)
+    randomise(policy, seed=2)
+    loss.prepare_step(policy, batches)
+    sums = [part for batch in batches for part in policy.fit(partial(policy.backward, loss=loss), batch)]
+    hook.remove()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in policy.store.parameters()])
+    return gradient, loss.summarize(sums), policy.fit.count()
+
+
+def assert_same_step(one, other):
+    assert other[0].norm() > 1e-4
+    assert (one[0] - other[0]).norm() <= 1e-6 * other[0].norm()
+    assert one[1] == pytest.approx(other[1], rel=1e-6, abs=1e-6)
+
+
+LOSSES = {
+    "grpo": {},
+    "gspo": dict(objective="gspo", clip_low=0.05, clip_high=0.05, correction="sequence_tis"),
+    "cispo": dict(objective="cispo", cispo_cap=1.1, correction="token_mask"),
+    "dual clip": dict(dual_clip=1.05, correction="none"),
+    "k1": dict(kl_coef=0.3, kl_estimator="k1", normalization="bnpo"),
+    "k2": dict(kl_coef=0.3, kl_estimator="k2", normalization="dr_grpo"),
+    "k3": dict(kl_coef=0.3, kl_estimator="k3", normalization="grpo"),
+    "weighted": dict(kl_coef=0.3, correction="sequence_mask", correction_floor=0.1, correction_cap=9.0),
+    "entropy": dict(entropy_coef=0.2, normalization="grpo"),
+    "top entropy": dict(top_entropy=0.3),
+    "off-policy mask": dict(off_policy_mask=0.1, normalization="dr_grpo"),
+    "everything": dict(objective="gspo", kl_coef=0.1, entropy_coef=0.1, top_entropy=0.5, normalization="bnpo"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What is there already is not looked through again after each of the failures."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    return build_policy(Config(model=checkpoint("qwen3"), base="float32", device="cpu", lora_rank=3, lora_alpha=6.0))
+
+
+@pytest.mark.parametrize("epochs", [1, 2], ids=["the pass's own ratio", "a stored one"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_in_parts_is_the_step(name, epochs, policy, groups):
+    config = Config(epochs=epochs, **LOSSES[name])
+    whole = gradient_of(policy, config, groups)
+    assert whole[2] == 0
+    for where in ("forward", "backward"):
+        for most in (60, 25):
+            split = gradient_of(policy, config, groups, most, where)
+            assert split[2] >= 1
+            assert_same_step(split, whole)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_other_models_are_split_too(name, base, groups, tiny_config):
+    config = tiny_config(name, base=base, kl_coef=0.1, recompute="layer")
+    policy, loss = build_policy(config), build_loss(config)
+    results = []
+    for most in (1000, 20):
+        policy.fit = Fitting(BatchLimit(most))
+        policy.fit.cut = policy.fit._cut
+        [[batch]] = build_packer(config, CPU)(groups)
+        randomise(policy)
+        loss.prepare(policy, [batch])
+        sums = policy.fit(partial(policy.backward, loss=loss), batch)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in policy.store.parameters()])
+        results.append((gradient, loss.summarize(sums), len(sums)))
+        for parameter in policy.store.parameters():
+            parameter.grad = None
+    whole, split = results
+    assert (whole[2], split[2]) == (1, 6)
+    assert_same_step(split, whole)
+
+
+def test_halves_have_the_same_completions_in_order(groups):
+    """Down to single completions, with what the loss has stored of each token."""
+    [[batch]] = build_packer(Config(), CPU)(groups)
+    batch.old_logprobs = torch.arange(len(batch.tokens)).float()
+    batch.in_top = batch.tokens % 2 == 0
+    waiting, seen = [batch], []
+    while waiting:
+        first, *waiting = waiting
+        halves = halve(first)
+        seen.append([row[:2] for half in halves for row in rows_of(half)])
+        assert seen[-1] == [row[:2] for row in rows_of(first)]
+        for name in ("old_logprobs", "in_top", "weights", "advantages", "sampler_logprobs", "tokens"):
+            parts = [getattr(half, name)[half.mask] for half in halves]
+            assert torch.equal(torch.cat(parts), getattr(first, name)[first.mask]), name
+        assert all(len(half.reference_logprobs) == 0 for half in halves)
+        assert all(half.num_sequences < first.num_sequences for half in halves) or len(halves) == 1
+        waiting = [*(half for half in halves if half is not first), *waiting]
+    assert [len(rows) for rows in seen].count(1) == 9
+
+
+def test_a_cut_is_between_groups_where_the_larger_half_is_smallest(groups):
+    [[batch]] = build_packer(Config(), CPU)(groups)
+    assert batch.layout.completion_lengths == ((5, 1, 13), (3, 3, 2), (9, 4, 6))
+    first, second = halve(batch)  # of 26, 9 and 31 tokens
+    assert first.layout.completion_lengths == ((5, 1, 13), (3, 3, 2))
+    assert [half.layout.completion_lengths for half in halve(second)] == [((9,),), ((4, 6),)]
+    assert [half.layout.prompt_lengths for half in halve(second)] == [(12,), (12,)]
+    [[alone]] = build_packer(Config(), CPU)([pick(groups[0], 2)])
+    assert halve(alone) == [alone]
+
+
+def pick(group, *places):
+    """The group with some of its completions."""
+    group.completions = [group.completions[place] for place in places]
+    group.advantages = group.advantages[list(places)]
+    return group
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize("where", ["with gradient", "backward", "without gradient"])
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_no_tensor_of_a_failed_try_survives(where, recompute, groups, tiny_config):
+    """Every tensor that the layers saw, and the gradients that had come so far, are gone when it is tried again."""
+    config = tiny_config(epochs=2, kl_coef=0.1, recompute=recompute)
+    policy, loss = build_policy(config), build_loss(config)
+    randomise(policy)
+    [[batch]] = build_packer(config, CPU)(groups)
+    seen, tries = [], []
+
+    def watch(module, inputs, output):
+        seen.extend(map(weakref.ref, (inputs[0], output)))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: seen.append(weakref.ref(gradient)))
+
+    def begin(module, inputs):
+        """Before the first layer: what the try before this left."""
+        if tries and tries[-1]:
+            assert [tensor().shape for tensor in seen if tensor() is not None] == []
+        seen.clear()
+
+    first, last = policy.model.layers[0], policy.model.layers[-1]
+    for layer in (first, last):
+        layer.register_forward_hook(watch)
+    policy.model.embed.register_forward_pre_hook(begin)
+
+    def fail(tokens):
+        tries.append(tokens > 40)
+        if tokens > 40:
+            held = torch.ones(tokens, 7)  # of the frame that fails
+            seen.append(weakref.ref(held))
+            error = torch.OutOfMemoryError(str(FULL))
+            raise error  # which holds the frame that holds it
+
+    if where == "backward":  # of the first layer, after that of the last
+        first.register_full_backward_pre_hook(lambda module, gradients: fail(len(gradients[0])))
+    else:
+
+        def before(module, inputs):
+            if WHERE[where]():
+                fail(len(inputs[0]))
+
+        last.register_forward_pre_hook(before)
+    gc.disable()
+    try:
+        policy.update([[batch]], loss, 1e-3)
+    finally:
+        gc.enable()
+    assert any(tries) and not all(tries)
+
+
+def test_what_is_no_want_of_memory_and_a_completion_that_does_not_fit_are_raised(groups, tiny_config):
+    config = tiny_config()
+    policy, loss = build_policy(config), build_loss(config)
+    pack = build_packer(config, CPU, policy.fit.limit)
+    hook = policy.model.layers[0].register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy.update(pack(groups), loss, 1e-3)
+    hook.remove()
+    layer = policy.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, inputs: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        policy.update(pack(groups), loss, 1e-3)
+    hook.remove()
+    assert policy.fit.count() == 0
+    run_out(policy, 15, "with gradient")  # the first group's third completion has 20 tokens with its prompt
+    with pytest.raises(torch.OutOfMemoryError, match=r"20\.00 GiB") as raised:
+        policy.update(pack(groups), loss, 1e-3)
+    assert raised.traceback[-1].name == "check"
+    assert policy.version == 0 and not policy.optimizer.state
+
+
+def test_one_failure_is_enough(groups, tiny_config):
+    """The other batches of the step, the epochs that follow and the steps after it are no larger than what did fit."""
+    config = tiny_config(epochs=2, mini_batches=1, kl_coef=0.1)
+    policy, loss = build_policy(config), build_loss(config)
+    told, passes = [], []
+    policy.fit.tell = told.append
+    pack = build_packer(config, CPU, policy.fit.limit)
+    run_out(policy, 40, "forward", passes)
+    groups_twice = [*groups, *groups]
+    metrics = policy.update([[*pack(groups)[0], *pack(groups)[0]]], loss, 1e-3, epochs=2)
+    assert metrics["policy/split_batches"] == 1
+    assert [fails for _, fails in passes].count(True) == 1
+    [note] = told
+    assert "a batch of 66 tokens" in note and "at most 35 tokens" in note and "--tokens-per-batch 35" in note
+    assert policy.fit.limit.state() == [16384, 35]
+    assert all(len(batch.tokens) <= 35 for batch in pack(groups_twice)[0])
+    metrics = policy.update(pack(groups_twice), loss, 1e-3, epochs=2)
+    assert metrics["policy/split_batches"] == 0
+    assert [fails for _, fails in passes].count(True) == 1 and len(told) == 1
+
+
+def test_the_limit_is_remembered_as_long_as_the_same_is_asked_for():
+    limit = BatchLimit(100)
+    limit.lower(40)
+    limit.lower(60)
+    for asked, expected in ((100, 40), (90, 90), (200, 200)):
+        resumed = BatchLimit(asked)
+        resumed.restore(limit.state())
+        assert resumed.tokens == expected
+    fresh = BatchLimit(100)
+    fresh.restore([])  # a checkpoint of a version that had none
+    assert fresh.tokens == 100
+
+
+def test_reading_in_parts_is_reading(policy, groups):
+    """What the canary and the audit read."""
+    policy.fit = Fitting(BatchLimit(10_000))
+    randomise(policy)
+    [[batch]] = build_packer(Config(), CPU)(groups)
+    draws = torch.rand(int(batch.mask.sum()), generator=torch.Generator().manual_seed(0))
+    whole = (*policy.read(batch), policy.reference_logprobs(batch), *policy.ranks(batch, draws))
+    hook = run_out(policy, 30, "without gradient")
+    parts = (*policy.read(batch), policy.reference_logprobs(batch), *policy.ranks(batch, draws))
+    hook.remove()
+    assert policy.fit.count() >= 1
+    for one, other in zip(parts, whole, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert policy.store.scale == 2
+
+
+@pytest.fixture
+def full_above():
+    """limit -> from now on passes with gradient of more tokens than that through a fused layer run out of memory."""
+    hooks = []
+
+    def arm(most):
+        def exhaust(module, inputs):
+            if isinstance(module, FusedLayer) and torch.is_grad_enabled() and len(inputs[0]) > most:
+                raise torch.OutOfMemoryError(str(FULL))
+
+        hooks.append(register_module_forward_pre_hook(exhaust))
+
+    yield arm
+    for hook in hooks:
+        hook.remove()
+
+
+def run_toy(folder, *flags):
+    (folder / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    return main([str(folder / "toy.py"), *SMALL, "--run-dir", str(folder / "run"), *flags])
+
+
+def steps_of(folder):
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "reward/mean" in line]
+    return [{name: x for name, x in step.items() if not name.startswith(TIMING_PREFIXES)} for step in steps]
+
+
+def test_a_run_goes_on_and_a_resumed_one_is_the_same(full_above, tmp_path, capsys):
+    for name in ("untroubled", "whole"):
+        (tmp_path / name).mkdir()
+    few = ["--eval-every", "0", "--save-every", "2"]
+    assert run_toy(tmp_path / "untroubled", "--steps", "1", *few) == 0
+    full_above(60)
+    assert run_toy(tmp_path / "whole", "--steps", "4", *few) == 0
+    assert capsys.readouterr().out.count("note: the memory did not hold a batch") == 1
+    [first] = steps_of(tmp_path / "untroubled")
+    split = steps_of(tmp_path / "whole")
+    assert [line["policy/split_batches"] for line in split] == [1, 0, 0, 0]
+    assert {**split[0], "policy/split_batches": 0} == pytest.approx(first, rel=1e-4, abs=1e-6)
+    shutil.copytree(tmp_path / "whole" / "run", tmp_path / "resumed" / "run")
+    earlier, _ = list_checkpoints(tmp_path / "resumed" / "run")
+    assert read_state(earlier)[0].batch_limit == [16384, 44]
+    assert main(["--resume", str(earlier)]) == 0
+    assert "did not hold" not in capsys.readouterr().out
+    assert steps_of(tmp_path / "resumed") == split
+
+
+def test_a_run_ends_where_one_completion_does_not_fit(full_above, tmp_path, capsys):
+    full_above(20)
+    assert run_toy(tmp_path, "--steps", "2", "--eval-every", "0") == 2
+    told = capsys.readouterr().err
+    assert "The memory of the GPU ran out (the last request was for 20.00 GiB)" in told
+    assert "--max-completion-tokens (7)" in told and "Traceback" not in told
