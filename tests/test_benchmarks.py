@@ -23,8 +23,9 @@ import random_models
 import step
 import step_table
 from shapes import SHAPES, is_written, model_folder
+from test_memory import plan_for
 
-from grpo.memory import GIB, Asked, Need, Sizes, choose
+from grpo.memory import GIB
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +203,7 @@ def test_a_case_of_memory_is_as_long_as_its_name_says_and_fits_its_model(name):
 
 
 def test_what_a_run_foretells_is_read_from_its_plan():
-    sizes = Sizes(GIB, 6 * GIB, GIB, 84_000_000, 32, GIB, 4e5, 1e5, 8192)
-    need = Need(768, 512, 40_000, 64, 131_072, 8, gives_cache_back=True, engine_bytes=GIB)
-    plan = choose(sizes, need, 40 * GIB, Asked("auto", 0, 0))
+    plan = plan_for(40)
     record = our_run.foretold(["threads: 1", plan.table()])
     assert record["predicted_gib"] == pytest.approx(max(plan.peaks) / GIB, abs=0.05)
     assert record["plan"] == plan.table().splitlines()
