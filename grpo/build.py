@@ -150,13 +150,15 @@ def plan_memory(config: Config, policy: Policy, longest: int) -> Plan | None:
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
     sizes = memory.measure(policy, longest)
-    memory.keep_within(limit - sizes.others, policy.device)
-    return memory.choose(sizes, _need(config, policy, longest), limit, _asked(config))
+    plan = memory.choose(sizes, _need(config, policy, longest), limit, _asked(config))
+    if config.memory_gib:
+        memory.keep_within(plan, policy.device)
+    return plan
 
 
-def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Config:
-    """The plan once more, now that it can be measured what the engine takes; the policy's layers and the configuration
-    as it has them. `note` is told.
+def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Plan:
+    """The plan once more, now that it can be measured what the engine takes, and the policy's layers as it has them.
+    `note` is told.
 
     Raises:
         UserError: the engine takes so much that nothing fits any more.
@@ -164,12 +166,11 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     engine.release()
     held = 0 if plan.need.gives_cache_back else plan.kv_cache
     taken = memory.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
-    need = replace(plan.need, engine_bytes=max(0, taken))
-    asked = replace(_asked(config), kv_cache=plan.kv_cache)
-    plan = memory.choose(plan.sizes, need, plan.limit, asked)
+    need = replace(plan.need, engine_bytes=max(0, taken), cache_stands=plan.kv_cache)
+    plan = memory.choose(plan.sizes, need, plan.limit, _asked(config))
     policy.model.treat(plan.treatments)
     note(plan.table())
-    return replace(config, tokens_per_batch=plan.tokens_per_batch)
+    return plan
 
 
 def _need(config: Config, policy: Policy, longest: int) -> Need:
@@ -240,7 +241,8 @@ def build_run(
         note,
     )
     if plan:
-        config = settle_memory(plan, config, policy, engine, note)
+        plan = settle_memory(plan, config, policy, engine, note)
+        config = replace(config, tokens_per_batch=plan.tokens_per_batch)
     progress.tokens_per_batch = config.tokens_per_batch
     policy.fit = Fitting(batch_limit(config), note)
     policy.fit.restore(progress.batch_limit)
@@ -272,7 +274,7 @@ def build_run(
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions),
         recorder=recorder,
-        memory_peak=gpu_peak if policy.device.type == "cuda" else process_peak,
+        memory_peak=partial(gpu_peak, plan) if plan else process_peak,
         admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         generators_now=generators_now,
@@ -294,9 +296,15 @@ def admit_all(group: Group) -> bool:
     return True
 
 
-def gpu_peak() -> float:
-    """The most memory that PyTorch held on the GPU so far, GiB."""
-    return torch.cuda.max_memory_reserved() / 2**30
+def gpu_peak(plan: Plan) -> float:
+    """The most memory that PyTorch and the KV cache held on the GPU so far, GiB.
+
+    To PyTorch a cache that was given back is still there. It stands beside the least in a rollout, and in an update
+    beside nothing.
+    """
+    given_back = plan.kv_cache * plan.need.gives_cache_back
+    rollout = plan.peaks[0] - plan.sizes.others
+    return max(rollout, torch.cuda.max_memory_reserved() - given_back) / memory.GIB
 
 
 def process_peak() -> float:

@@ -73,6 +73,7 @@ class Need:
     bytes_per_parameter: int  # of the optimizer's state: 8, or 2 in 8 bits
     gives_cache_back: bool  # between rollout and update
     engine_bytes: int  # beside the cache: expected, or measured
+    cache_stands: int = 0  # bytes of a cache that is there already
 
 
 @dataclass(frozen=True)
@@ -234,10 +235,14 @@ def taken(device: torch.device) -> int:
     return total - free
 
 
-def keep_within(limit: int, device: torch.device) -> None:
-    """PyTorch takes no more than so many bytes of a GPU, from now on and whatever is asked for."""
+def keep_within(plan: Plan, device: torch.device) -> None:
+    """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for.
+
+    It counts a KV cache that was given back as if it were there.
+    """
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, limit / total)), device)
+    allowed = plan.limit - plan.sizes.others + plan.kv_cache * plan.need.gives_cache_back
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -296,8 +301,8 @@ def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
 
 def _caches(need: Need, asked: Asked, left: int) -> list[int]:
     """Bytes of the KV cache to try, the largest first."""
-    if asked.kv_cache:
-        return [asked.kv_cache]
+    if given := need.cache_stands or asked.kv_cache:
+        return [given]
     wanted, least = _wanted_cache(need), _least_cache(need)
     sizes = {wanted, left, least, *(int(wanted * share / 16) for share in range(1, 16))}
     return sorted((size for size in sizes if least <= size <= max(wanted, least)), reverse=True)

@@ -289,12 +289,35 @@ def _no_collection() -> Iterator[None]:
 # ---- the KV cache's memory
 
 
-@dataclass(frozen=True)
 class KvMemory:
-    """Two calls: let the KV cache's memory go, take it back. What was in it is lost."""
+    """The KV cache's memory, which can be let go of and taken back; what was in it is lost. This one stays."""
 
-    release: Callable[[], None]
-    restore: Callable[[], None]
+    def release(self) -> None:
+        """Let it go."""
+
+    def restore(self) -> None:
+        """Take it back."""
+
+
+@dataclass
+class SleepingKvMemory(KvMemory):
+    """vLLM's own calls. The memory does not come from PyTorch, which may hold what it does not use any more."""
+
+    let_go: Callable[[], object]
+    take_back: Callable[[], object]
+    size: int = 0  # bytes that letting go gave
+
+    def release(self) -> None:
+        """See KvMemory.release."""
+        before = torch.cuda.mem_get_info()[0]
+        self.let_go()
+        self.size = torch.cuda.mem_get_info()[0] - before
+
+    def restore(self) -> None:
+        """See KvMemory.restore."""
+        if torch.cuda.mem_get_info()[0] < self.size:
+            torch.cuda.empty_cache()
+        self.take_back()
 
 
 def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
@@ -304,10 +327,10 @@ def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
     and biases where the base is shared, all of its copy where it is not. Without sleep mode nothing is released.
     """
     if not can_sleep:
-        return KvMemory(lambda: None, lambda: None)
+        return KvMemory()
     if hasattr(llm, "release_kv_cache_memory"):
-        return KvMemory(partial(_heap_frozen, _release, llm), lambda: llm.wake_up(tags=["kv_cache"]))
-    return KvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
+        return SleepingKvMemory(partial(_heap_frozen, _release, llm), lambda: llm.wake_up(tags=["kv_cache"]))
+    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
 
 
 def _release(llm: Any) -> None:

@@ -28,7 +28,7 @@ TOKENS = 256 + 16 * 509
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    folder = write_checkpoint(tmp_path_factory.mktemp("qwen3"), QWEN3)
+    folder = write_checkpoint(QWEN3, tmp_path_factory.mktemp("qwen3"))
     config = Config(model=str(folder), base="nf4", device="cuda", lora_rank=8)
     policy = Policy(load_model(config, torch.device("cuda"), 1024), config)
     for parameter in policy.store.parameters():

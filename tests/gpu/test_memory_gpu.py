@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("base", ["nf4", "bf16"])
 def test_an_update_takes_what_was_predicted(base, tmp_path):
-    folder = write_checkpoint(tmp_path, QWEN3)
+    folder = write_checkpoint(QWEN3, tmp_path)
     config = Config(model=str(folder), base=base, device="cuda", lora_rank=8)
     policy = Policy(load_model(config, torch.device("cuda"), 1024), config)
     sizes = memory.measure(policy, 765)
