@@ -5,11 +5,12 @@
     python benchmarks/memory.py --only tiny/2x64 --device cpu      tries the script
 
 Each case is a process of its own that runs a few steps of the product's loop (our_run.py) over random weights in NF4:
-one prompt, so many completions of one length. Where there is a limit the run is told (--memory-gib), and torch may take
-no more from the beginning; whether the process stayed below it is seen from outside, for vLLM's KV cache and CUDA's own
-memory are not torch's. Of long contexts only the first tokens are sampled and the rest is made up (our_run.Lengthened):
-the engine holds its whole cache from the start, and the update reads full lengths. The peak is the GPU's as nvidia-smi
-sees it, less what was taken before; what is predicted is the run's own plan (grpo/memory.py).
+one prompt and so many completions of one length, or the usual step of step.py (64x768). Where there is a limit the run
+is told (--memory-gib), and torch may take no more from the beginning; whether the process stayed below it is seen from
+outside, for vLLM's KV cache and CUDA's own memory are not torch's. Of long contexts only the first tokens are sampled
+and the rest is made up (our_run.Lengthened): the engine holds its whole cache from the start, and the update reads full
+lengths. The peak is the GPU's as nvidia-smi sees it, less what was taken before; what is predicted is the run's own
+plan (grpo/memory.py).
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ SAMPLED = 128  # tokens of a completion too long to be sampled each time
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt and its completions, of one length."""
+    """Prompts and their completions, of one length."""
 
     group: int
     prompt_tokens: int
     completion_tokens: int
     limit_gib: float | None = None
     sampled: int | None = None
+    prompts: int = 1
 
 
 USUAL = {
@@ -48,6 +50,12 @@ USUAL = {
     "qwen2.5-32b/8x2048": Case(8, 512, 1_536, limit_gib=48, sampled=SAMPLED),
     "qwen2.5-32b/8x8192": Case(8, 512, 7_680, limit_gib=48, sampled=SAMPLED),
     "qwen2.5-32b/2x32768": Case(2, 512, 32_256, limit_gib=48, sampled=SAMPLED),
+}
+# The usual step (step.py) in so many GiB: does a run stay below, and does it know before how much it will take?
+USUAL |= {
+    f"{shape}/64x768@{limit}": Case(8, 256, 512, limit_gib=limit, sampled=SAMPLED, prompts=8)
+    for shape, limits in (("qwen2.5-1.5b", (24, 80)), ("llama-3.1-8b", (24, 48, 80)), ("qwen2.5-14b", (24, 48, 80)))
+    for limit in limits
 }
 KNOWN = USUAL | {"tiny/2x64": Case(2, 40, 24, limit_gib=4, sampled=8)}
 
@@ -99,7 +107,8 @@ def measure(arguments: argparse.Namespace) -> cases.Record:
         whole = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit_gib * 2**30 / whole))
     usual = {
-        "steps": arguments.steps, "prompts_per_step": 1, "group_size": case.group, "eval_prompts": case.group,
+        "steps": arguments.steps, "prompts_per_step": case.prompts, "group_size": case.group,
+        "eval_prompts": case.prompts * case.group,
         "max_completion_tokens": case.completion_tokens, "memory_gib": case.limit_gib or 0.0,
     }  # fmt: skip
     model = model_folder(*needs(arguments.case), arguments.folder)

@@ -123,7 +123,7 @@ def memory_of(result: Record) -> str:
     )
     origin = (
         f"Peaks of whole runs of ours on one {about['device']}, {dates(cases.values())}{packages(cases.values())}: NF4 "
-        f"base, LoRA rank {about['lora_rank']}, vLLM in the same process, one prompt; the tokens are prompt and "
+        f"base, LoRA rank {about['lora_rank']}, vLLM in the same process; the tokens are prompt and "
         f"completion (`{about['command']}`). Peak: of the whole GPU, as seen from outside."
     )
     return "\n".join([origin, "", header, *(memory_line(name, record) for name, record in cases.items())])
@@ -131,8 +131,8 @@ def memory_of(result: Record) -> str:
 
 def memory_line(name: str, record: Record) -> str:
     shape, size, *variant = name.split("/")
-    group, tokens = size.split("x")
-    work = ", ".join([f"{group} x {int(tokens):,}", *variant])
+    sequences, tokens = size.partition("@")[0].split("x")
+    work = ", ".join([f"{sequences} x {int(tokens):,}", *variant])
     allowed = f"{record['limit_gib']:g}" if record.get("limit_gib") else ""
     if "failed" in record:
         return f"| {shape} | {work} | {allowed} | {reason(record)} | | | |"

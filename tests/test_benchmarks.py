@@ -198,7 +198,7 @@ def test_a_long_context_is_made_up_behind_what_was_sampled(folder):
 def test_a_case_of_memory_is_as_long_as_its_name_says_and_fits_its_model(name):
     case, shape = memory.KNOWN[name], name.split("/")[0]
     longest = case.prompt_tokens + case.completion_tokens
-    assert name == f"{shape}/{case.group}x{longest}"
+    assert name.partition("@")[0] == f"{shape}/{case.prompts * case.group}x{longest}"
     assert longest <= SHAPES[shape].get("max_position_embeddings", random_models.CONTEXT)
 
 
@@ -251,10 +251,12 @@ def test_peaks_are_told_beside_what_is_allowed_and_predicted(tmp_path):
     about = {"device": "NVIDIA H100", "command": "python benchmarks/memory.py", "lora_rank": 32}
     results = cases.Results(path, about, memory.judge)
     results.keep("llama-3.1-8b/8x20256", measured(9.0, limit_gib=20, predicted_gib=24.0, reserved_peak_gib=15.0), "")
-    results.keep("qwen2.5-14b/8x2048", {"limit_gib": 14, "failed": "torch.OutOfMemoryError: CUDA"}, "")
+    results.keep(
+        "qwen2.5-14b/64x768@24/recompute=none", {"limit_gib": 24, "failed": "torch.OutOfMemoryError: CUDA"}, ""
+    )
     told = rows_of(step_table.memory(tmp_path))
     assert ["llama-3.1-8b", "8 x 20,256", "20", "21.4, more than allowed", "24.0", "15.0", "2.25"] in told
-    assert ["qwen2.5-14b", "8 x 2,048", "14", "failed: torch.OutOfMemoryError: CUDA", "", "", ""] in told
+    assert ["qwen2.5-14b", "64 x 768, recompute=none", "24", "failed: torch.OutOfMemoryError: CUDA", "", "", ""] in told
     assert kept(path)["llama-3.1-8b/8x20256"]["predicted_off"] == pytest.approx(24 / 21.37 - 1, abs=1e-3)
 
 
