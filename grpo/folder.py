@@ -162,6 +162,7 @@ def write_config(saved: Saved) -> None:
     }
     # Under another name first: on a full disk the file that a resumed run began with must stay.
     draft = saved.folder / f".{CONFIG_FILE}.partial"
+    draft.unlink(missing_ok=True)  # of a run that was downloaded it may be a link to some other file
     draft.write_text(json.dumps(content, indent=2))
     draft.replace(saved.folder / CONFIG_FILE)
 

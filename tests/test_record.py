@@ -12,7 +12,9 @@ from PIL import Image
 from rich.cells import cell_len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from grpo.config import Config
 from grpo.errors import UserError
+from grpo.folder import Saved, write_config
 from grpo.record import Console, Recorder, draw_curves
 from grpo.record.console import columns_for, columns_that_fit
 from grpo.record.curves import _running_mean, _thinned, labels
@@ -464,6 +466,23 @@ def test_a_step_that_trains_nothing_says_why_and_what_to_do(numbers, words):
     told = explain(EMPTY | numbers)
     for word in words:
         assert word in told
+
+
+def test_links_in_a_run_that_was_downloaded_lead_nowhere(tmp_path):
+    """Whoever packs a run must not choose a file of ours that resuming it cuts, writes into or draws over."""
+    mine = tmp_path / "mine"
+    mine.write_text('{"step": 0, "reward/mean": 1.0}\n')
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("metrics.jsonl", "curves.png.partial", ".config.json.partial"):
+        (run / name).symlink_to(mine)
+    before = mine.read_bytes()
+    with pytest.raises(UserError, match=r"metrics.jsonl is a symbolic link, .* only into files of its own"):
+        JsonLines(run / "metrics.jsonl", 5)
+    draw_curves(mine, run / "curves.png")
+    write_config(Saved(run, "id", "task.py", "0", "toy", Config(), {}))
+    assert mine.read_bytes() == before
+    assert (run / "curves.png").exists() and (run / "config.json").exists()
 
 
 def test_a_step_in_which_all_is_solved_is_no_alarm(tmp_path):

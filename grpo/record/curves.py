@@ -70,6 +70,7 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
             draw(axes, curves)
             axes.set_xlim(*_span(curves))
         partial = out_png.with_name(out_png.name + ".partial")
+        partial.unlink(missing_ok=True)  # a link would lead out of the run's folder
         with warnings.catch_warnings():
             # A letter that the font lacks is drawn as a box; that is no news in the middle of a run.
             warnings.filterwarnings("ignore", message="Glyph .* missing")

@@ -20,8 +20,13 @@ def check_position(path: Path, position: int | None) -> None:
     asked for all files of a run before the first of them is cut.
 
     Raises:
-        UserError: it exists, or is shorter.
+        UserError: it exists, or is shorter, or is somewhere else.
     """
+    if path.is_symlink():  # whoever packed a run would choose which of the user's files it is cut and written into
+        raise UserError(
+            f"{path} is a symbolic link, and a run writes only into files of its own. Put the file itself there, or "
+            "start a new run."
+        )
     if position is None and path.exists():
         raise UserError(
             f"{path} exists already, and a run never overwrites another. Choose a new run folder, or go on "
