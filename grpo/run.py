@@ -16,9 +16,10 @@ import os
 import signal
 import sys
 
+from grpo.command import Options
 from grpo.errors import Stopped, UserError
 from grpo.guards import stopped_by_signals
-from grpo.resolve import resolve
+from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, say
 
 
@@ -63,8 +64,18 @@ def _tell(error: str) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
-    """Each verb is imported when it is wanted: all need PyTorch, and neither --help nor a mistyped flag does."""
     options, resolved = resolve(argv)
+    try:
+        return _do(options, resolved)
+    except SystemExit as error:  # of a library, or of user code where none was expected: 0 would be a success
+        raise UserError(
+            f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "
+            "sys.exit() in the task file and in what it imports."
+        ) from error
+
+
+def _do(options: Options, resolved: Resolved) -> int:
+    """Each verb is imported when it is wanted: all need PyTorch, and neither --help nor a mistyped flag does."""
     if options.check:
         from grpo.verbs.check import check
 

@@ -34,6 +34,7 @@ from grpo.rewards import (
     xml_count,
 )
 from grpo.rewards.preflight import Calls, preflight, preflight_table
+from grpo.rewards.samples import copies
 from grpo.types import Completion, Group, Prompt
 
 COLUMNS = ["question", "answer"]
@@ -806,6 +807,29 @@ def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
     cells = list(preflight_table(report).columns[2].cells)
     assert cells == ["1", "does not apply", "0"]
     assert list(preflight_table(report).columns[-1].cells) == ["599 of 600", "0 of 600", "600 of 600"]
+
+
+class Leaves:
+    """Everything that is asked of it ends the program, as a success."""
+
+    def leave(self, *given):
+        raise SystemExit(0)
+
+    __float__ = __repr__ = __len__ = __reduce_ex__ = __deepcopy__ = leave
+
+
+def test_a_value_that_ends_the_program_is_no_number():
+    def one(completion):
+        return Leaves()
+
+    def batch(completions):
+        return Leaves()
+
+    for reward in (one, batch):
+        with pytest.raises(UserError, match=rf"`{reward.__name__}` returned something that cannot be shown"):
+            scored({reward: 1.0})
+    prompts = copies([Leaves()])
+    assert isinstance(prompts[0], Leaves)
 
 
 class Unspeakable(BaseException):

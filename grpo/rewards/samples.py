@@ -17,6 +17,7 @@ from functools import partial
 from types import NoneType
 from typing import Any
 
+from grpo.errors import WHAT_USER_CODE_RAISES
 from grpo.types import Completion, Group, Prompt
 
 
@@ -80,7 +81,7 @@ def _copier(value: Any) -> partial[Any]:
     """What gives a copy with every call, or the value itself where it cannot be copied."""
     # Pickled once and unpickled for each, because that takes a tenth of the time of deepcopy.
     for build in (_unpickler, partial(partial, copy.deepcopy)):
-        with suppress(Exception):  # how a value is copied is its class's own code
+        with suppress(*WHAT_USER_CODE_RAISES):  # how a value is copied is its class's own code
             copier = build(value)
             copier()
             return copier

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.errors import UserError
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError
 from grpo.rewards.samples import Samples, where
 
 _ARRAYS = (np.ndarray, Tensor)
@@ -74,7 +74,7 @@ def checked_values(name: str, returned: list[Any], samples: Samples) -> Tensor:
 
 def _as_float(value: Any) -> float:
     """A value as Python's own number, whatever it is held in; infinity for what is none."""
-    with suppress(Exception):  # how it becomes a number is its class's own code
+    with suppress(*WHAT_USER_CODE_RAISES):  # how it becomes a number is its class's own code
         return _to_float(value)
     return math.inf
 
@@ -113,7 +113,7 @@ def _awaited(value: Any) -> str:
 
 def _describe(returned: Any) -> str:
     has_length = isinstance(returned, Sized) and not (isinstance(returned, _ARRAYS) and returned.ndim == 0)
-    with suppress(Exception):  # an object's length is its class's own code
+    with suppress(*WHAT_USER_CODE_RAISES):  # an object's length is its class's own code
         return f"{shown(returned)} ({type(returned).__name__}{f' of length {len(returned)}' if has_length else ''})"
     return f"{shown(returned)} ({type(returned).__name__})"
 
@@ -122,5 +122,7 @@ def shown(value: Any) -> str:
     """A value in at most 60 characters."""
     try:
         return repr(value)[:60]
-    except Exception:  # Python refuses to write integers of many thousand digits, and an object may raise anything
+    except (
+        WHAT_USER_CODE_RAISES
+    ):  # Python refuses to write integers of many thousand digits, and an object may raise anything
         return "something that cannot be shown"
