@@ -40,9 +40,9 @@ RECORDED = ("metrics.jsonl", "completions.jsonl", "curves.png", "tensorboard")
 # ---- the folder
 
 
-def new_run_folder(task_name: str, config: Config) -> Path:
-    """The run's own folder, made now; an existing one is never written into. Two runs that start in the same second
-    have two.
+def new_run_folder(task_name: str, config: Config, here: Path) -> Path:
+    """The run's own folder, made now, in `here` unless the configuration names it; an existing one is never written
+    into. Two runs that start in the same second have two.
 
     Raises:
         UserError: it exists, or cannot be made.
@@ -50,7 +50,7 @@ def new_run_folder(task_name: str, config: Config) -> Path:
     name = f"runs/{task_name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in count(1):
         check_new(config)
-        folder = Path(config.run_dir or (name if number == 1 else f"{name}-{number}"))
+        folder = here / (config.run_dir or (name if number == 1 else f"{name}-{number}"))
         try:
             folder.mkdir(parents=True)
             break

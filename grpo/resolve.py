@@ -8,6 +8,7 @@ the place of the first three.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Resolved:
     task: Task
     task_path: str
     task_sha256: str  # of that file
+    here: Path  # the folder that the command is given in; the user's own code may go to another
     config: Config
     origins: dict[str, Origin]  # of its fields; a resumed run keeps those it began with
     missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
@@ -46,6 +48,8 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
         UserError: they do not go together, or something that they name is not there.
     """
     options, flags = parse(argv)
+    here = _here()
+    options, flags = _from(here, options, flags)
     options = _settled(options, flags)
     saved = saved_run(options.resume or options.eval)
     if options.resume and not saved:
@@ -53,6 +57,8 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     task, task_path = _task(options, saved)
     if options.resume and saved:
         _check_same_run(saved, task, task_path, options.resume, flags)
+    if saved:
+        _check_adapter(saved, flags)
     if options.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
         flags = flags | {"model": options.eval}
     config, origins = (saved.config, dict(saved.origins)) if saved else _of_task(task)
@@ -63,7 +69,28 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     origins |= {name: origin for origin, layer in layers.items() for name in layer}
     config = Config(**_over(config, layers))
     config = dataclasses.replace(config, **_absolute(config, task))
-    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), config, origins, missing)
+    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), here, config, origins, missing)
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("The folder that the command is given in is not there any more. Go to another one.") from error
+
+
+def _from(here: Path, options: Options, flags: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
+    """The same with whole paths where folders are meant: a task file, or a reward in the middle of a run, may change
+    the folder that the process is in."""
+    runs = {name: path for name in ("task", "resume", "eval") if (path := getattr(options, name)) and _is(here / path)}
+    folders = {name: flags[name] for name in ("data", "model") if name in flags and _is(here / flags[name])}
+    new = {"run_dir": flags["run_dir"]} if flags.get("run_dir") else {}
+    options = dataclasses.replace(options, **{name: os.path.abspath(here / path) for name, path in runs.items()})
+    return options, flags | {name: os.path.abspath(here / path) for name, path in (folders | new).items() if path}
+
+
+def _is(path: Path) -> bool:
+    return "\0" not in str(path) and path.exists()
 
 
 Layers = dict[Origin, dict[str, Any]]  # origin -> values, the later over the earlier
@@ -188,6 +215,22 @@ def _check_same_run(saved: Saved, task: Task, task_path: str, resumed: str, flag
         )
     if "run_dir" in flags:
         raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
+
+
+def _check_adapter(saved: Saved, flags: dict[str, Any]) -> None:
+    """The adapter that was trained has its rank and its scale.
+
+    Raises:
+        UserError: flags ask for others.
+    """
+    for name in ("lora_rank", "lora_alpha"):
+        kept = getattr(saved.config, name)
+        if flags.get(name, kept) != kept:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} is {flags[name]}, but the adapter of {saved.folder} was trained with {kept}, and keeps it. "
+                f"Leave {flag} out, or start a new run."
+            )
 
 
 def _no_run(path: str) -> str:

@@ -10,6 +10,7 @@ from grpo.checkpoint import STATE, check_run, read_state
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.folder import list_checkpoints, saved_run
+from grpo.resolve import resolve
 from grpo.run import main
 from grpo.verbs.train import fingerprint_of_held_out
 
@@ -82,11 +83,23 @@ def test_scores_of_another_held_out_set_are_not_compared(toy_run, capsys):
     assert "scored anew" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["--resume", "--eval"])
+@pytest.mark.parametrize(("flag", "kept"), [("--lora-rank", "4"), ("--lora-alpha", "32.0")])
+def test_an_adapter_keeps_its_rank_and_scale(verb, flag, kept, trained):
+    with pytest.raises(
+        UserError, match=rf"{flag} is 7(\.0)?, but the adapter of .* was trained with {kept}, and keeps"
+    ):
+        resolve([verb, str(trained), flag, "7"])
+    _, resolved = resolve([verb, str(trained), flag, kept.removesuffix(".0")])
+    assert str(getattr(resolved.config, flag[2:].replace("-", "_"))) == kept
+
+
 def test_a_held_out_set_is_known_by_all_that_its_score_depends_on():
     def fingerprint(prompts=((1, 2), (3,)), solved=("says", 1.0), **changes):
         return fingerprint_of_held_out(list(map(list, prompts)), solved, Config(**changes))
 
     assert fingerprint() == fingerprint(steps=7, learning_rate=1.0)
     others = [dict(prompts=((1,), (2, 3))), dict(solved=None), dict(solved=("says", 0.5)), dict(eval_samples=5),
-              dict(eval_k=1), dict(temperature=0.9), dict(max_completion_tokens=8), dict(seed=1)]  # fmt: skip
+              dict(eval_k=1), dict(temperature=0.9), dict(max_completion_tokens=8), dict(seed=1),
+              dict(base="bf16")]  # fmt: skip
     assert len({fingerprint(), *(fingerprint(**other) for other in others)}) == 1 + len(others)

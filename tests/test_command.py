@@ -151,9 +151,22 @@ def test_folders_are_stored_by_their_whole_paths(toy, tmp_path, monkeypatch):
     assert resolved.config.data == str(tmp_path / "rows")
 
 
+def test_a_run_stays_where_its_command_is_given(toy, tmp_path, monkeypatch):
+    """A task file may go to its data, and a reward to a folder of its own."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    toy.write_text(f"import os\nos.chdir({str(tmp_path / 'model')!r})\n{toy.read_text()}")
+    _, resolved = resolve(["toy.py", "--run-dir", "mine", "--data", "model", "--model", "embedded"])
+    assert resolved.config.run_dir == str(tmp_path / "mine")
+    assert resolved.config.data == str(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    _, resolved = resolve(["toy.py", "--model", "embedded"])
+    assert new_run_folder("toy", resolved.config, resolved.here).parent == tmp_path / "runs"
+
+
 def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folders = [new_run_folder("toy", Config()) for _ in range(12)]  # in two seconds at most
+    folders = [new_run_folder("toy", Config(), tmp_path) for _ in range(12)]  # in two seconds at most
     assert len(set(folders)) == 12
     assert all(folder.is_dir() for folder in folders)
 

@@ -42,6 +42,11 @@ def start(options: Options, resolved: Resolved) -> int:
     """Train, from the start or from a checkpoint."""
     announce(resolved)
     saved = saved_run(options.resume)
+    if saved and saved.task_sha256 != resolved.task_sha256:
+        say(
+            f"note: {resolved.task_path} is not the file that the run was started with. Its scores go on as one: "
+            "before and after compare if the rewards still mean the same."
+        )
     checkpoint = resume_folder(Path(options.resume)) if options.resume else None
     if checkpoint and saved:
         check_run(checkpoint, saved.id)
@@ -52,7 +57,7 @@ def start(options: Options, resolved: Resolved) -> int:
     if not saved:
         check_new(resolved.config)
     questions = _questions(resolved)
-    folder = saved.folder if saved else new_run_folder(resolved.task.name, resolved.config)
+    folder = saved.folder if saved else new_run_folder(resolved.task.name, resolved.config, resolved.here)
     as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
     watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
@@ -118,7 +123,8 @@ def _score_anew(run: Run, task: Task) -> None:
 
 def fingerprint_of_held_out(prompts: list[list[int]], solved: tuple[str, float] | None, config: Config) -> str:
     """The SHA-256 of all that a held-out score depends on beside the policy. prompts: their tokens [P]."""
-    how = (config.eval_samples, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
+    sampled = (config.eval_samples, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
+    how = (*sampled, config.base)  # other base weights are another policy, whatever was trained
     return hashlib.sha256(json.dumps([solved, how, prompts]).encode()).hexdigest()
 
 
