@@ -28,10 +28,10 @@ from grpo.errors import UnsuitedEngine
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.fitting import Fitting
 from grpo.folder import leave_later
-from grpo.loss import build_loss
+from grpo.loss import Loss, build_loss
 from grpo.memory import Asked, Need, Plan
 from grpo.metrics import HEADLINES
-from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_to_read
+from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_longest, lay_out_to_read
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
@@ -51,6 +51,9 @@ from grpo.types import Completion, Group, Prompt
 
 # Sequences, and tokens of a prompt, that the number of threads is measured with.
 PROBE_ROWS, PROBE_TOKENS = 64, 32
+
+# Where the largest batch is run before the first step. What a CPU's memory holds is no plan: it is swapped and shared.
+REHEARSED = ("cuda",)
 
 # What getrusage counts memory in: bytes on macOS, KiB on Linux.
 MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -196,6 +199,17 @@ def _asked(config: Config) -> Asked:
     return Asked(config.recompute, config.tokens_per_batch, int(config.kv_cache_gib * memory.GIB))
 
 
+def rehearse(
+    config: Config, policy: Policy, engine: Engine, loss: Loss, questions: Questions, note: Callable[[str], object]
+) -> None:
+    """Run the largest batch that can come as an update would, so that what does not fit shows now; `note` is told."""
+    engine.release()
+    batch = lay_out_longest(config, policy.fit.limit, questions.longest, questions.canary_prompts[0], policy.device)
+    policy.rehearse(batch, loss)
+    size = min(len(batch.tokens), max(policy.fit.limit.tokens, questions.longest_sequence))
+    note(f"rehearsal: a batch of {size:,} tokens, the largest that can come, fits into the memory")
+
+
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
     shares = isinstance(policy.model, FusedModel)
@@ -246,6 +260,9 @@ def build_run(
     progress.tokens_per_batch = config.tokens_per_batch
     policy.fit = Fitting(batch_limit(config), note)
     policy.fit.restore(progress.batch_limit)
+    loss = build_loss(config)
+    if policy.device.type in REHEARSED:
+        rehearse(config, policy, engine, loss, questions, note)
     goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
@@ -270,7 +287,7 @@ def build_run(
         rewards=questions.rewards,
         estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device, policy.fit.limit),
-        loss=build_loss(config),
+        loss=loss,
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions),
         recorder=recorder,

@@ -3,6 +3,7 @@
     build_packer(config)       what one token's loss is multiplied by and who counts, chosen once above the loop
     pack(groups)               one list of batches for each optimizer step; groups without a gradient are counted only
     halve(batch)               the same completions in two batches, for a machine whose memory does not hold the one
+    lay_out_longest(...)       the largest batch that can come, of no completion that anybody wrote
 
 A group's prompt is laid out once and shared by its completions. A group that does not fit into one batch is
 split between batches, each with its own copy of the prompt, which changes the cost and not the result.
@@ -12,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
+from math import ceil
 
 import torch
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
 from grpo.config import Config
-from grpo.types import Batch, Completion, Group
+from grpo.types import Batch, Completion, Group, Prompt
 
 # Where neither the user nor a plan of the memory says how many. More gain nothing.
 TOKENS_PER_BATCH = 16384
@@ -282,6 +284,36 @@ def lay_out_to_read(groups: list[Group], device: torch.device) -> Batch:
     """One batch of all completions of these groups, for their log-probabilities alone: no part of any loss."""
     unscored = [replace(group, advantages=torch.zeros(len(group.completions))) for group in groups]
     return lay_out([(group, list(range(len(group.completions)))) for group in unscored], lambda length: 0.0, device)
+
+
+def lay_out_longest(
+    config: Config, limit: BatchLimit, longest_prompt: int, text: list[int], device: torch.device
+) -> Batch:
+    """The largest batch that can come: the longest prompts with the longest completions, the last of them cut where
+    they would be too many; or a single one, where that alone is more than the limit.
+
+    text: tokens [P] of anything, which are repeated to these lengths.
+    """
+
+    def written(length: int) -> list[int]:
+        return list(islice(cycle(text), length))
+
+    prompt = Prompt(0, "", written(longest_prompt), {})
+    left = max(limit.tokens, longest_prompt + config.max_completion_tokens)
+    pieces: list[Piece] = []
+    for _ in range(ceil(config.prompts_per_step / config.mini_batches)):
+        left -= longest_prompt
+        lengths = [config.max_completion_tokens] * min(config.group_size, max(0, left) // config.max_completion_tokens)
+        left -= sum(lengths)
+        if left > 0 and len(lengths) < config.group_size:
+            lengths.append(left)
+            left = 0
+        if not lengths:
+            break
+        group = Group(prompt, [Completion(written(n), [0.0] * n, "", "stop", 0) for n in lengths])
+        group.advantages = torch.ones(len(lengths))
+        pieces.append((group, list(range(len(lengths)))))
+    return lay_out(pieces, lambda length: 1.0, device)
 
 
 def _count_tokens(pieces: list[Piece]) -> int:

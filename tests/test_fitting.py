@@ -16,14 +16,16 @@ from tiny_models import CPU, build_policy, randomise
 from torch.nn.modules.module import register_module_forward_pre_hook
 from toy_task import SMALL, TASK
 
+from grpo import build
 from grpo.checkpoint import read_state
 from grpo.config import Config
 from grpo.fitting import Fitting
 from grpo.folder import list_checkpoints
 from grpo.loss import build_loss
 from grpo.metrics import TIMING_PREFIXES
-from grpo.packing import BatchLimit, build_packer, halve
+from grpo.packing import BatchLimit, build_packer, halve, lay_out_longest
 from grpo.policy.fused import FusedLayer
+from grpo.policy.optimizer import state_to_come
 from grpo.run import main
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a capacity of 1 GiB")
@@ -304,6 +306,86 @@ def test_reading_in_parts_is_reading(policy, groups):
     assert policy.store.scale == 2
 
 
+@pytest.mark.parametrize("tokens", [1, 30, 31, 75, 100, 101, 1000, 5000])
+@pytest.mark.parametrize("sizes", [(8, 8, 1), (3, 2, 1), (4, 5, 3)])
+def test_the_longest_batch_has_all_the_tokens_that_one_can_have(tokens, sizes):
+    """No batch of these lengths is larger, and none has a completion that is longer."""
+    prompts, group_size, mini_batches = sizes
+    config = Config(
+        prompts_per_step=prompts, group_size=group_size, mini_batches=mini_batches, max_completion_tokens=20
+    )
+    batch = lay_out_longest(config, BatchLimit(tokens), 11, [5, 6, 7], CPU)
+    rows = list(rows_of(batch))
+    of_step = -(-prompts // mini_batches) * (11 + group_size * 20)
+    # Where no room is left for another prompt and a token.
+    assert max(31, min(tokens, of_step) - 11) <= len(batch.tokens) <= max(31, min(tokens, of_step))
+    assert max(len(completion) for _, completion, *_ in rows) == 20
+    assert all(prompt == [5, 6, 7, 5, 6, 7, 5, 6, 7, 5, 6] for prompt, *_ in rows)
+    assert max(map(len, batch.layout.completion_lengths)) <= group_size
+    assert len(batch.layout.prompt_lengths) <= -(-prompts // mini_batches)
+    assert batch.advantages.any() and batch.weights[batch.mask].all()
+
+
+@pytest.mark.parametrize("terms", [{}, dict(epochs=2, kl_coef=0.1, entropy_coef=0.1, top_entropy=0.5)])
+def test_nothing_stays_of_a_rehearsal(terms, groups, tiny_config):
+    config = tiny_config(recompute="layer", max_completion_tokens=15, **terms)
+    states, metrics = [], []
+    for rehearses in (False, True):
+        policy, loss = build_policy(config), build_loss(config)
+        randomise(policy)
+        torch.manual_seed(7)
+        if rehearses:
+            before, drawn = [p.detach().clone() for p in policy.store.parameters()], torch.get_rng_state()
+            policy.rehearse(lay_out_longest(config, BatchLimit(60), 9, [4, 5, 6], CPU), loss)
+            assert all(map(torch.equal, before, policy.store.parameters()))
+            assert all(parameter.grad is None for parameter in policy.store.parameters())
+            assert not policy.optimizer.state and policy.version == 0
+            assert torch.equal(torch.get_rng_state(), drawn)
+        for _ in range(2):
+            metrics.append(policy.update(build_packer(config, CPU)(groups), loss, 1e-2, config.epochs))
+        states.append([p.detach().clone() for p in policy.store.parameters()])
+    assert all(map(torch.equal, *states))
+    assert metrics[:2] == metrics[2:] or str(metrics[:2]) == str(metrics[2:])
+
+
+def test_a_rehearsal_settles_how_large_batches_are(groups, tiny_config):
+    config = tiny_config(max_completion_tokens=13)
+    policy, loss = build_policy(config), build_loss(config)
+    beside = []
+    layer = policy.model.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: beside.append(has_gradients(policy)))
+    run_out(policy, 50, "backward")
+    policy.rehearse(lay_out_longest(config, BatchLimit(66), 12, [4, 5, 6], CPU), loss)
+    assert policy.fit.limit.tokens <= 50
+    assert beside and all(beside), "as after the first of a step's batches"
+    pack = build_packer(config, CPU, policy.fit.limit)
+    assert len(pack(groups)[0]) >= 2
+    assert policy.update(pack(groups), loss, 1e-3)["policy/split_batches"] == 0
+
+
+def has_gradients(policy):
+    return all(parameter.grad is not None for parameter in policy.store.parameters())
+
+
+def test_a_rehearsal_that_fails_leaves_nothing_either(tiny_config):
+    config = tiny_config()
+    policy, loss = build_policy(config), build_loss(config)
+    run_out(policy, 10, "forward")
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.rehearse(lay_out_longest(config, BatchLimit(66), 12, [4, 5, 6], CPU), loss)
+    assert not any(parameter.grad is not None for parameter in policy.store.parameters())
+
+
+def test_what_the_optimizer_will_hold_lies_beside_a_rehearsal(groups, tiny_config):
+    config = tiny_config()
+    policy = build_policy(config)
+    expected = sum(tensor.nbytes for tensor in state_to_come(policy.optimizer))
+    policy.update(build_packer(config, CPU)(groups), build_loss(config), 1e-3)
+    held = [value for state in policy.optimizer.state.values() for name, value in state.items() if name != "step"]
+    assert expected == sum(tensor.nbytes for tensor in held) > 0
+    assert state_to_come(policy.optimizer) == []
+
+
 @pytest.fixture
 def full_above():
     """limit -> from now on passes with gradient of more tokens than that through a fused layer run out of memory."""
@@ -350,6 +432,31 @@ def test_a_run_goes_on_and_a_resumed_one_is_the_same(full_above, tmp_path, capsy
     assert main(["--resume", str(earlier)]) == 0
     assert "did not hold" not in capsys.readouterr().out
     assert steps_of(tmp_path / "resumed") == split
+
+
+def test_a_run_rehearses_and_is_the_same(full_above, tmp_path, monkeypatch, capsys):
+    for name in ("plain", "rehearsed", "full"):
+        (tmp_path / name).mkdir()
+    few = ["--eval-every", "0", "--save-every", "50", "--steps", "2"]
+    assert run_toy(tmp_path / "plain", *few) == 0
+    assert "rehearsal" not in capsys.readouterr().out
+    monkeypatch.setattr(build, "REHEARSED", ("cpu",))
+    assert run_toy(tmp_path / "rehearsed", *few) == 0
+    assert "rehearsal: a batch of 92 tokens" in capsys.readouterr().out  # of 18 prompt tokens, where no row has more
+    assert steps_of(tmp_path / "rehearsed") == steps_of(tmp_path / "plain")
+    full_above(60)
+    assert run_toy(tmp_path / "full", *few) == 0
+    told = capsys.readouterr().out
+    assert told.count("did not hold a batch of 92") == 1 and "rehearsal: a batch of 46 tokens" in told
+    assert [step["policy/split_batches"] for step in steps_of(tmp_path / "full")] == [0, 0]
+
+
+def test_a_run_that_cannot_be_rehearsed_is_not_begun(full_above, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "REHEARSED", ("cpu",))
+    full_above(20)
+    assert run_toy(tmp_path, "--steps", "2") == 2
+    assert "The memory of the GPU ran out" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_where_one_completion_does_not_fit(full_above, tmp_path, capsys):

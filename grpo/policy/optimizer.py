@@ -50,6 +50,12 @@ def clip_gradient(parameters: list[nn.Parameter], max_norm: float) -> float:
     return norm
 
 
+def state_to_come(optimizer: torch.optim.AdamW) -> list[Tensor]:
+    """As much memory as the optimizer takes at its first step: two moments of each parameter that has none yet."""
+    without = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
+    return [torch.empty_like(parameter) for parameter in without for _ in range(2)]
+
+
 def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors, "<parameter number>.<name>"; empty before the first step."""
     state = optimizer.state_dict()["state"]

@@ -3,6 +3,7 @@ nor of what it is taught by: the loss comes from outside.
 
 logprobs(batch)              log p and entropy of every sampled token, with gradient where torch records one
 read(batch)                  the same without gradient, in as many parts as memory asks for
+rehearse(batch, loss)        a batch as an update would run it, of which nothing stays
 update(steps, loss, rate)    for each optimizer step: what the loss prepares -> forward, loss, backward of each batch
 """
 
@@ -20,7 +21,7 @@ from grpo.fitting import Fitting
 from grpo.loss import Loss
 from grpo.packing import batch_limit
 from grpo.policy.load import Loaded
-from grpo.policy.optimizer import build_optimizer, clip_gradient
+from grpo.policy.optimizer import build_optimizer, clip_gradient, state_to_come
 from grpo.types import Batch
 
 # Rows whose distributions over the whole vocabulary exist at once: 78 MB of float32 at 152,000 tokens.
@@ -105,6 +106,26 @@ class Policy:
             "optim/grad_norm": max(norms, default=0.0),
             "optim/learning_rate": rate,
         }
+
+    def rehearse(self, batch: Batch, loss: Loss) -> None:
+        """Run a batch forward and backward as an update would, and leave nothing of it: what memory does not hold shows
+        at once, and how large batches may be is settled.
+
+        Beside it lie a gradient of earlier batches and what the optimizer will hold, as they will in a step.
+        """
+        masters = self.store.parameters()
+        beside = state_to_come(self.optimizer)
+        try:
+            for master in masters:
+                master.grad = torch.zeros_like(master)
+            loss.prepare(self, [batch])
+            loss.prepare_step(self, [batch])
+            self.fit(partial(self.backward, loss=loss), batch)
+        finally:
+            del beside
+            self.optimizer.zero_grad(set_to_none=True)
+        self.fit.count()  # no step's
+        torch.cuda.empty_cache()  # for the engine, which has an allocator of its own
 
     def backward(self, batch: Batch, loss: Loss) -> dict[str, Tensor]:
         """Add the gradient of a batch's share of the loss to the masters; returns the sums of its metrics.

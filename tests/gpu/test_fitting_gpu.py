@@ -1,13 +1,16 @@
 """A GPU whose memory does not hold a batch: the step is what it would have been, and nothing stays of what failed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 from test_run_gpu import write_checkpoint
 
 from grpo.config import Config
+from grpo.fitting import Fitting
 from grpo.loss import build_loss
-from grpo.packing import build_packer
+from grpo.packing import batch_limit, build_packer, lay_out_longest
 from grpo.policy import Policy, load_model
 from grpo.types import Completion, Group, Prompt
 
@@ -96,3 +99,22 @@ def test_a_batch_that_the_gpu_does_not_hold_is_computed_in_parts(policy, limited
     assert torch.cuda.memory_allocated() <= kept, "something of the failed tries is still there"
     measured(policy, config, groups)
     assert policy.fit.count() == 0, "the batches that followed are not the smaller ones"
+
+
+def test_after_a_rehearsal_the_step_fits(policy, limited):
+    config = replace(policy.config, max_completion_tokens=LENGTH, prompts_per_step=GROUPS, group_size=COMPLETIONS)
+    groups, loss = groups_of(GROUPS), build_loss(config)
+    policy.optimizer.zero_grad()
+    policy.fit = Fitting(batch_limit(config), lambda note: None)
+    _, _, peak = measured(policy, config, groups)
+    policy.optimizer.zero_grad()
+    kept = torch.cuda.memory_allocated()
+    longest = lay_out_longest(config, policy.fit.limit, PROMPT, [5, 6, 7], policy.device)
+    assert len(longest.tokens) == GROUPS * (PROMPT + COMPLETIONS * LENGTH)
+    limited(kept + (peak - kept) * 2 // 3)
+    policy.rehearse(longest, loss)
+    assert policy.fit.limit.tokens < len(longest.tokens)
+    assert torch.cuda.memory_allocated() <= kept + 20 * longest.tokens.nbytes  # the batch's own columns
+    pack = build_packer(config, policy.device, policy.fit.limit)
+    for _ in range(2):  # the second with the optimizer's state
+        assert policy.update(pack(groups), loss, 1e-4)["policy/split_batches"] == 0
