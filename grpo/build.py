@@ -24,7 +24,7 @@ from grpo import generators, memory
 from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
-from grpo.errors import UnsuitedEngine
+from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.fitting import Fitting
 from grpo.folder import leave_later
@@ -71,7 +71,29 @@ def build_policy(
     tokenizer: of the model; it and its chat template are asked which tokens end a completion. longest: prompt and
     completion together, in tokens, that will be run at most. progressed: told how many bytes of how many are read.
     """
+    check_torch()
     return Policy(load_model(config, choose_device(config), longest, tokenizer, note, progressed), config)
+
+
+def check_torch() -> None:
+    """torch is as it comes: what a task file sets for a model of its own would hold for everything that is made here.
+
+    Raises:
+        UserError: it is not.
+    """
+    made = torch.zeros(1)
+    changed = {
+        f"torch.set_default_dtype({made.dtype})": made.dtype != torch.float32,
+        f'torch.set_default_device("{made.device}")': made.device.type != "cpu",
+        "torch.set_grad_enabled(False)": not torch.is_grad_enabled(),
+        "torch.inference_mode()": torch.is_inference_mode_enabled(),
+    }
+    if told := [call for call, is_so in changed.items() if is_so]:
+        raise UserError(
+            f"The task file, or a reward of it, has changed torch for everybody: {', '.join(told)}. The policy would "
+            "be made and trained like that. Change it for what needs it alone, by `with torch.no_grad():` or by the "
+            "arguments device= and dtype=."
+        )
 
 
 def settle_threads(

@@ -150,6 +150,8 @@ def read_state(folder: Path) -> tuple[Progress, dict[str, dict[str, Any]]]:
         UserError: it is not one, of another version, or not as it was written.
     """
     path = folder / STATE
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise UserError(f"{folder} is not a checkpoint: its {STATE} is no file. {_try_another(folder)}")
     try:
         content = path.read_bytes()
         state = json.loads(content)

@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -148,6 +148,10 @@ class Saved:
     name: str  # of the task
     config: Config
     origins: dict[str, Origin]  # field -> where its value came from
+    unsaid: list[str] = field(default_factory=list)  # fields that it says nothing of, and that have their defaults
+
+
+_WRITTEN = {"id", "task", "task_sha256", "name", "config", "origins"}  # in config.json
 
 
 def write_config(saved: Saved) -> None:
@@ -211,10 +215,18 @@ def saved_run(path: str | None) -> Saved | None:
         check_type("origins", read["origins"], dict)
         for name, origin in read["origins"].items():
             check_type(f"the origin of {name}", origin, Origin)
-        saved = Saved(**(read | {"folder": folder, "config": from_dict(read["config"])}))
+        check_type("config", read["config"], dict)
+        for name in read.keys() - _WRITTEN:
+            raise UserError(f"It says `{name}`, which this version does not know.")
+        unsaid = [name for name in field_names() if name not in read["config"]]
+        saved = Saved(**(read | {"folder": folder, "config": from_dict(read["config"]), "unsaid": unsaid}))
     except UserError as error:
         raise UserError(f"{file} is damaged: {error} Put the file back as it was, or start a new run.") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as missing:
+        raise UserError(
+            f"{file} is damaged: it lacks {missing}. Put it back as it was, or start a new run."
+        ) from missing
+    except (ValueError, TypeError) as error:
         raise UserError(f"{file} is damaged: {in_words(error)}. Put it back as it was, or start a new run.") from error
     if "\0" in saved.task:
         raise UserError(f"{file} is damaged: no file's name has a NUL character in it. Put it back as it was.")
@@ -227,6 +239,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not JSON, or is something else.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for without end
+        raise UserError(f"{path} cannot be read: it is no file.")
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

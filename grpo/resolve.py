@@ -33,6 +33,7 @@ class Resolved:
     here: Path  # the folder that the command is given in; the user's own code may go to another
     config: Config
     origins: dict[str, Origin]  # of its fields; a resumed run keeps those it began with
+    unsaid: list[str]  # of these, what a saved run says nothing of
     missing: list[str]  # why the embedded default runs instead of the task's own model; empty if it does not
 
     def as_saved(self, folder: Path, run: str) -> Saved:
@@ -69,7 +70,8 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     origins |= {name: origin for origin, layer in layers.items() for name in layer}
     config = Config(**_over(config, layers))
     config = dataclasses.replace(config, **_absolute(config, task))
-    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), here, config, origins, missing)
+    unsaid = [name for name in saved.unsaid if origins.get(name, "default") == "default"] if saved else []
+    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), here, config, origins, unsaid, missing)
 
 
 def _here() -> Path:

@@ -1,6 +1,7 @@
 """What a checkpoint's files say is believed only if it is what was written, by --resume and by --eval."""
 
 import json
+import os
 import random
 import shutil
 
@@ -58,6 +59,39 @@ def test_a_checkpoint_of_another_run_is_refused(toy_run, tmp_path, capsys):
         assert "is of another run" in capsys.readouterr().err
     run = saved_run(str(toy_run))
     check_run(list_checkpoints(toy_run)[-1], run.id)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(hello=1), "is damaged: It says `hello`, which this version does not know."),
+        (dict(task_sha256=None), "is damaged: it lacks 'task_sha256'."),
+        (dict(config=3), "is damaged: config is 3 (int)."),
+    ],
+)
+def test_what_a_run_s_configuration_must_say(changes, told, toy_run):
+    saved = json.loads((toy_run / "config.json").read_text()) | changes
+    (toy_run / "config.json").write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    with pytest.raises(UserError) as caught:
+        saved_run(str(toy_run))
+    assert told in str(caught.value)
+
+
+def test_a_field_that_a_run_says_nothing_of_is_told(toy_run):
+    saved = json.loads((toy_run / "config.json").read_text())
+    del saved["config"]["kl_estimator"], saved["config"]["steps"]
+    (toy_run / "config.json").write_text(json.dumps(saved))
+    _, resolved = resolve(["--resume", str(toy_run), "--steps", "9"])
+    assert resolved.unsaid == ["kl_estimator"]
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(toy_run):
+    last = list_checkpoints(toy_run)[-1]
+    for path, read in [(last / STATE, lambda: read_state(last)), (toy_run / "config.json", lambda: saved_run(toy_run))]:
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(UserError, match="is no file"):
+            read()
 
 
 def test_a_run_of_an_earlier_format_is_told_so(toy_run):

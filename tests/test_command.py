@@ -40,7 +40,7 @@ def started(task_file, folder, **changes):
     _, resolved = resolve([str(task_file)])
     folder.mkdir(parents=True)
     content = vars(resolved.as_saved(folder, "an id")) | {"config": vars(resolved.config)} | changes
-    del content["folder"]
+    del content["folder"], content["unsaid"]
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 

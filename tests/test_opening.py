@@ -3,8 +3,11 @@
 import re
 
 import pytest
+import torch
 from toy_task import SMALL, TASK
 
+from grpo.build import check_torch
+from grpo.errors import UserError
 from grpo.run import main
 
 FIRST_LINES = """model: embedded \\(the tiny one .*, base weights in float32, on cpu
@@ -40,6 +43,22 @@ def test_the_first_lines_say_what_is_trained_whatever_is_missing(toy, config, tm
     capsys.readouterr()
     assert main(["--eval", str(folder)]) == 0
     assert re.search(".*\n".join(lines[:3]), capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["torch.set_default_dtype(torch.bfloat16)", 'torch.set_default_device("meta")', "torch.set_grad_enabled(False)"],
+)
+def test_what_a_task_file_changes_for_everybody_is_told_before_a_model_is_made(change):
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        exec(change)
+        with pytest.raises(UserError) as caught:
+            check_torch()
+    finally:
+        torch.set_default_dtype(dtype), torch.set_default_device(None), torch.set_grad_enabled(grad)
+    assert change in str(caught.value)
+    check_torch()
 
 
 def test_a_log_file_gets_no_spinner(toy, tmp_path, capsys):

@@ -8,14 +8,19 @@ from rich.table import Table
 from grpo.config import field_names
 from grpo.folder import CONFIG_FILE
 from grpo.resolve import Resolved
-from grpo.terminal import console, plain
+from grpo.terminal import console, plain, say
 
 
 def announce(resolved: Resolved) -> None:
-    """Print both."""
+    """Print both, and what the run that goes on or is scored says nothing of."""
     if resolved.missing:
         console.print(banner(resolved))
     console.print(describe(resolved))
+    if resolved.unsaid:
+        say(
+            f"note: {CONFIG_FILE} says nothing of {', '.join(resolved.unsaid)}: it is of an earlier version, or was "
+            "edited. Their defaults are taken."
+        )
 
 
 def banner(resolved: Resolved) -> Panel:
