@@ -35,6 +35,7 @@ from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_longe
 from grpo.policy import Policy, load_model
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
+from grpo.policy.optimizer import STATE_BYTES, check_optimizer
 from grpo.policy.promises import Progressed, no_progress
 from grpo.questions import Questions
 from grpo.record import Recorder
@@ -211,7 +212,7 @@ def _need(config: Config, policy: Policy, longest: int) -> Need:
         tokens_per_step=math.ceil(config.prompts_per_step / config.mini_batches) * of_group,
         sequences=sequences_at_once(config),
         kv_bytes_per_token=kv_bytes_per_token(policy.source, policy.store.compute_dtype),
-        bytes_per_parameter=8,
+        bytes_per_parameter=STATE_BYTES[config.optimizer],
         gives_cache_back=config.release_kv_cache or not with_vllm,
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
     )
@@ -261,6 +262,7 @@ def build_run(
     progressed: Progressed = no_progress,
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
+    check_optimizer(config, choose_device(config))
     policy = build_policy(config, questions.tokenizer, questions.longest_sequence, note, progressed)
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)

@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         adapter_model.safetensors, adapter_config.json   PEFT's format, float32
-        optimizer.safetensors                            AdamW's moments
+        optimizer.safetensors                            the optimizer's moments
         rng.safetensors                                  random states of torch, CUDA, numpy and Python
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
                                                          with the size and SHA-256 of every other file, and of itself

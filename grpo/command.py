@@ -34,6 +34,7 @@ _MARKS = (tyro.conf.DisallowNone,)  # None means that a flag is not given, and i
 # What others call these (TRL, Unsloth, verl, transformers, vLLM), and what a hand in a hurry types.
 _OTHER_NAMES = {
     "learning_rate": "lr",
+    "optimizer": "optim",
     "kl_coef": "beta kl_beta kl_loss_coef",
     "kl_estimator": "kl_loss_type",
     "group_size": "num_generations n rollout_n",

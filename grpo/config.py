@@ -208,6 +208,8 @@ class UpdateConfig(Part):
     tokens_per_batch: int = 0
     """Tokens in one forward and backward pass; 0 takes what fits a GPU's memory, 16,384 on a CPU. Changes memory and
     speed, never the result."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: bitsandbytes' AdamW, whose moments take 2 bytes a parameter instead of 8; it needs bitsandbytes."""
     learning_rate: float = 2e-5
     """AdamW's learning rate. LoRA wants about ten times that of full training."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -1,15 +1,28 @@
-"""Learning rate and AdamW of the adapter. Knows nothing of losses."""
+"""Learning rate and optimizer of the adapter. Knows nothing of losses.
+
+adamw        moments in float32: 8 bytes a parameter
+adamw8bit    bitsandbytes' AdamW with moments in 8 bits, in blocks of 256 that have a scale each (Dettmers et al. 2021,
+             arXiv 2110.02861): 2 bytes a parameter. Tensors of fewer than 4096 values keep theirs in float32.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grpo.config import Config, UpdateConfig
-from grpo.errors import UserError
+from grpo.errors import UserError, in_words, is_out_of_memory
+
+# Bytes of the optimizer's state a parameter, near enough for a plan.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2}
+
+# bitsandbytes' own: a smaller tensor keeps its moments in float32.
+FEWEST_IN_8_BITS, BLOCK = 4096, 256
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -24,15 +37,52 @@ def learning_rate(step: int, config: Config) -> float:
     return config.learning_rate * warm * shape[config.schedule](left)
 
 
-def build_optimizer(parameters: list[nn.Parameter], config: UpdateConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over the float32 masters of the adapter."""
-    return torch.optim.AdamW(
+def build_optimizer(parameters: list[nn.Parameter], config: UpdateConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) over the float32 masters of the adapter.
+
+    Raises:
+        UserError: 8 bits are asked for and bitsandbytes is not installed.
+    """
+    return _kind(config.optimizer)(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
-        foreach=True,
     )
+
+
+def check_optimizer(config: UpdateConfig, device: torch.device) -> None:
+    """The optimizer that is asked for works on this device, by trial: for bitsandbytes it takes a library that was
+    compiled for it.
+
+    Raises:
+        UserError: it does not.
+    """
+    trial = nn.Parameter(torch.zeros(FEWEST_IN_8_BITS, device=device))
+    trial.grad = torch.ones_like(trial)
+    optimizer = build_optimizer([trial], config)
+    try:
+        optimizer.step()
+    except Exception as error:  # a kernel or a library that is missing: each has a class of its own
+        if is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--optimizer {config.optimizer} does not work on {device} here: {in_words(error)}. Use --optimizer adamw, "
+            "or another version of bitsandbytes."
+        ) from error
+
+
+def _kind(name: str) -> Callable[..., torch.optim.Optimizer]:
+    if name == "adamw":
+        return partial(torch.optim.AdamW, foreach=True)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit  # not before it is asked for: it takes seconds to import
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--optimizer {name} is bitsandbytes', which cannot be imported here ({error}). Install it with `pip "
+            "install bitsandbytes`, or use --optimizer adamw."
+        ) from error
+    return AdamW8bit
 
 
 def clip_gradient(parameters: list[nn.Parameter], max_norm: float) -> float:
@@ -50,22 +100,70 @@ def clip_gradient(parameters: list[nn.Parameter], max_norm: float) -> float:
     return norm
 
 
-def state_to_come(optimizer: torch.optim.AdamW) -> list[Tensor]:
+def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """As much memory as the optimizer takes at its first step: two moments of each parameter that has none yet."""
-    without = [p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state]
-    return [torch.empty_like(parameter) for parameter in without for _ in range(2)]
+    without = [parameter for parameter in _parameters(optimizer) if parameter not in optimizer.state]
+    return [tensor for parameter in without for tensor in 2 * _moment(optimizer, parameter)]
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _moment(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    if isinstance(optimizer, torch.optim.AdamW) or parameter.numel() < FEWEST_IN_8_BITS:
+        return [torch.empty_like(parameter)]
+    scales = torch.empty(math.ceil(parameter.numel() / BLOCK), device=parameter.device)
+    return [torch.empty_like(parameter, dtype=torch.uint8), scales]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as flat tensors, "<parameter number>.<name>"; empty before the first step."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, parameter in enumerate(_parameters(optimizer))
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if not name.startswith("qmap")  # what 8 bits stand for: the same in all, and made with the optimizer
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`.
+
+    Raises:
+        UserError: they are another optimizer's.
+        ValueError: they are not of these parameters.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    in_float32 = isinstance(optimizer, torch.optim.AdamW)
+    if any(("exp_avg" in entry) != in_float32 for entry in state.values()):
+        here, there = ("adamw", "adamw8bit") if in_float32 else ("adamw8bit", "adamw")
+        raise UserError(
+            f"The checkpoint has the state of --optimizer {there}, which --optimizer {here} cannot go on from. Go on "
+            f"with --optimizer {there}, or start a new run."
+        )
+    if in_float32:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    else:
+        _restore_in_8_bits(optimizer, state)
+
+
+def _restore_in_8_bits(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
+    """bitsandbytes' own load_state_dict wants tables again that are the same in every run."""
+    [group] = optimizer.param_groups
+    if not state.keys() <= set(range(len(group["params"]))):
+        raise ValueError(f"the optimizer has {len(group['params'])} parameters, and not those of {list(state)}")
+    optimizer.state.clear()
+    for index, saved in state.items():
+        parameter = group["params"][index]
+        optimizer.init_state(group, parameter, 0, index)
+        made = optimizer.state[parameter]
+        made["step"] = int(saved.pop("step"))
+        wanted = {name: tensor for name, tensor in made.items() if name in saved}
+        if {n: (t.shape, t.dtype) for n, t in saved.items()} != {n: (t.shape, t.dtype) for n, t in wanted.items()}:
+            raise ValueError(f"the optimizer's state of parameter {index} has other sizes")
+        for name, tensor in wanted.items():
+            tensor.copy_(saved[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from grpo.build import build_engine, build_evaluator, build_policy, settle_threads
@@ -20,7 +21,7 @@ from grpo.verbs.opening import opening
 def evaluate(resolved: Resolved, target: str) -> int:
     """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
     announce(resolved)
-    config = resolved.config
+    config = replace(resolved.config, optimizer="adamw")  # none is used, and bitsandbytes need not be here
     checkpoint = _checkpoint(target)
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)

@@ -1,0 +1,213 @@
+"""The optimizers: their formula and bitsandbytes' own, saved and gone on with bit for bit; and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import CPU, build_policy
+from torch import nn
+from toy_task import SMALL, TASK
+
+from grpo.checkpoint import Progress, load_checkpoint, save_checkpoint
+from grpo.config import Config, UpdateConfig
+from grpo.errors import UserError
+from grpo.folder import list_checkpoints
+from grpo.generators import reader
+from grpo.loss import build_loss
+from grpo.metrics import TIMING_PREFIXES
+from grpo.packing import build_packer
+from grpo.policy.optimizer import (
+    STATE_BYTES,
+    build_optimizer,
+    check_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    state_to_come,
+)
+from grpo.run import main
+
+KINDS = ["adamw", "adamw8bit"]
+SIZES = (3, 5000)  # one that keeps float32 in 8 bits too, and one that does not
+
+
+def parameters(seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(size, generator=draw)) for size in SIZES]
+
+
+def walk(optimizer, steps, first=0):
+    """Steps down random gradients of very different sizes, the same for all optimizers."""
+    [group] = optimizer.param_groups
+    for step in range(first, first + steps):
+        draw = torch.Generator().manual_seed(step)
+        for parameter in group["params"]:
+            size = torch.logspace(-4, 0, len(parameter))
+            parameter.grad = (torch.randn(parameter.shape, generator=draw) + 0.3) * size
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def expected(start, settings, steps):
+    """AdamW, number by number in float64: Loshchilov and Hutter 2017, algorithm 2."""
+    beta1, beta2 = settings.adam_beta1, settings.adam_beta2
+    rate, decay = settings.learning_rate, settings.weight_decay
+    x = start.double()
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for step in range(steps):
+        draw = torch.Generator().manual_seed(step)
+        noise = [torch.randn(size, generator=draw) for size in SIZES][SIZES.index(len(x))]
+        g = ((noise + 0.3) * torch.logspace(-4, 0, len(x))).double()
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        m_hat, v_hat = m / (1 - beta1 ** (step + 1)), v / (1 - beta2 ** (step + 1))
+        x = x * (1 - rate * decay) - rate * m_hat / (v_hat.sqrt() + 1e-8)
+    return x
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_adamw(kind, decay):
+    settings = UpdateConfig(optimizer=kind, learning_rate=0.02, adam_beta1=0.8, adam_beta2=0.95, weight_decay=decay)
+    small, large = parameters()
+    starts = [parameter.detach().clone() for parameter in (small, large)]
+    walk(build_optimizer([small, large], settings), 20)
+    for parameter, start in zip((small, large), starts, strict=True):
+        wanted = expected(start, settings, 20)
+        moved = (wanted - start).norm()
+        exact = kind == "adamw" or parameter is small
+        # A moment in 8 bits is one of 256 numbers, the nearest a few percent away.
+        assert (parameter.detach() - wanted).norm() < (1e-5 if exact else 0.05) * moved
+
+
+def test_8_bits_are_those_of_bitsandbytes():
+    settings = UpdateConfig(optimizer="adamw8bit", learning_rate=0.02, adam_beta2=0.9, weight_decay=0.1)
+    ours, theirs = parameters(), parameters()
+    walk(build_optimizer(ours, settings), 10)
+    walk(bitsandbytes.optim.AdamW8bit(theirs, lr=0.02, betas=(0.9, 0.9), weight_decay=0.1), 10)
+    assert all(map(torch.equal, ours, theirs))
+    walk(build_optimizer(as_float32 := parameters(), UpdateConfig(learning_rate=0.02)), 10)
+    assert not torch.equal(ours[1], as_float32[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("saved_after", [0, 1, 7])
+def test_it_goes_on_bit_for_bit(kind, saved_after):
+    settings = UpdateConfig(optimizer=kind, learning_rate=0.02)
+    whole = build_optimizer(parameters(), settings)
+    walk(whole, 12)
+    first = build_optimizer(parameters(), settings)
+    walk(first, saved_after)
+    second = build_optimizer([nn.Parameter(p.detach().clone()) for p in first.param_groups[0]["params"]], settings)
+    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(first).items()}
+    assert bool(tensors) == bool(saved_after)
+    restore_optimizer(second, tensors)
+    walk(second, 12 - saved_after, saved_after)
+    for one, other in zip(second.param_groups[0]["params"], whole.param_groups[0]["params"], strict=True):
+        assert torch.equal(one, other)
+        assert second.state[one].keys() == whole.state[other].keys()
+    assert optimizer_tensors(second).keys() == optimizer_tensors(whole).keys()
+    assert all(map(torch.equal, optimizer_tensors(second).values(), optimizer_tensors(whole).values()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_it_will_hold_is_what_it_holds(kind):
+    optimizer = build_optimizer(parameters(), UpdateConfig(optimizer=kind))
+    to_come = sum(tensor.nbytes for tensor in state_to_come(optimizer))
+    walk(optimizer, 1)
+    held = optimizer_tensors(optimizer)
+    assert to_come == sum(tensor.nbytes for name, tensor in held.items() if not name.endswith("step"))
+    assert to_come == pytest.approx(STATE_BYTES[kind] * sum(SIZES), rel=0.02)
+    assert state_to_come(optimizer) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_the_other_is_refused(kind, groups, tiny_config, tmp_path):
+    [other] = set(KINDS) - {kind}
+    saved = build_policy(config := tiny_config(optimizer=other, lora_rank=64))
+    saved.update(build_packer(config, CPU)(groups), build_loss(config), 1e-3)
+    place = save_checkpoint(tmp_path, saved, Progress(step=1), reader(CPU)(), keep=1)
+    with pytest.raises(UserError, match=f"--optimizer {other}, which --optimizer {kind} cannot go on from"):
+        load_checkpoint(place, build_policy(tiny_config(optimizer=kind, lora_rank=64)))
+    again = build_policy(config)
+    load_checkpoint(place, again)
+    assert optimizer_tensors(again.optimizer).keys() == optimizer_tensors(saved.optimizer).keys()
+    # Before the first step there is no state, and either goes on.
+    fresh = build_policy(config)
+    place = save_checkpoint(tmp_path, fresh, Progress(step=2), reader(CPU)(), keep=2)
+    load_checkpoint(place, build_policy(tiny_config(optimizer=kind, lora_rank=64)))
+
+
+@pytest.mark.parametrize("damage", ["sizes", "step", "number", "kind"])
+def test_a_state_that_is_none_of_these_parameters_is_refused(damage):
+    optimizer = build_optimizer(parameters(), UpdateConfig(optimizer="adamw8bit"))
+    walk(optimizer, 1)
+    tensors = optimizer_tensors(optimizer)
+    changed = {
+        "sizes": tensors | {"1.state1": torch.zeros(7, dtype=torch.uint8)},
+        "step": {name: tensor for name, tensor in tensors.items() if name != "1.step"},
+        "number": {name.replace("1.", "9."): tensor for name, tensor in tensors.items()},
+        "kind": tensors | {"1.state1": torch.zeros(5000)},
+    }
+    with pytest.raises((ValueError, KeyError, UserError)):
+        restore_optimizer(build_optimizer(parameters(), UpdateConfig(optimizer="adamw8bit")), changed[damage])
+
+
+def test_a_run_in_8_bits_learns_resumes_and_stays_with_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    flags = [*SMALL, "--steps", "4", "--save-every", "2", "--lora-rank", "16", "--optimizer", "adamw8bit"]
+    assert main([str(tmp_path / "toy.py"), *flags, "--run-dir", str(tmp_path / "run")]) == 0
+    whole = metrics_of(tmp_path / "run")
+    assert all(step["sync/moved"] > 0 for step in whole if "sync/moved" in step)
+    first, _ = list_checkpoints(tmp_path / "run")
+    saved = load_file(first / "optimizer.safetensors")
+    assert {tensor.dtype for name, tensor in saved.items() if "state" in name} == {torch.uint8, torch.float32}
+    assert main(["--resume", str(first)]) == 0
+    assert metrics_of(tmp_path / "run") == whole
+    capsys.readouterr()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+        assert main(["--eval", str(tmp_path / "run"), "--eval-prompts", "1"]) == 0  # which optimizes nothing
+    assert main(["--resume", str(tmp_path / "run"), "--steps", "5", "--optimizer", "adamw"]) == 2
+    assert "state of --optimizer adamw8bit" in capsys.readouterr().err
+    assert metrics_of(tmp_path / "run") == whole
+
+
+def metrics_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: x for name, x in line.items() if not name.startswith(TIMING_PREFIXES)} for line in lines]
+
+
+def test_bitsandbytes_is_imported_only_where_it_is_asked_for():
+    code = """
+import sys, torch
+from grpo.config import Config
+from grpo.policy.optimizer import check_optimizer
+import grpo.build, grpo.train
+check_optimizer(Config(), torch.device("cpu"))
+assert "bitsandbytes" not in sys.modules
+check_optimizer(Config(optimizer="adamw8bit"), torch.device("cpu"))
+assert "bitsandbytes" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_without_bitsandbytes_it_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    for name in ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.adamw"):
+        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    argv = [str(tmp_path / "toy.py"), *SMALL, "--optimizer", "adamw8bit", "--run-dir", str(tmp_path / "run")]
+    assert main(argv) == 2
+    assert "pip install bitsandbytes" in (told := capsys.readouterr().err) and "Traceback" not in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_library_that_does_not_work_here_is_told(monkeypatch):
+    def fail(*arguments, **named):
+        raise NotImplementedError("no kernel of this name was compiled")
+
+    monkeypatch.setattr(bitsandbytes.functional, "optimizer_update_8bit_blockwise", fail)
+    with pytest.raises(UserError, match=r"adamw8bit does not work on cpu here: .*no kernel of this name"):
+        check_optimizer(Config(optimizer="adamw8bit"), CPU)
