@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from grpo.config import Config
 from grpo.errors import OUT_OF_CPU_MEMORY, Stopped, UserError, is_out_of_memory
@@ -126,6 +126,26 @@ def _leave_a_lost_terminal() -> None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, descriptor)
             os.close(null)
+
+
+@contextmanager
+def no_happy_exit() -> Iterator[None]:
+    """Inside, os._exit(0) in this process is an error: what it cuts short would be a success for a scheduler, or `&&`.
+    In a forked copy it means that copy. (C's own exit goes unnoticed.)"""
+    process, leave = os.getpid(), os._exit
+
+    def _exit(status: int) -> NoReturn:
+        if status or os.getpid() != process:
+            leave(status)
+        with suppress(OSError):
+            os.write(2, b"error: Something that the run calls has ended it by os._exit(0). Nothing more was saved.\n")
+        leave(2)
+
+    os._exit = _exit
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 # ---- memory and files

@@ -168,6 +168,11 @@ def _task(options: Options, saved: Saved | None) -> tuple[Task, str]:
             f"There is no folder {options.eval}. --eval takes a run's folder or a checkpoint, or a model beside a task "
             "file."
         )
+    if options.eval:
+        raise UserError(
+            f"{options.eval} is no run: neither metrics.jsonl nor a checkpoint nor a run's config.json is in it. If "
+            f"it is a model, give the task file that asks it too: `python -m grpo.run TASK.py --eval {options.eval}`."
+        )
     raise UserError("Give a task file, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
 
 

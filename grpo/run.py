@@ -15,21 +15,23 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from grpo.command import Options
 from grpo.errors import Stopped, UserError
-from grpo.guards import stopped_by_signals
+from grpo.guards import no_happy_exit, stopped_by_signals
 from grpo.resolve import Resolved, resolve
-from grpo.terminal import console, leave_a_broken_pipe, plain, say
+from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the process's own. Returns the exit code."""
     try:
-        with stopped_by_signals():
+        with stopped_by_signals(), no_happy_exit():
             if argv is None:
                 _open_what_is_closed()
                 _import_from_here()
+                plain_logs()
             return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         return _tell(str(error))
@@ -53,8 +55,9 @@ def _open_what_is_closed() -> None:
 
 def _import_from_here() -> None:
     """`grpo` finds the modules of rewards in the folder that it is called in, as `python -m grpo.run` does."""
-    if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
+    with suppress(FileNotFoundError):  # what is wrong with a folder that is gone is told where paths are read
+        if not sys.flags.safe_path and not {"", os.getcwd()} & set(sys.path):
+            sys.path.insert(0, os.getcwd())
 
 
 def _tell(error: str) -> int:

@@ -253,6 +253,11 @@ def load_task(path: str | Path) -> Task:
         UserError: no such file, the file does not run, or it defines no Task.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, and a task is a Python file, such as tasks/gsm8k.py. A run goes on with "
+            f"--resume {path}, and --eval {path} scores it."
+        )
     if not path.is_file():
         shipped = sorted(str(p) for p in Path("tasks").glob("*.py"))
         hint = f"Here are: {', '.join(shipped)}." if shipped else "It may lie anywhere; README.md shows a whole one."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -52,6 +54,24 @@ def plain(text: str) -> str:
     """Text from wherever (a path, a name, an error about a run that was downloaded) for a terminal: what it would obey
     instead of show is written as Python writes it. An escape code reads \\x1b[31m and turns nothing red."""
     return _UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+# They repeat what a downloaded model's files say. (A reward's own log may have its colours.)
+_LOGS_OF_LIBRARIES = ("transformers", "huggingface_hub", "datasets", "torch", "vllm")
+
+
+def plain_logs() -> None:
+    """From now on what these libraries log is for a terminal too."""
+    make = logging.getLogRecordFactory()
+
+    def plain_record(*given: Any, **fields: Any) -> logging.LogRecord:
+        record = make(*given, **fields)
+        if record.name.partition(".")[0] in _LOGS_OF_LIBRARIES:
+            with suppress(TypeError, ValueError):  # a message that does not go with its arguments stays as it is
+                record.msg, record.args = plain(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(plain_record)
 
 
 def say(text: str) -> None:

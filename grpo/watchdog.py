@@ -30,9 +30,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-EXIT_CODE = 2  # of errors that are told in a sentence, as this one is by the child
 GRACE = 5.0  # seconds that a late call gets to end by an exception
 # Of the real-time signals, which nobody uses by default; where there are none (macOS), the second for users.
 SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
@@ -102,7 +101,6 @@ class Watchdog:
             )
         self.free = [_PAGE * (1 + number) for number in range(_NUM_CALLS)]
         self.watches: dict[int, Watch] = {}  # by offset
-        _mark_an_exit()
         if not takes_signals:
             threading.Thread(target=self._ring_for_ever, name="grpo-watchdog", daemon=True).start()
 
@@ -192,20 +190,6 @@ class Watchdog:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(watch.thread), ctypes.py_object(TimeIsUp))
         if late_here:
             raise TimeIsUp
-
-
-def _mark_an_exit() -> None:
-    """From now on os._exit(0) during a call ends this process with the code of an error: for a scheduler, or `&&`, the
-    run would be a success else. (C's own exit goes unmarked, and os._exit of a forked copy means that copy.)"""
-    if getattr(os._exit, "__module__", None) == __name__:
-        return
-    leave = os._exit
-
-    def _exit(status: int) -> NoReturn:
-        during_a_call = _watchdog is not None and _watchdog.pid == os.getpid() and bool(_watchdog.watches)
-        leave(status or (EXIT_CODE if during_a_call else 0))
-
-    os._exit = _exit
 
 
 def _take_breath() -> None:

@@ -115,6 +115,8 @@ def test_every_other_name_leads_to_a_flag():
         (["toy.py", "other.py"], "no use for 'other.py'"),
         (["tasks/gsm8k.py", "--model", "a\0b"], "model is 'a\\x00b'"),
         (["to\0y.py"], "no task file to\\x00y.py"),
+        (["/"], "/ is a folder, and a task is a Python file"),
+        (["--eval", "/"], "/ is no run: neither metrics.jsonl"),
     ],
 )
 def test_words_that_do_not_go_together(words, told, capsys):
@@ -233,6 +235,17 @@ EVIL = "a\x1b[31mb\x9b2Jc\rd\u202ee\u2066f\u200fg\x07h\ud800i"
 def test_what_a_terminal_would_obey_is_shown_instead():
     shown = plain(EVIL + "\n\tnaïve 答え 👩‍🔬 [red]")
     assert shown == (r"a\x1b[31mb\x9b2Jc\rd\u202ee\u2066f\u200fg\x07h\ud800i" + "\n\tnaïve 答え 👩‍🔬 [red]")
+
+
+def test_what_libraries_log_of_a_downloaded_model_carries_no_codes():
+    program = (
+        "import logging; from grpo.terminal import plain_logs; plain_logs(); "
+        "logging.basicConfig(format='%(message)s'); "
+        "logging.getLogger('transformers.models').warning('a %s', '\\x1b[31mb'); "
+        "logging.getLogger('reward').warning('a %s', '\\x1b[31mb')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "a \\x1b[31mb\na \x1b[31mb\n"
 
 
 def test_errors_and_tables_carry_no_codes_nor_markup(toy, tmp_path, capsys):

@@ -251,6 +251,25 @@ def status_of_child(act):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+EXITS = """
+import os
+from grpo.guards import no_happy_exit
+with no_happy_exit():
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+{where}os._exit({status})
+"""
+
+
+@pytest.mark.parametrize(("where", "status", "code"), [("    ", 0, 2), ("    ", 5, 5), ("", 0, 0)])
+def test_an_exit_that_would_be_a_success_is_none_inside_of_a_run(where, status, code):
+    script = EXITS.format(where=where, status=status)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "0\n")
+    assert ("error: Something that the run calls has ended it by os._exit(0)." in done.stderr) == (code == 2)
+
+
 def raises(number, times):
     return lambda: [os.kill(os.getpid(), number) for _ in range(times)]
 
