@@ -172,8 +172,8 @@ def _out_of_memory(error: Exception, config: Config, folder: Path | None) -> str
     told = f" (the last request was for {asked[1]})" if asked else ""
     in_4_bits = "" if config.base == "nf4" else ", or keep the base weights in 4 bits with --base nf4"
     return (
-        f"The memory of {whose} ran out{told}. Lower --tokens-per-batch ({config.tokens_per_batch}) for the "
-        f"update, or for the rollout --max-completion-tokens ({config.max_completion_tokens}), --prompts-per-step "
+        f"The memory of {whose} ran out{told}. The update splits its batches by itself, down to one completion: lower "
+        f"--max-completion-tokens ({config.max_completion_tokens}), or for the rollout --prompts-per-step "
         f"({config.prompts_per_step}), --group-size ({config.group_size}) or --eval-prompts ({config.eval_prompts})"
         f"{in_4_bits}. {how_to_go_on(folder, 'lower values')}"
     )

@@ -172,7 +172,7 @@ class Plan:
             ("CUDA and other processes", self.sizes.others, ""),
             ("base weights", self.sizes.weights, "--base"),
             ("adapter", self.sizes.adapter, "--lora-rank"),
-            ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, ""),
+            ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, "--optimizer"),
             ("engine beside its cache", self.need.engine_bytes, ""),
             (cache, self.kv_cache, "--kv-cache-gib"),
             (batches, self.update, "--tokens-per-batch"),

@@ -256,6 +256,33 @@ def test_what_is_no_want_of_memory_and_a_completion_that_does_not_fit_are_raised
     assert policy.version == 0 and not policy.optimizer.state
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_memory_runs_out_in_many_words(error, groups):
+    [[batch]] = build_packer(Config(), CPU)(groups)
+    tried = []
+
+    def work(part):
+        tried.append(part.num_sequences)
+        if part.num_sequences > 5:
+            raise error
+        return part.num_sequences
+
+    fit = Fitting(BatchLimit(100), lambda note: None)
+    assert fit(work, batch) == [3, 3, 3] and tried == [9, 6, 3, 3, 3]
+    assert fit.count() == 2
+
+
 def test_one_failure_is_enough(groups, tiny_config):
     """The other batches of the step, the epochs that follow and the steps after it are no larger than what did fit."""
     config = tiny_config(epochs=2, mini_batches=1, kl_coef=0.1)

@@ -308,7 +308,7 @@ def test_memory_that_runs_out_is_told_and_nothing_is_lost(
 ):
     path, folder = tmp_path / "toy.py", tmp_path / "run"
     path.write_text(patient_task(size, times, hook, demand))
-    flags_to_lower = ["--tokens-per-batch (16384)", "--max-completion-tokens (7)", "--group-size (4)", "--base nf4"]
+    flags_to_lower = ["--max-completion-tokens (7)", "--group-size (4)", "--base nf4"]
     argv = [str(path), *PATIENT, "--run-dir", str(folder)]
     fails(argv, capsys, *words, *flags_to_lower, f"--resume {folder}`")
     assert 1 <= len([line for line in metrics_of(folder) if "reward/mean" in line]) <= 4
