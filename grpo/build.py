@@ -11,7 +11,7 @@ import math
 import random
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
 from grpo.policy.optimizer import STATE_BYTES, check_optimizer
 from grpo.policy.promises import Progressed, no_progress
+from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
 from grpo.record import Recorder
 from grpo.rollout import Engine
@@ -66,14 +67,20 @@ def build_policy(
     longest: int,
     note: Callable[[str], object] = print,
     progressed: Progressed = no_progress,
+    prompts: Sequence[Prompt] = (),
+    checkpoint: Path | None = None,
 ) -> Policy:
     """The model of a configuration with a fresh adapter and its optimizer.
 
     tokenizer: of the model; it and its chat template are asked which tokens end a completion. longest: prompt and
     completion together, in tokens, that will be run at most. progressed: told how many bytes of how many are read.
+    prompts: what --quantization dynamic measures on. checkpoint: what was chosen for it is kept.
     """
     check_torch()
-    return Policy(load_model(config, choose_device(config), longest, tokenizer, note, progressed), config)
+    dense = read_state(checkpoint)[0].dense if checkpoint else None
+    measured_on = [prompt.tokens for prompt in prompts]
+    loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
+    return Policy(loaded, config)
 
 
 def check_torch() -> None:
@@ -263,11 +270,15 @@ def build_run(
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start."""
     check_optimizer(config, choose_device(config))
-    policy = build_policy(config, questions.tokenizer, questions.longest_sequence, note, progressed)
+    measured_on = questions.train[:PROMPTS]
+    policy = build_policy(
+        config, questions.tokenizer, questions.longest_sequence, note, progressed, measured_on, checkpoint
+    )
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
+    progress.dense = policy.store.dense if config.quantization == "dynamic" else []
     config = replace(config, tokens_per_batch=config.tokens_per_batch or progress.tokens_per_batch)
     plan = plan_memory(config, policy, questions.longest_sequence)
     engine = build_engine(

@@ -69,6 +69,11 @@ class ModelConfig(Part):
     """Hugging Face name or folder of a causal language model, or "embedded" for the tiny one that ships here."""
     base: Literal["float32", "bf16", "nf4"] = "nf4"
     """How the frozen base weights are kept: float32, bf16, or 4-bit NF4 (bitsandbytes' format)."""
+    quantization: Literal["uniform", "dynamic"] = "uniform"
+    """Of an NF4 base: every linear in 4 bits, or dynamic: those whose rounding changes the next token most, measured on
+    a few prompts, stay in 16 bits."""
+    dynamic_allowance: float = 0.1
+    """Memory that --quantization dynamic may take more, as a share of that of the linears in NF4."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU if there is one."""
     lora_rank: int = 32
@@ -85,6 +90,12 @@ class ModelConfig(Part):
         return [
             *super().checks(),
             *self.between(1, 10**15, "lora_rank"),
+            *self.between(0, 10, "dynamic_allowance"),
+            (
+                self.quantization == "dynamic" and self.base != "nf4",
+                f"quantization dynamic is of a base in NF4, and base is {self.base}. Use base nf4, or quantization "
+                "uniform.",
+            ),
             # Its share of the rank is a number of float32, and neither 0 nor infinite there.
             *self.between(1e-6, 1e6, "lora_alpha"),
             *self.between(0, 10**6, "memory_gib"),

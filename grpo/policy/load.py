@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +33,10 @@ from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
-from grpo.policy.linears import Linear, adopt_quantized, is_quantized, weight_of
+from grpo.policy.linears import Linear, NF4Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle, value_of
+from grpo.policy.quantization import choose
 from grpo.policy.rope import check_rope
 from grpo.policy.stop import stop_tokens
 
@@ -124,13 +125,16 @@ def load_model(
     tokenizer: Any = None,
     note: Callable[[str], object] = print,
     progressed: Progressed = no_progress,
+    prompts: Sequence[list[int]] = (),
+    dense: Sequence[str] | None = None,
 ) -> Loaded:
     """The model of a configuration over a fresh adapter, on `device`.
 
     The checkpoint's tensors are read one projection after the other, moved and quantised there: neither this machine's
     memory nor the GPU ever holds much more than the finished model. longest: the longest sequence that will be run, in
     tokens. tokenizer: what is asked, beside the generation settings, which tokens end a completion. note: told what a
-    user may want to know; progressed: how much is read.
+    user may want to know; progressed: how much is read. For --quantization dynamic: prompts, their tokens, that it is
+    measured on; dense: what was chosen before, if it was.
 
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
@@ -144,7 +148,16 @@ def load_model(
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     _settle_tables(model)
-    if fused.recognise(model, longest):
+    recognised = fused.recognise(model, longest)
+    if config.quantization == "dynamic":
+        _check_dynamic(config.model, model, recognised, dense or [])
+        if dense is None:
+            dtypes = (dtype, kept_dtype("bf16", dtype))
+            choice = choose(model, build, prompts, device, dtypes, config.dynamic_allowance)
+            note(f"note: {choice}")
+            dense = choice.dense
+        build = partial(build, dense=dense)
+    if recognised:
         store = fused.fuse(model, build)
         settle(model, device)
         ours: Model = FusedModel(model, store, recompute).to(device)
@@ -156,6 +169,26 @@ def load_model(
     progressed(1, 1)
     gc.collect()
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
+
+
+def _check_dynamic(name: str, model: Any, recognised: bool, dense: Sequence[str]) -> None:
+    """There is something to choose from, and what was chosen before is there."""
+    if not recognised:
+        raise UserError(
+            f"--quantization dynamic is for models whose layers are recognised (Llama, Mistral, Qwen2, Qwen3 and their "
+            f"kin); {name} is a {type(model).__name__}. Use --quantization uniform."
+        )
+    if any(isinstance(module, NF4Linear) for module in model.modules()):
+        raise UserError(
+            f"The checkpoint {name} is in NF4 already, so nothing of it can stay in 16 bits. Use --quantization "
+            "uniform, or the checkpoint that it was made from."
+        )
+    known = {f"{index}.{part}" for index in range(len(model.model.layers)) for part in fused.FUSED}
+    if unknown := sorted(set(dense) - known):
+        raise UserError(
+            f"The run kept {', '.join(unknown)} in 16 bits, which {name} does not have. Give the model that it began "
+            "with."
+        )
 
 
 def compute_dtype(base: str, device: torch.device) -> torch.dtype:
@@ -301,13 +334,15 @@ def _projection(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
+    dense: Sequence[str] = (),
 ) -> Projection:
-    """One projection of these linears, whose own weights are freed."""
+    """One projection of these linears, whose own weights are freed. dense: the names of those that stay in 16 bits over
+    a base that is in 4."""
     weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
     there: list[Base] = [(value_of(w) if isinstance(w, Tensor) else w).to(device) for w in weights]
-    if config.base == "nf4":
+    if config.base == "nf4" and name not in dense:
         base, below = join_nf4(there), None
     else:
         kept = kept_dtype(config.base, dtype)

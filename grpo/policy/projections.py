@@ -150,6 +150,11 @@ class ProjectionStore:
         """The rank of every projection's adapter."""
         return next(iter(self.projections.values())).rank
 
+    @property
+    def dense(self) -> list[str]:
+        """The names of the projections whose base is not in 4 bits."""
+        return [name for name, projection in self.projections.items() if isinstance(projection.base, Tensor)]
+
     def add(self, name: str, projection: Projection) -> None:
         """Take a projection in; its scale becomes the store's."""
         if not self.projections:

@@ -10,6 +10,7 @@ from grpo.checkpoint import best_checkpoint, check_run, load_trained
 from grpo.evaluate import score_lines
 from grpo.folder import saved_run
 from grpo.guards import memory_in_words
+from grpo.policy.quantization import PROMPTS
 from grpo.questions import build_questions
 from grpo.resolve import Resolved
 from grpo.terminal import say, working
@@ -27,7 +28,10 @@ def evaluate(resolved: Resolved, target: str) -> int:
         questions = build_questions(resolved.task, config, note=say)
     with memory_in_words(config), restored_threads():
         with working("model") as progressed:
-            policy = build_policy(config, questions.tokenizer, questions.longest_sequence, say, progressed)
+            policy = build_policy(
+                config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],
+                checkpoint,
+            )  # fmt: skip
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
             load_trained(checkpoint, policy, say)
