@@ -89,6 +89,7 @@ class ModelConfig(Part):
     def checks(self) -> list[Check]:
         return [
             *super().checks(),
+            (not self.model.strip(), f"model is {self.model!r}. Give a name, a folder, or embedded."),
             *self.between(1, 10**15, "lora_rank"),
             *self.between(0, 10, "dynamic_allowance"),
             (

@@ -97,8 +97,9 @@ def build_asker(task: Task, config: Config) -> Asker:
     longest_prompt = context_length(config.model, config) - config.max_completion_tokens
     if longest_prompt < 1:
         raise UserError(
-            f"--max-completion-tokens is {config.max_completion_tokens}, which leaves {longest_prompt} tokens "
-            f"of the context of {config.model} for the prompt. Lower it."
+            f"--max-completion-tokens is {config.max_completion_tokens}, and the context of {config.model} has "
+            f"{context_length(config.model, config)} tokens: none is left for the prompt. Lower it"
+            f"{f', or raise --max-context ({config.max_context})' if config.max_context else ''}."
         )
     return Asker(task, tokenizer, longest_prompt, vocabulary_size(config.model))
 

@@ -305,6 +305,7 @@ def test_a_forked_child_heeds_the_second_signal():
         (dict(steps=10**12), "steps is"),
         (dict(steps=10**5000), "a number of 5000 digits"),
         (dict(data="a\0b"), "NUL"),
+        (dict(model=""), "model is ''. Give a name, a folder, or embedded."),
     ],
 )
 def test_numbers_beyond_the_machine_are_refused(values, told):
