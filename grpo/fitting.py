@@ -59,11 +59,13 @@ class Fitting:
 
     @contextmanager
     def _halving(self, waiting: list[Batch]) -> Iterator[None]:
-        """Inside, memory that runs out puts two halves in place of the first of the batches that wait."""
+        """Inside, memory that runs out puts two halves in place of the first of the batches that wait, and parts no
+        larger than these in place of the others."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, and not the only one
-            waiting[:1] = self._halves(waiting[0], error)
+            halves = self._halves(waiting[0], error)
+            waiting[:] = halves + [part for batch in waiting[1:] for part in self._cut(batch)]
 
     def _halves(self, batch: Batch, error: Exception) -> list[Batch]:
         if not is_out_of_memory(error):
