@@ -118,6 +118,30 @@ def test_experts_that_are_joined_on_reading(tmp_path):
     assert_same(ours, load(pickled(folder, tmp_path / "pickled"), note=notes.append))
 
 
+def test_a_router_that_is_a_linear_and_does_more(tmp_path):
+    """It is tried to see what it computes, for which it has to be read."""
+    more = dict(intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=1, attention_chunk_size=128)
+    folder = write_checkpoint(tmp_path / "router", transformers.Llama4TextConfig(**SIZES, **more))
+    ours = load(folder)
+    assert not any("router" in name for name in ours.store.projections)
+    assert_same(ours, load(pickled(folder, tmp_path / "pickled")))
+
+
+def test_the_text_of_a_larger_model(tmp_path):
+    """Its weights have other names there, and those of the part that sees are left out."""
+    sees = dict(depth=1, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)
+    layers = dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=2, linear_num_key_heads=2)
+    heads = dict(linear_key_head_dim=16, linear_value_head_dim=16)
+    settings = transformers.Qwen3_5Config(text_config=SIZES | layers | heads, vision_config=sees)
+    model = transformers.Qwen3_5ForConditionalGeneration(settings)
+    model.save_pretrained(tmp_path / "larger")
+    assert any(".visual." in name for name in load_file(tmp_path / "larger/model.safetensors"))
+    ours = load(tmp_path / "larger")
+    text = model.model.language_model.layers[1].mlp.down_proj.weight
+    assert torch.equal(ours.store["model.layers.1.mlp.down_proj"].base, text)
+    assert_same(ours, load(pickled(tmp_path / "larger", tmp_path / "pickled")))
+
+
 def test_a_model_that_changes_weights_on_loading_is_read_whole(tmp_path):
     settings = transformers.RecurrentGemmaConfig(
         vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,

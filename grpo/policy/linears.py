@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import UserError
+from grpo.policy.promises import read_copy
 
 # bitsandbytes reads the weights, transformers puts them in place with the help of accelerate.
 NEEDED = ("bitsandbytes", "accelerate")
@@ -53,6 +54,7 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _computes_linear(module: nn.Linear) -> bool:
+    module = read_copy(module)  # what stands in for a weight that is not read yet cannot do all that a forward does
     x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0)).to(module.weight)
     try:
         y = module(x)
