@@ -166,7 +166,8 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, capsys):
     assert main(["--resume", str(first)]) == 0
     assert (second / "adapter_model.safetensors").read_bytes() == uninterrupted
     assert main(["--eval", str(run)]) == 0
-    assert "--quantization dynamic keeps" not in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "--quantization dynamic keeps" not in told and told.count("as --quantization dynamic chose before") == 2
 
 
 def test_what_it_cannot_be_used_for(checkpoint):

@@ -36,7 +36,7 @@ from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, NF4Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle, value_of
-from grpo.policy.quantization import choose
+from grpo.policy.quantization import Choice, choose
 from grpo.policy.rope import check_rope
 from grpo.policy.stop import stop_tokens
 
@@ -151,12 +151,9 @@ def load_model(
     recognised = fused.recognise(model, longest)
     if config.quantization == "dynamic":
         _check_dynamic(config.model, model, recognised, dense or [])
-        if dense is None:
-            dtypes = (dtype, kept_dtype("bf16", dtype))
-            choice = choose(model, build, prompts, device, dtypes, config.dynamic_allowance)
-            note(f"note: {choice}")
-            dense = choice.dense
-        build = partial(build, dense=dense)
+        dtypes = (dtype, kept_dtype("bf16", dtype))
+        chosen = partial(choose, model, build, prompts, device, dtypes, config.dynamic_allowance)
+        build = partial(build, dense=_dense(chosen, dense, note))
     if recognised:
         store = fused.fuse(model, build)
         settle(model, device)
@@ -169,6 +166,16 @@ def load_model(
     progressed(1, 1)
     gc.collect()
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
+
+
+def _dense(chosen: Callable[[], Choice], before: Sequence[str] | None, note: Callable[[str], object]) -> Sequence[str]:
+    """The projections that stay in 16 bits: those of before, or chosen now. The user is told."""
+    if before is not None:
+        note(f"note: {', '.join(before) or 'nothing'} in 16 bits, as --quantization dynamic chose before.")
+        return before
+    choice = chosen()
+    note(f"note: {choice}")
+    return choice.dense
 
 
 def _check_dynamic(name: str, model: Any, recognised: bool, dense: Sequence[str]) -> None:

@@ -111,8 +111,7 @@ class Checkpoint:
         self._done = 0  # bytes read; a tensor that is read again is counted once
         homes: dict[str, str] = {}
         for file in files:
-            # Read, not mapped: pages of a mapped file are memory of this process, and a file cut short ends it.
-            opened = safe_open(file, framework="pt", backend="pread")
+            opened = _open(file)
             for name in opened.keys():
                 if name in homes:
                     raise UserError(
@@ -146,6 +145,14 @@ class Checkpoint:
         self._done += self._left.pop(name, 0)
         self._progressed(self._done, self._total)
         return tensor
+
+
+def _open(file: str) -> Any:
+    """Read, not mapped: pages of a mapped file are memory of this process, and a file that is cut short ends it."""
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except Exception as error:  # the format's own class does not say of which file it speaks
+        raise type(error)(f"{Path(file).name}: {error}") from error
 
 
 def settle(model: nn.Module, device: torch.device, where: Callable[[str], bool] = lambda name: True) -> None:
