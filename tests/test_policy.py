@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import CPU, FUSED, GENERIC, build_policy, one_batch, randomise, reference_logprobs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.loss import build_loss
 from grpo.policy import load_model
@@ -170,3 +171,21 @@ def test_how_activations_wait_changes_no_gradient(name, tiny_config, groups):
         policy.model.treat(treatments)
         for before, now in zip(kept, gradients(), strict=True):
             torch.testing.assert_close(now, before, atol=0, rtol=0)
+
+
+def test_a_pass_waits_for_the_gpu_before_it_and_not_after(tiny_config, groups):
+    """What has to be counted on the GPU is counted before the layers are launched, once."""
+    config = tiny_config()
+    policy = build_policy(config)
+    batch = one_batch(groups, config)
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            called.append(operation.name())
+            return operation(*arguments, **named or {})
+
+    with Watch():
+        policy.logprobs(batch)
+    assert called.count("aten::nonzero") == 1
+    assert called.index("aten::nonzero") < called.index("aten::embedding")

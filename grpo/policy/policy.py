@@ -53,14 +53,17 @@ class Policy:
         Only sampled tokens reach the head, whose logits never exist for all of them at once. The entropy has a gradient
         where that is asked for.
         """
-        logprobs, entropy = self._of_sampled(batch, differentiable_entropy)
-        return _aligned(logprobs, batch), _aligned(entropy, batch)
+        sampled = _sampled(batch)
+        logprobs, entropy = self._of_sampled(batch, sampled, differentiable_entropy)
+        return _aligned(logprobs, sampled, batch), _aligned(entropy, sampled, batch)
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`logprobs` without gradient. Where memory does not hold a pass over the whole batch, its parts are passed."""
-        logprobs, entropy = zip(*self.fit(self._of_sampled, batch), strict=True)
-        return _aligned(torch.cat(logprobs), batch), _aligned(torch.cat(entropy), batch)
+        sampled = _sampled(batch)
+        parts = self.fit(lambda part: self._of_sampled(part, _sampled(part)), batch)
+        logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
+        return _aligned(logprobs, sampled, batch), _aligned(entropy, sampled, batch)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """log p under the base model, adapter off, [N], no gradient."""
@@ -147,11 +150,10 @@ class Policy:
         self.store.refresh()
         return norm
 
-    def _of_sampled(self, batch: Batch, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def _of_sampled(self, batch: Batch, sampled: Tensor, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """log p and entropy of the n sampled tokens of a batch, [n] each."""
-        hidden, sampled = self._before_sampled(batch)
         return linear_logprob(
-            hidden,
+            self._before_sampled(batch, sampled),
             self.model.head,
             batch.tokens[sampled],
             self.config.temperature,
@@ -159,15 +161,15 @@ class Policy:
             differentiable_entropy=differentiable_entropy,
         )
 
-    def _before_sampled(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The hidden states that predict the n sampled tokens, [n, D], and the tokens' positions in the batch, [n]."""
-        sampled = batch.mask.nonzero().squeeze(1)
+    def _before_sampled(self, batch: Batch, sampled: Tensor) -> Tensor:
+        """The hidden states that predict the n sampled tokens, [n, D]."""
         # The one shift: a token is predicted at the token before it.
-        return self.model.hidden(batch)[batch.previous[sampled]], sampled
+        return self.model.hidden(batch)[batch.previous[sampled]]
 
     def _ranks(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """`_rank` of the sampled tokens of a batch, some rows at once."""
-        hidden, sampled = self._before_sampled(batch)
+        sampled = _sampled(batch)
+        hidden = self._before_sampled(batch, sampled)
         rows = zip(hidden.split(ROWS_AT_ONCE), batch.tokens[sampled].split(ROWS_AT_ONCE), strict=True)
         return [self._rank(states, tokens) for states, tokens in rows]
 
@@ -180,10 +182,15 @@ class Policy:
         return own.squeeze(1), above, equal, p.amax(1)
 
 
-def _aligned(values: Tensor, batch: Batch) -> Tensor:
+def _sampled(batch: Batch) -> Tensor:
+    """The indices of the n sampled tokens of a batch, [n]. To count them is to wait for the GPU, so it is done before a
+    pass."""
+    return batch.mask.nonzero().squeeze(1)
+
+
+def _aligned(values: Tensor, sampled: Tensor, batch: Batch) -> Tensor:
     """Values of the n sampled tokens, [n] float32, as a column of the batch, [N]; 0 on the rest."""
-    zeros = torch.zeros(batch.tokens.shape, device=values.device)
-    return zeros.index_copy(0, batch.mask.nonzero().squeeze(1), values)
+    return torch.zeros(batch.tokens.shape, device=values.device).index_copy(0, sampled, values)
 
 
 def _add_gradient(master: Tensor, gradient: Tensor | None) -> None:
