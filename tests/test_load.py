@@ -62,9 +62,18 @@ def assert_same(ours, theirs):
         assert torch.equal(tensor, theirs[name]), name
 
 
-@pytest.mark.parametrize("base", ["float32", "bf16", "nf4"])
-@pytest.mark.parametrize("name", FUSED | GENERIC)
-def test_read_piece_by_piece_it_is_the_model_that_is_read_whole(name, base, checkpoint, tmp_path):
+SECOND = [("float32", name) for name in GENERIC] + [("bf16", name) for name in GENERIC]  # in the second stage
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        pytest.param(base, name, marks=[pytest.mark.slow] if (base, name) in SECOND else [])
+        for base in ("float32", "bf16", "nf4")
+        for name in FUSED | GENERIC
+    ],
+)
+def test_read_piece_by_piece_it_is_the_model_that_is_read_whole(base, name, checkpoint, tmp_path):
     notes = []
     ours = load(checkpoint(name), base, note=notes.append)
     assert notes == []

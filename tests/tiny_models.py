@@ -72,8 +72,11 @@ def write_checkpoint(folder, config):
 CPU = torch.device("cpu")
 
 
+KEPT = ["0.qkv", "1.gate_up", "1.o"]  # projections in 16 bits where some are
+
+
 def build_policy(config):
-    return Policy(load_model(config, CPU, 64), config)
+    return Policy(load_model(config, CPU, 64, dense=KEPT if config.quantization == "dynamic" else None), config)
 
 
 def randomise(policy, seed=1, size=0.1):

@@ -21,6 +21,7 @@ from grpo.rollout.vllm_engine import VllmEngine, refusal_in_words
 # Architecture, whether embedding and head are one table (None: as the architecture has it), base, temperature. The
 # vocabulary of all of them is odd, so that the tables are padded.
 CASES = [
+    ("qwen3", None, "nf4 dynamic", 0.7),  # some projections in 16 bits
     ("qwen3", None, "nf4", 0.7),  # norms of queries and keys, tied
     ("qwen2", None, "bf16", 1.0),  # biases of q, k and v, untied
     ("llama", None, "float32", 0.7),  # biases everywhere, untied, a table that vLLM gives no name
@@ -40,7 +41,10 @@ class Built(NamedTuple):
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def built(request, open_engine, vllm_config):
     name, tied, base, temperature = request.param
-    config = vllm_config(name, tied, base=base, temperature=temperature)
+    base, *dynamic = base.split()
+    config = vllm_config(
+        name, tied, base=base, temperature=temperature, quantization="dynamic" if dynamic else "uniform"
+    )
     return Built(config, *open_engine(config))
 
 
