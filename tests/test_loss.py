@@ -282,3 +282,19 @@ def test_what_dual_clip_cuts_is_counted(groups):
     ratio, negative = (forward.logprobs - forward.old).exp(), batch.advantages < 0
     cut = ((ratio < 0.8) | (ratio > 1.05)) & negative | (ratio > 1.28) & (batch.advantages > 0)
     assert sums["policy/clip_fraction"] == (cut & batch.mask).sum() > 0
+
+
+def test_rounding_does_not_decide_which_tokens_are_of_highest_entropy(groups):
+    """The update's entropies are those of the preparation but for rounding: the token that the share ends at stays."""
+    [[batch]] = build_packer(Config(), CPU)(groups)
+    forward = forward_pass(batch)
+    loss = build_loss(Config(top_entropy=0.5))
+
+    class Reader:
+        def read(self, batch):
+            return forward.logprobs.detach(), forward.entropy.detach()
+
+    loss.prepare_step(Reader(), [batch])
+    for rounding in (-1e-6, 0.0, 1e-6):
+        _, sums = loss(forward.logprobs, forward.entropy + rounding, batch)
+        assert sums["policy/kept"] == round(0.5 * int(batch.mask.sum()))
