@@ -44,7 +44,7 @@ def main() -> None:
         by_chance = []
         for seed in range(arguments.draws):
             order = Random(seed).sample(list(costs), len(costs))
-            worth = {name: costs[name] / (1 + place) for place, name in enumerate(order)}
+            worth = {name: costs[name] / (1 + index) for index, name in enumerate(order)}
             by_chance.append(model.divergence(best_within(worth, costs, int(allowance * in_nf4))) / nothing)
         print(
             f"allowance {allowance:.0%}: {model.divergence(kept) / nothing:.3f} with {', '.join(kept) or 'nothing'}; "

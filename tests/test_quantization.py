@@ -148,7 +148,7 @@ def test_it_is_nearer_to_the_model_than_chance_is():
     by_chance = []
     for seed in range(8):
         order = random.Random(seed).sample(list(costs), len(costs))
-        worth = {name: costs[name] / (1 + place) for place, name in enumerate(order)}
+        worth = {name: costs[name] / (1 + index) for index, name in enumerate(order)}
         by_chance.append(best_within(worth, costs, int(allowed)))
     assert reference.divergence(kept) < 0.75 * mean(map(reference.divergence, by_chance))
 

@@ -76,17 +76,17 @@ class Promise(Tensor):
         forms = func(*args, **(kwargs | {"device": "meta"} if "device" in kwargs else kwargs))
         if isinstance(forms, Tensor):
             return Promise(forms, partial(_compute, func, given))
-        return [Promise(form, partial(_compute, func, given, place)) for place, form in enumerate(forms)]
+        return [Promise(form, partial(_compute, func, given, index)) for index, form in enumerate(forms)]
 
 
 def _form(tensor: Tensor) -> Tensor:
     return tensor.form if isinstance(tensor, Promise) else tensor.to("meta")
 
 
-def _compute(func: Any, given: tuple[Any, Any], place: int | None = None) -> Any:
+def _compute(func: Any, given: tuple[Any, Any], index: int | None = None) -> Any:
     args, kwargs = tree_map_only(Promise, value_of, given)
     computed = func(*args, **kwargs)
-    return computed if place is None else computed[place]
+    return computed if index is None else computed[index]
 
 
 def value_of(tensor: Tensor) -> Tensor:

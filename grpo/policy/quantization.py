@@ -108,9 +108,9 @@ def exact_states(model: Any, prompts: Sequence[list[int]], device: torch.device)
     states = [x.to(device) for x in states]
     for promised in body.layers:
         layer = read_copy(promised).to(device)
-        for place, (x, (cos, sin)) in enumerate(zip(states, angles, strict=True)):
+        for number, (x, (cos, sin)) in enumerate(zip(states, angles, strict=True)):
             made = layer(x, attention_mask=None, position_embeddings=(cos.to(device), sin.to(device)))
-            states[place] = made if isinstance(made, Tensor) else made[0]
+            states[number] = made if isinstance(made, Tensor) else made[0]
     return read_copy(body.norm).to(device)(torch.cat(states, dim=1)[0])
 
 
