@@ -32,7 +32,7 @@ from itertools import islice
 import torch
 
 from grpo.config import Config
-from grpo.errors import UserError
+from grpo.errors import UserError, is_out_of_memory
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.policy.activations import Treatment
@@ -57,8 +57,8 @@ OF_SO_MANY_WEIGHTS = 218e6
 # Tokens of the KV cache beside those of the longest sequence: blocks are whole, and some are always kept free.
 CACHE_TO_SPARE = 1024
 
-# Completions of a group in the trial; its tokens, at least.
-TRIAL_GROUP, LEAST_TRIAL = 4, 1024
+# Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
+TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,28 @@ class Plan:
 
 
 def measure(policy: Policy, longest: int) -> Sizes:
-    """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes."""
-    parameters, device = policy.store.parameters(), policy.device
-    layers, itemsize = len(policy.model.layers), policy.store.compute_dtype.itemsize
-    numbers, layer_input = sum(each.numel() for each in parameters), policy.model.head.shape[1] * itemsize
-    least = max(LEAST_TRIAL, 6 * numbers // (max(1, layers) * layer_input))
-    few, more = (_batch_of(policy, tokens, longest) for tokens in (least, 2 * least))
-    kept = _peak(policy, few, "keep")
-    at_few, at_more = _peak(policy, few, "recompute"), _peak(policy, more, "recompute")
+    """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes.
+
+    The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
+    of fewer where that does not fit.
+    """
+    parameters = sum(each.numel() for each in policy.store.parameters())
+    tokens = max(TRIAL, 6 * parameters // (max(1, len(policy.model.layers)) * _layer_input(policy)))
+    while True:
+        try:
+            return _measured(policy, longest, tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or tokens < 2 * LEAST_TRIAL:
+                raise
+        tokens //= 2
+
+
+def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
+    parameters, device, layers = policy.store.parameters(), policy.device, len(policy.model.layers)
+    few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
+    keeps = min(layers, TRIAL_KEPT)
+    kept = _peak(policy, few, keeps)
+    at_few, at_more = _peak(policy, few, 0), _peak(policy, more, 0)
     in_use = taken(device)
     num_few, num_more = len(few.tokens), len(more.tokens)
     recomputing = (at_more - at_few) / (num_more - num_few)
@@ -217,13 +231,13 @@ def measure(policy: Policy, longest: int) -> Sizes:
         others=in_use - torch.cuda.memory_reserved(device),
         weights=allocated - adapter,
         adapter=adapter,
-        parameters=numbers,
+        parameters=sum(each.numel() for each in parameters),
         layers=layers,
         weights_per_layer=_base_weights(policy) / max(1, layers),
         fixed=max(0, int(at_few - recomputing * num_few)),
         recomputing=recomputing,
-        keeping=max(0.0, (kept - at_few) / num_few / max(1, layers - 1)),
-        layer_input=layer_input,
+        keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
+        layer_input=_layer_input(policy),
     )
 
 
@@ -266,9 +280,16 @@ def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:
     return lay_out_to_read(groups, policy.device)
 
 
-def _peak(policy: Policy, batch: Batch, treatment: Treatment) -> int:
-    """Bytes that a forward and backward pass takes at most, beside what is there before and after."""
-    policy.model.treat([treatment for _ in policy.model.layers])
+def _layer_input(policy: Policy) -> int:
+    """Bytes of a token's hidden state."""
+    return policy.model.head.shape[1] * policy.store.compute_dtype.itemsize
+
+
+def _peak(policy: Policy, batch: Batch, kept: int) -> int:
+    """Bytes that a forward and backward pass takes at most, beside what is there before and after, where so many layers
+    keep their activations."""
+    layers = len(policy.model.layers)
+    policy.model.treat(["keep" if index >= layers - kept else "recompute" for index in range(layers)])
     peak = 0
     for _ in range(2):  # the first time kernels are chosen, by running them in memory of their own
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What of a layer waits for the backward pass, and where, on a CUDA GPU: the same bits, in less memory."""
+"""What of a layer waits for the backward pass, and where, on a CUDA GPU: the same gradient, in less memory."""
 
 import pytest
 import torch
@@ -51,7 +51,13 @@ def gradients(policy, batch):
     return torch.autograd.grad(policy.logprobs(batch)[0].sum(), policy.store.parameters())
 
 
-def test_the_same_bits_in_less_memory(policy):
+def assert_same(gradients, others):
+    """Equal, but for the order in which flash attention's backward pass adds up, which is another one each time."""
+    for one, other in zip(gradients, others, strict=True):
+        assert (one - other).norm() <= 2e-3 * one.norm()
+
+
+def test_the_same_gradient_in_less_memory(policy):
     layers = len(policy.model.layers)
     batch = batch_of(policy, seed=1)
     results, peaks = [], []
@@ -69,8 +75,7 @@ def test_the_same_bits_in_less_memory(policy):
         results.append(gradients(policy, batch))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     for others in results[1:]:
-        for first, other in zip(results[0], others, strict=True):
-            assert torch.equal(first, other)
+        assert_same(results[0], others)
     kept, half, recomputed, offloaded = peaks
     assert offloaded < recomputed < half < kept
     # All but two inputs are on the host, and the last layer's.
@@ -83,5 +88,4 @@ def test_a_pass_without_a_backward_pass_leaves_nothing_behind(policy):
     first, second = batch_of(policy, seed=1), batch_of(policy, seed=2)
     expected = gradients(policy, second)
     policy.logprobs(first)
-    for before, now in zip(expected, gradients(policy, second), strict=True):
-        assert torch.equal(before, now)
+    assert_same(expected, gradients(policy, second))
