@@ -5,9 +5,9 @@
     offload     as recompute, and the input waits in pinned memory of the host; it goes there and comes back on a stream
                 beside the computation, one layer ahead
 
-All three compute the same numbers. What they cost: keeping, some 110 KB a token and layer of an 8B; recomputing, a third of
-the layer's time and 8 KB; offloading, that time and no memory of the GPU (Chen et al. 2016, arXiv 1604.06174; Rhu et
-al. 2016, arXiv 1602.08124).
+All three compute the same numbers. What they cost: keeping, some 110 KB a token and layer of an 8B; recomputing, a
+third of the layer's time and 8 KB; offloading, that time and no memory of the GPU (Chen et al. 2016, arXiv 1604.06174;
+Rhu et al. 2016, arXiv 1602.08124).
 """
 
 from __future__ import annotations

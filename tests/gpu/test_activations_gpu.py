@@ -51,10 +51,16 @@ def gradients(policy, batch):
     return torch.autograd.grad(policy.logprobs(batch)[0].sum(), policy.store.parameters())
 
 
-def assert_same(gradients, others):
-    """Equal, but for the order in which flash attention's backward pass adds up, which is another one each time."""
-    for one, other in zip(gradients, others, strict=True):
-        assert (one - other).norm() <= 2e-3 * one.norm()
+def distance(one, other):
+    """Between two gradients, as a share of the first."""
+    between = sum((a - b).double().square().sum() for a, b in zip(one, other, strict=True))
+    return (between / sum(a.double().square().sum() for a in one)).sqrt().item()
+
+
+def noise(policy, batch):
+    """The distance of a gradient from itself: flash attention's backward pass adds up in another order each time."""
+    first = gradients(policy, batch)
+    return max(distance(first, gradients(policy, batch)) for _ in range(3))
 
 
 def test_the_same_gradient_in_less_memory(policy):
@@ -74,8 +80,9 @@ def test_the_same_gradient_in_less_memory(policy):
         torch.cuda.reset_peak_memory_stats()
         results.append(gradients(policy, batch))
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    for others in results[1:]:
-        assert_same(results[0], others)
+    policy.model.treat(["keep"] * layers)
+    allowed = 3 * noise(policy, batch) + 1e-6
+    assert all(distance(results[0], others) <= allowed for others in results[1:])
     kept, half, recomputed, offloaded = peaks
     assert offloaded < recomputed < half < kept
     # All but two inputs are on the host, and the last layer's.
@@ -86,6 +93,6 @@ def test_a_pass_without_a_backward_pass_leaves_nothing_behind(policy):
     layers = len(policy.model.layers)
     policy.model.treat(["offload"] * (layers - 1) + ["recompute"])
     first, second = batch_of(policy, seed=1), batch_of(policy, seed=2)
-    expected = gradients(policy, second)
+    expected, allowed = gradients(policy, second), 3 * noise(policy, second) + 1e-6
     policy.logprobs(first)
-    assert_same(expected, gradients(policy, second))
+    assert distance(expected, gradients(policy, second)) <= allowed
