@@ -169,6 +169,7 @@ def test_nothing_is_begun_behind_the_deadline(monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_ours_is_measured_by_the_command(folder, tmp_path):
     """Two steps of the product on a CPU: completions are exactly as long as asked, and the stages make the step."""
     given = ["--only", "tiny/ours-nf4", "--device", "cpu", "--steps", "2", "--tokens", "8", "--prompt-tokens", "40"]

@@ -512,6 +512,7 @@ def steps_of(folder):
     return [{name: x for name, x in step.items() if not name.startswith(TIMING_PREFIXES)} for step in steps]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_a_resumed_one_is_the_same(full_above, tmp_path, capsys):
     for name in ("untroubled", "whole"):
         (tmp_path / name).mkdir()
@@ -532,6 +533,7 @@ def test_a_run_goes_on_and_a_resumed_one_is_the_same(full_above, tmp_path, capsy
     assert steps_of(tmp_path / "resumed") == split
 
 
+@pytest.mark.slow
 def test_a_run_rehearses_and_is_the_same(full_above, tmp_path, monkeypatch, capsys):
     for name in ("plain", "rehearsed", "full"):
         (tmp_path / name).mkdir()

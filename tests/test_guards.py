@@ -130,6 +130,7 @@ def test_nohup_means_it(run_that):
     assert len(steps_of(folder)) == 6
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_checkpoint_a_run_starts_over_in_its_folder(tmp_path, run_that, capsys):
     ended, folder = run_that("raise KeyboardInterrupt", "--save-every", "100", step=0)
     assert ended == 130

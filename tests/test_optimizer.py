@@ -155,6 +155,7 @@ def test_a_state_that_is_none_of_these_parameters_is_refused(damage):
         restore_optimizer(build_optimizer(parameters(), UpdateConfig(optimizer="adamw8bit")), changed[damage])
 
 
+@pytest.mark.slow
 def test_a_run_in_8_bits_learns_resumes_and_stays_with_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
     flags = [*SMALL, "--steps", "4", "--save-every", "2", "--lora-rank", "16", "--optimizer", "adamw8bit"]
@@ -180,6 +181,7 @@ def metrics_of(folder):
     return [{name: x for name, x in line.items() if not name.startswith(TIMING_PREFIXES)} for line in lines]
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_only_where_it_is_asked_for():
     code = """
 import sys, torch

@@ -148,6 +148,7 @@ print(peak() - before, sum(tensor.nbytes for tensor in kept))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_no_more_than_the_finished_model_and_two_shards(checkpoint, tmp_path):
     """12 shards of 8 MB. Small blocks of memory go back to the system here, as blocks of a real model's size do."""

@@ -153,6 +153,7 @@ def test_it_is_nearer_to_the_model_than_chance_is():
     assert reference.divergence(kept) < 0.75 * mean(map(reference.divergence, by_chance))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_chosen(tmp_path, capsys):
     (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
     run = tmp_path / "run"

@@ -225,6 +225,7 @@ def test_reward_that_is_wrong(extra, rewards, words, task_file, capsys, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_reward_that_fails_in_the_middle_loses_nothing(task_file, tmp_path, capsys):
     extra = """
 calls = 0
@@ -554,6 +555,7 @@ def six_steps(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
 def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, toy_run, six_steps, capsys):
     folder, saved = toy_run, len((toy_run / "config.json").read_text())
@@ -576,6 +578,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(toy_run, six_steps, capsys)
     assert metrics_of(toy_run) == metrics_of(six_steps)
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_first_checkpoint_is_told_with_what_fits(task_file, trained, tmp_path, capsys):
     folder = tmp_path / "run"
     largest = max(path.stat().st_size for path in list_checkpoints(trained)[-1].iterdir())
@@ -617,6 +620,7 @@ def test_the_origin_of_every_value_is_known(task_file):
     assert explicit.config.base == "nf4"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_origin_of_every_value(task_file, tmp_path, capsys):
     folder = tmp_path / "run"
     run_toy(task_file, folder, "--steps", "2", "--clip-low", "0.1")
