@@ -262,7 +262,10 @@ def test_tokens_drawn_from_another_distribution_are_told_within_a_few_steps(name
             looker(rollout(wrong, prompts(), 2, seed=step), step)
 
 
-@pytest.mark.parametrize(("name", "temperature", "steps"), [("qwen3", 1.0, 50), ("qwen3", 0.3, 20), ("gpt2", 0.8, 10)])
+@pytest.mark.parametrize(
+    ("name", "temperature", "steps"),
+    [pytest.param("qwen3", 1.0, 50, marks=pytest.mark.slow), ("qwen3", 0.3, 20), ("gpt2", 0.8, 10)],
+)
 def test_silent_over_many_honest_steps_and_resumed_where_it_was(name, temperature, steps, tiny_config, monkeypatch):
     monkeypatch.setattr(audit, "WINDOW", 40)
     policy, engine = build_engine(tiny_config(name, temperature=temperature, max_completion_tokens=23))

@@ -102,6 +102,7 @@ def test_a_run_of_an_earlier_format_is_told_so(toy_run):
         read_state(last)
 
 
+@pytest.mark.slow
 def test_scores_of_another_held_out_set_are_not_compared(toy_run, capsys):
     """pass@1 of four prompts is no measure for that of six."""
     before = read_state(list_checkpoints(toy_run)[-1])[0]

@@ -120,6 +120,7 @@ def test_help_ends_quietly_where_its_reader_goes_away():
     assert (process.stderr.read(), process.wait()) == (b"", 128 + signal.SIGPIPE)
 
 
+@pytest.mark.slow
 def test_nohup_means_it(run_that):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -157,6 +158,7 @@ def test_resume_or_start_starts(tmp_path):
     assert steps_of(folder) == [0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "told"),
     [

@@ -48,7 +48,7 @@ def test_every_completion_is_packed_once_after_its_prompt(tokens_per_batch, grou
 
 
 @pytest.mark.parametrize("normalization", ["dapo", "grpo", "bnpo", "dr_grpo"])
-@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+@pytest.mark.parametrize("objective", [pytest.param("grpo", marks=pytest.mark.slow), "gspo"])
 def test_splitting_into_batches_changes_no_gradient(normalization, objective, groups, tiny_config):
     gradients, metrics = [], []
     for tokens_per_batch in (10_000, 30, 1):

@@ -109,7 +109,7 @@ def test_a_run_is_written_down_everywhere(tmp_path, capsys):
     assert "held-out after 3 steps:  pass@1 33.0% (95%: 25.0 to 35.0)   pass@4 50.0%" in said
 
 
-@pytest.mark.parametrize("evaluate_before_saving", [True, False])
+@pytest.mark.parametrize("evaluate_before_saving", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, evaluate_before_saving):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     whole.mkdir()

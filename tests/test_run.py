@@ -160,8 +160,14 @@ def test_dynamic_sampling_fills_the_step_or_gives_up(task_file, tmp_path):
     [
         "--mini-batches 2 --epochs 2 --objective gspo --kl-coef 0.1",
         "--advantage gdpo --normalization dr_grpo --correction sequence_mask --entropy-coef 0.01",
-        "--advantage rloo --objective cispo --top-entropy 0.2 --off-policy-mask 0.5 --schedule cosine --warmup-steps 1",
-        "--base nf4 --recompute layer --dual-clip 3 --advantage lite_ppo --normalization grpo",
+        pytest.param(
+            "--advantage rloo --objective cispo --top-entropy 0.2 --off-policy-mask 0.5 --schedule cosine --warmup-steps 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--base nf4 --recompute layer --dual-clip 3 --advantage lite_ppo --normalization grpo",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_choices_go_together(flags, task_file, tmp_path):
@@ -500,6 +506,7 @@ def changed(path, change):
     return json.dumps(content)
 
 
+@pytest.mark.slow
 def test_files_of_a_run_that_are_gone_or_damaged_are_named(toy_run, tmp_path, capsys):
     folder = toy_run
     last = list_checkpoints(folder)[-1]

@@ -108,6 +108,7 @@ def test_a_run_measures_says_so_and_leaves_the_process_as_it_was(toy, tmp_path, 
     assert f"threads: {chosen} ({told}" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_number(toy, tmp_path, unset, capsys):
     assert main([*toy, "--threads", "3"]) == 0
     capsys.readouterr()
