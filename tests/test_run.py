@@ -161,7 +161,8 @@ def test_dynamic_sampling_fills_the_step_or_gives_up(task_file, tmp_path):
         "--mini-batches 2 --epochs 2 --objective gspo --kl-coef 0.1",
         "--advantage gdpo --normalization dr_grpo --correction sequence_mask --entropy-coef 0.01",
         pytest.param(
-            "--advantage rloo --objective cispo --top-entropy 0.2 --off-policy-mask 0.5 --schedule cosine --warmup-steps 1",
+            "--advantage rloo --objective cispo --top-entropy 0.2 --off-policy-mask 0.5 --schedule cosine"
+            " --warmup-steps 1",
             marks=pytest.mark.slow,
         ),
         pytest.param(
