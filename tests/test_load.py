@@ -62,13 +62,10 @@ def assert_same(ours, theirs):
         assert torch.equal(tensor, theirs[name]), name
 
 
-SECOND = [("float32", name) for name in GENERIC] + [("bf16", name) for name in GENERIC]  # in the second stage
-
-
 @pytest.mark.parametrize(
     ("base", "name"),
     [
-        pytest.param(base, name, marks=[pytest.mark.slow] if (base, name) in SECOND else [])
+        pytest.param(base, name, marks=[] if base == "nf4" else [pytest.mark.slow])
         for base in ("float32", "bf16", "nf4")
         for name in FUSED | GENERIC
     ],

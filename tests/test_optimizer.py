@@ -123,6 +123,7 @@ def test_what_it_will_hold_is_what_it_holds(kind):
     assert state_to_come(optimizer) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_of_the_other_is_refused(kind, groups, tiny_config, tmp_path):
     [other] = set(KINDS) - {kind}

@@ -47,7 +47,7 @@ def test_every_completion_is_packed_once_after_its_prompt(tokens_per_batch, grou
     assert all(len(batch.tokens) <= max(tokens_per_batch, largest_alone) for batch in batches)
 
 
-@pytest.mark.parametrize("normalization", ["dapo", "grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("normalization", ["dapo", pytest.param("grpo", marks=pytest.mark.slow), "bnpo", "dr_grpo"])
 @pytest.mark.parametrize("objective", [pytest.param("grpo", marks=pytest.mark.slow), "gspo"])
 def test_splitting_into_batches_changes_no_gradient(normalization, objective, groups, tiny_config):
     gradients, metrics = [], []

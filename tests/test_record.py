@@ -389,6 +389,7 @@ def test_curves_are_drawn_of_whatever_there_is(tmp_path, lines):
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
