@@ -33,6 +33,7 @@ from grpo.memory import Asked, Need, Plan
 from grpo.metrics import HEADLINES
 from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_longest, lay_out_to_read
 from grpo.policy import Policy, load_model
+from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
 from grpo.policy.optimizer import STATE_BYTES, check_optimizer
@@ -207,7 +208,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
 
 
 def _need(config: Config, policy: Policy, longest: int) -> Need:
-    from grpo.rollout.vllm_engine import kv_bytes_per_token, sequences_at_once
+    from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
 
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
     shares = isinstance(policy.model, FusedModel)

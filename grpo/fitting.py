@@ -70,7 +70,7 @@ class Fitting:
     def _halves(self, batch: Batch, error: Exception) -> list[Batch]:
         if not is_out_of_memory(error):
             raise error
-        _forget(error)
+        forget(error)
         halves = halve(batch)
         if len(halves) == 1:
             raise error
@@ -96,7 +96,7 @@ def _whole(batch: Batch) -> list[Batch]:
     return [batch]
 
 
-def _forget(error: BaseException | None) -> None:
+def forget(error: BaseException | None) -> None:
     """Free what a failed pass holds: the frames of its traceback keep every tensor that they name."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)

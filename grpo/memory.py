@@ -33,9 +33,11 @@ import torch
 
 from grpo.config import Config
 from grpo.errors import UserError, is_out_of_memory
+from grpo.fitting import forget
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.policy.activations import Treatment
+from grpo.policy.cache import full_cache_bytes
 from grpo.types import Batch, Completion, Group, Prompt
 
 GIB = 2**30
@@ -101,7 +103,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the user has decided; None, 0 where the plan may choose."""
+    """What the user has decided; auto and 0 leave it to the plan."""
 
     recompute: str  # auto, none, layer or offload
     tokens_per_batch: int
@@ -204,17 +206,20 @@ def measure(policy: Policy, longest: int) -> Sizes:
     of fewer where that does not fit.
     """
     parameters = sum(each.numel() for each in policy.store.parameters())
-    tokens = max(TRIAL, 6 * parameters // (max(1, len(policy.model.layers)) * _layer_input(policy)))
+    inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
+    tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
     while True:
         try:
             return _measured(policy, longest, tokens)
         except RuntimeError as error:
             if not is_out_of_memory(error) or tokens < 2 * LEAST_TRIAL:
                 raise
+            forget(error)
         tokens //= 2
 
 
 def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
+    """The same of a trial of so many tokens, and of twice as many."""
     parameters, device, layers = policy.store.parameters(), policy.device, len(policy.model.layers)
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     keeps = min(layers, TRIAL_KEPT)
@@ -324,7 +329,7 @@ def _caches(need: Need, asked: Asked, left: int) -> list[int]:
     """Bytes of the KV cache to try, the largest first."""
     if given := need.cache_stands or asked.kv_cache:
         return [given]
-    wanted, least = _wanted_cache(need), _least_cache(need)
+    wanted, least = full_cache_bytes(need.sequences, need.longest, need.kv_bytes_per_token), _least_cache(need)
     sizes = {wanted, left, least, *(int(wanted * share / 16) for share in range(1, 16))}
     return sorted((size for size in sizes if least <= size <= max(wanted, least)), reverse=True)
 
@@ -355,11 +360,6 @@ def _splits(layers: int, recompute: str) -> list[tuple[int, int]]:
     if recompute == "offload":
         return [(0, most)]
     return [*((kept, 0) for kept in range(layers, -1, -1)), *((0, offloaded) for offloaded in range(1, most + 1))]
-
-
-def _wanted_cache(need: Need) -> int:
-    """All sequences at full length, and a little more: blocks are whole, and one is always kept free."""
-    return int(1.05 * need.sequences * need.longest * need.kv_bytes_per_token + 2**26)
 
 
 def _least_cache(need: Need) -> int:

@@ -80,7 +80,7 @@ def train(run: Run) -> None:
 
         run.progress.step, run.progress.cursor = step + 1, run.stream.cursor
         run.progress.version = run.policy.version
-        remember_place(run)
+        remember(run)
         finish_step(run)
         if run.stop_requested:
             break
@@ -155,10 +155,10 @@ def evaluate(run: Run) -> None:
     score = scores[headline(scores)]
     if score > progress.best or progress.best_step < 0:
         progress.best, progress.best_step = score, progress.step
-    remember_place(run)
+    remember(run)
 
 
-def remember_place(run: Run) -> None:
+def remember(run: Run) -> None:
     """What a checkpoint of `progress` needs of the world around it, before anything moves on."""
     run.generators = run.generators_now()
     run.progress.position = run.recorder.position()

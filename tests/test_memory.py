@@ -151,4 +151,3 @@ def test_the_table_adds_up():
     *standing, cache, activations = sizes
     assert sum(standing) + cache == pytest.approx(rollout, abs=0.1)
     assert sum(standing) + activations == pytest.approx(update, abs=0.1)
-    print(plan.table())

@@ -11,6 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
+
+
+def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers of the model at `source`; 0 where its layers have no heads."""
+    settings = AutoConfig.from_pretrained(source).get_text_config()
+    all_heads = getattr(settings, "num_attention_heads", 0) or 0
+    heads = getattr(settings, "num_key_value_heads", None) or all_heads
+    size = getattr(settings, "head_dim", None) or (settings.hidden_size // all_heads if all_heads else 0)
+    return 2 * settings.num_hidden_layers * heads * size * dtype.itemsize
+
+
+def full_cache_bytes(sequences: int, longest: int, per_token: int) -> int:
+    """Of a vLLM cache for all sequences at full length, and a little more: blocks are whole, and one is always kept
+    free."""
+    return int(1.05 * sequences * longest * per_token + 2**26)
 
 
 class KeyValueCache:

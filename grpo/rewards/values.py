@@ -122,7 +122,5 @@ def shown(value: Any) -> str:
     """A value in at most 60 characters."""
     try:
         return repr(value)[:60]
-    except (
-        WHAT_USER_CODE_RAISES
-    ):  # Python refuses to write integers of many thousand digits, and an object may raise anything
+    except WHAT_USER_CODE_RAISES:  # of integers with many thousand digits Python's own error
         return "something that cannot be shown"

@@ -5,7 +5,6 @@ import_vllm()       vLLM, set up to run in this process; or one sentence that sa
 process_unchanged() what building an engine does to the process, undone
 OwnStream           the hand-over of the GPU between the trainer's stream and vLLM's
 choose_run()        token ids in, token ids and log-probabilities out, past the output code that serves text to clients
-find_kv_memory()    how this version lets go of its KV cache and takes it back
 shut_down()         the end of an engine
 open_adapter()      vLLM's own LoRA: one adapter, and with find_lora_slices() the memory it is read from
 
@@ -26,7 +25,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -284,67 +282,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-# ---- the KV cache's memory
-
-
-class KvMemory:
-    """The KV cache's memory, which can be let go of and taken back; what was in it is lost. This one stays."""
-
-    def release(self) -> None:
-        """Let it go."""
-
-    def restore(self) -> None:
-        """Take it back."""
-
-
-@dataclass
-class SleepingKvMemory(KvMemory):
-    """vLLM's own calls. The memory does not come from PyTorch, which may hold what it does not use any more."""
-
-    let_go: Callable[[], object]
-    take_back: Callable[[], object]
-    size: int = 0  # bytes that letting go gave
-
-    def release(self) -> None:
-        """See KvMemory.release."""
-        before = torch.cuda.mem_get_info()[0]
-        self.let_go()
-        self.size = torch.cuda.mem_get_info()[0] - before
-
-    def restore(self) -> None:
-        """See KvMemory.restore."""
-        if torch.cuda.mem_get_info()[0] < self.size:
-            torch.cuda.empty_cache()
-        self.take_back()
-
-
-def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
-    """The way that this version has.
-
-    0.31 and later release the cache alone. Before, sleep level 1 also moves vLLM's weights to the CPU: norms
-    and biases where the base is shared, all of its copy where it is not. Without sleep mode nothing is released.
-    """
-    if not can_sleep:
-        return KvMemory()
-    if hasattr(llm, "release_kv_cache_memory"):
-        return SleepingKvMemory(partial(_heap_frozen, _release, llm), lambda: llm.wake_up(tags=["kv_cache"]))
-    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
-
-
-def _release(llm: Any) -> None:
-    llm.sleep(level=0)
-    llm.release_kv_cache_memory()
-
-
-def _heap_frozen(call: Callable[..., None], *arguments: Any) -> None:
-    """Sleeping collects garbage, twice; over the heap of a trainer that is most of its time."""
-    gc.freeze()
-    try:
-        call(*arguments)
-    finally:
-        gc.unfreeze()
 
 
 def inner_model(llm: Any) -> Any:

@@ -6,7 +6,7 @@
     release    the KV cache's memory goes back to PyTorch for the update; the next call takes it again
     sync       the link brings what it must, cached prefixes are dropped, the canary proves it again
 
-What belongs to vLLM's inside is in vllm_compat.py.
+What belongs to vLLM's inside is in vllm_compat.py and vllm_memory.py.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig
 
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
+from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
 from grpo.policy.fused import FusedModel
 from grpo.rollout import vllm_compat
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import completion_of
+from grpo.rollout.vllm_memory import find_kv_memory
 from grpo.types import Completion, Request
 
 # Sequences written at once at most. Beyond it a GPU gains little and CUDA graphs cost memory.
@@ -51,8 +52,6 @@ KV_BYTES_CPU = 2**30
 # Blocks of the cache beside those that the longest sequence fills: one is always kept free, and vLLM rounds.
 SPARE_BLOCKS = 4
 BLOCK_TOKENS = 128  # of vLLM's largest block
-# A prompt read in two steps would have its seeded generator set back, which vLLM cannot do on a CPU.
-CPU_ARGUMENTS = {"enable_chunked_prefill": False}
 
 
 class Link(Protocol):
@@ -102,7 +101,7 @@ class VllmEngine:
         try:
             self.link.attach(self.llm)
             self.run = vllm_compat.choose_run(self.llm)
-            self.kv_memory = vllm_compat.find_kv_memory(self.llm, self._can_release())
+            self.kv_memory = find_kv_memory(self.llm, self._can_release())
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
                 self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
@@ -190,9 +189,6 @@ class VllmEngine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": longest,
             "max_num_seqs": sequences,
-            "max_num_batched_tokens": MAX_BATCHED_TOKENS
-            if self.device.type == "cuda"
-            else max(MAX_BATCHED_TOKENS, longest),
             "kv_cache_memory_bytes": self._kv_bytes(sequences, longest),
             "enable_prefix_caching": True,
             "enable_sleep_mode": self._can_release(),
@@ -201,7 +197,7 @@ class VllmEngine:
             "enforce_eager": not compiled,
             "seed": config.seed,
             **({"compilation_config": {"cudagraph_capture_sizes": sizes}} if compiled else {}),
-            **({"gpu_memory_utilization": _free_share()} if self.device.type == "cuda" else CPU_ARGUMENTS),
+            **(_gpu_arguments() if self.device.type == "cuda" else _cpu_arguments(longest)),
         }
 
     def _kv_bytes(self, sequences: int, longest: int) -> int:
@@ -216,8 +212,7 @@ class VllmEngine:
             origin = f"--kv-cache-gib is {self.config.kv_cache_gib:g}"
         else:
             bound = KV_SHARE * torch.cuda.mem_get_info()[0] if self.device.type == "cuda" else KV_BYTES_CPU
-            # A little more than needed: blocks are whole, and one is always kept free.
-            given = int(min(1.05 * sequences * longest * per_token + 2**26, bound))
+            given = int(min(full_cache_bytes(sequences, longest, per_token), bound))
             origin = f"{given / 2**30:.2f} GiB of memory are left for vLLM's KV cache"
         least = (math.ceil(longest / BLOCK_TOKENS) + SPARE_BLOCKS) * BLOCK_TOKENS * per_token
         if given < least:
@@ -291,15 +286,13 @@ def sequences_at_once(config: Config) -> int:
     return min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
 
 
-def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:
-    """Keys and values of one token in all layers."""
-    settings = AutoConfig.from_pretrained(source).get_text_config()
-    heads = getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads
-    size = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
-    return 2 * settings.num_hidden_layers * heads * size * dtype.itemsize
-
-
-def _free_share() -> float:
-    """vLLM refuses to start unless this share of the GPU is free; the KV cache's size is given in bytes."""
+def _gpu_arguments() -> dict[str, Any]:
+    """A longer prompt is read in pieces. vLLM refuses to start unless a share of the GPU is free; the KV cache's size
+    is given in bytes."""
     free, total = torch.cuda.mem_get_info()
-    return 0.95 * free / total
+    return {"max_num_batched_tokens": MAX_BATCHED_TOKENS, "gpu_memory_utilization": 0.95 * free / total}
+
+
+def _cpu_arguments(longest: int) -> dict[str, Any]:
+    """A prompt read in two steps would have its seeded generator set back, which vLLM cannot do on a CPU."""
+    return {"max_num_batched_tokens": max(MAX_BATCHED_TOKENS, longest), "enable_chunked_prefill": False}
