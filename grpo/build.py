@@ -171,9 +171,9 @@ def build_vllm_engine(
     return VllmEngine(policy, tokenizer, canary_prompts, config, longest)
 
 
-def plan_memory(config: Config, policy: Policy, longest: int) -> Plan | None:
+def plan_memory(config: Config, policy: Policy, longest: int, batch_before: int = 0) -> Plan | None:
     """What fits a GPU's memory, by trial on a few tokens, before there is an engine; None on a CPU, whose memory is
-    shared with everything else.
+    shared with everything else. batch_before: tokens of a resumed run's batches.
 
     Raises:
         UserError: nothing fits.
@@ -184,7 +184,7 @@ def plan_memory(config: Config, policy: Policy, longest: int) -> Plan | None:
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
     sizes = memory.measure(policy, longest)
-    plan = memory.choose(sizes, _need(config, policy, longest), limit, _asked(config))
+    plan = memory.choose(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
     if config.memory_gib:
         memory.keep_within(plan, policy.device)
     return plan
@@ -207,7 +207,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     return plan
 
 
-def _need(config: Config, policy: Policy, longest: int) -> Need:
+def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Need:
     from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
 
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
@@ -223,6 +223,7 @@ def _need(config: Config, policy: Policy, longest: int) -> Need:
         bytes_per_parameter=STATE_BYTES[config.optimizer],
         gives_cache_back=config.release_kv_cache or not with_vllm,
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
+        batch_before=batch_before,
     )
 
 
@@ -280,8 +281,7 @@ def build_run(
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
-    config = replace(config, tokens_per_batch=config.tokens_per_batch or progress.tokens_per_batch)
-    plan = plan_memory(config, policy, questions.longest_sequence)
+    plan = plan_memory(config, policy, questions.longest_sequence, progress.tokens_per_batch)
     engine = build_engine(
         plan.settled(config) if plan else config,
         policy,
@@ -290,9 +290,9 @@ def build_run(
         questions.longest_sequence,
         note,
     )
-    if plan:
-        plan = settle_memory(plan, config, policy, engine, note)
-        config = replace(config, tokens_per_batch=plan.tokens_per_batch)
+    plan = settle_memory(plan, config, policy, engine, note) if plan else None
+    tokens = plan.tokens_per_batch if plan else config.tokens_per_batch or progress.tokens_per_batch
+    config = replace(config, tokens_per_batch=tokens)
     progress.tokens_per_batch = config.tokens_per_batch
     policy.fit = Fitting(batch_limit(config), note)
     policy.fit.restore(progress.batch_limit)

@@ -76,6 +76,7 @@ class Need:
     gives_cache_back: bool  # between rollout and update
     engine_bytes: int  # beside the cache: expected, or measured
     cache_stands: int = 0  # bytes of a cache that is there already
+    batch_before: int = 0  # tokens: a resumed run's, which it goes on with where they fit; 0: a new run
 
 
 @dataclass(frozen=True)
@@ -319,9 +320,10 @@ def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     usable = int(limit * (1 - SPARE_SHARE)) - SPARE_BYTES
     anything = Plan(sizes, need, limit, 0, 0, 0, 0)
     # The cache first: with a small one sequences wait for each other, which costs more than layers computed again.
-    for cache in _caches(need, asked, usable - anything.standing):
-        if fitting := list(_fitting(replace(anything, kv_cache=cache), asked, usable)):
-            return min(fitting, key=lambda plan: (plan.time(), -plan.tokens_per_batch))
+    for batches in _batches(need, asked):
+        for cache in _caches(need, asked, usable - anything.standing):
+            if fitting := list(_fitting(replace(anything, kv_cache=cache), batches, asked, usable)):
+                return min(fitting, key=lambda plan: (plan.time(), -plan.tokens_per_batch))
     raise UserError(_refusal(sizes, need, asked, limit, usable))
 
 
@@ -334,20 +336,24 @@ def _caches(need: Need, asked: Asked, left: int) -> list[int]:
     return sorted((size for size in sizes if least <= size <= max(wanted, least)), reverse=True)
 
 
-def _fitting(plan: Plan, asked: Asked, usable: int) -> Iterator[Plan]:
+def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Iterator[Plan]:
     """For each size of a batch the plan that keeps most and offloads least, if one fits."""
-    for tokens in _batches(plan.need, asked):
+    for tokens in batches:
         splits = _splits(plan.sizes.layers, asked.recompute)
         plans = (replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=away) for kept, away in splits)
         yield from islice((each for each in plans if max(each.peaks) <= usable), 1)
 
 
-def _batches(need: Need, asked: Asked) -> list[int]:
-    """Tokens in a batch. None is smaller than the longest sequence, and one of all of a step is the largest."""
+def _batches(need: Need, asked: Asked) -> list[list[int]]:
+    """Tokens in a batch, in lists of which the first that has one that fits is taken: what was asked for; or those that
+    a resumed run began with, else any. None is smaller than the longest sequence, and one of all of a step is the
+    largest."""
     if asked.tokens_per_batch:
-        return [asked.tokens_per_batch]
+        return [[asked.tokens_per_batch]]
     parts = (math.ceil(need.tokens_per_step / count) for count in range(1, MOST_PARTS + 1))
-    return sorted({max(need.longest, size) for size in parts if size <= LARGEST_BATCH} | {need.longest}, reverse=True)
+    sizes = {max(need.longest, size) for size in parts if size <= LARGEST_BATCH} | {need.longest}
+    before = [[need.batch_before]] if need.batch_before else []
+    return [*before, sorted(sizes, reverse=True)]
 
 
 def _splits(layers: int, recompute: str) -> list[tuple[int, int]]:

@@ -136,5 +136,5 @@ def test_a_held_out_set_is_known_by_all_that_its_score_depends_on():
     assert fingerprint() == fingerprint(steps=7, learning_rate=1.0)
     others = [dict(prompts=((1,), (2, 3))), dict(solved=None), dict(solved=("says", 0.5)), dict(eval_samples=5),
               dict(eval_k=1), dict(temperature=0.9), dict(max_completion_tokens=8), dict(seed=1),
-              dict(base="bf16")]  # fmt: skip
+              dict(base="bf16"), dict(quantization="dynamic")]  # fmt: skip
     assert len({fingerprint(), *(fingerprint(**other) for other in others)}) == 1 + len(others)

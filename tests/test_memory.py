@@ -131,6 +131,14 @@ def test_what_cannot_fit_is_refused_with_what_can(gib, need, asked):
         plan_for(gib, further)
 
 
+def test_a_resumed_run_keeps_its_batches_where_they_fit():
+    began = replace(NEED, batch_before=plan_for(80).tokens_per_batch + 7)
+    assert plan_for(80, began).tokens_per_batch == plan_for(40, began).tokens_per_batch == began.batch_before
+    huge = replace(NEED, batch_before=200_000)  # of a larger card: no reason to refuse the run on this one
+    assert plan_for(24, huge) == replace(plan_for(24), need=huge)
+    assert plan_for(24, began, Asked("auto", 5000, 0)).tokens_per_batch == 5000
+
+
 def test_weights_that_do_not_fit_are_told():
     with pytest.raises(UserError, match=r"weights, adapter and engine alone take 8\.\d\. Take a smaller model"):
         plan_for(8)

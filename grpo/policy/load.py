@@ -171,7 +171,8 @@ def load_model(
 def _dense(chosen: Callable[[], Choice], before: Sequence[str] | None, note: Callable[[str], object]) -> Sequence[str]:
     """The projections that stay in 16 bits: those of before, or chosen now. The user is told."""
     if before is not None:
-        note(f"note: {', '.join(before) or 'nothing'} in 16 bits, as --quantization dynamic chose before.")
+        told = f"{', '.join(before)} in 16 bits, as --quantization dynamic chose before"
+        note(f"note: {told if before else 'nothing in 16 bits, as the run was trained so far'}.")
         return before
     choice = chosen()
     note(f"note: {choice}")

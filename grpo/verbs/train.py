@@ -124,7 +124,7 @@ def _score_anew(run: Run, task: Task) -> None:
 def fingerprint_of_held_out(prompts: list[list[int]], solved: tuple[str, float] | None, config: Config) -> str:
     """The SHA-256 of all that a held-out score depends on beside the policy. prompts: their tokens [P]."""
     sampled = (config.eval_samples, config.eval_k, config.temperature, config.max_completion_tokens, config.seed)
-    how = (*sampled, config.base)  # other base weights are another policy, whatever was trained
+    how = (*sampled, config.base, config.quantization)  # other base weights are another policy, whatever was trained
     return hashlib.sha256(json.dumps([solved, how, prompts]).encode()).hexdigest()
 
 
