@@ -171,14 +171,18 @@ def build_vllm_engine(
     return VllmEngine(policy, tokenizer, canary_prompts, config, longest)
 
 
-def plan_memory(config: Config, policy: Policy, longest: int, batch_before: int = 0) -> Plan | None:
+def plan_memory(
+    config: Config, policy: Policy, longest: int, batch_before: int, note: Callable[[str], object]
+) -> Plan | None:
     """What fits a GPU's memory, by trial on a few tokens, before there is an engine; None on a CPU, whose memory is
-    shared with everything else. batch_before: tokens of a resumed run's batches.
+    shared with everything else. batch_before: tokens of a resumed run's batches; 0: a new run.
 
     Raises:
         UserError: nothing fits.
     """
     if policy.device.type != "cuda":
+        if config.memory_gib:
+            note("note: --memory-gib is of a GPU's memory, and the policy is on a CPU: nothing is kept to it.")
         return None
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
@@ -281,7 +285,7 @@ def build_run(
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
-    plan = plan_memory(config, policy, questions.longest_sequence, progress.tokens_per_batch)
+    plan = plan_memory(config, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     engine = build_engine(
         plan.settled(config) if plan else config,
         policy,

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from grpo.build import build_policy, plan_memory
 from grpo.errors import UserError
 from grpo.memory import GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose
+from grpo.policy import load_tokenizer
 
 KIB = 1024
 
@@ -159,3 +161,11 @@ def test_the_table_adds_up():
     *standing, cache, activations = sizes
     assert sum(standing) + cache == pytest.approx(rollout, abs=0.1)
     assert sum(standing) + activations == pytest.approx(update, abs=0.1)
+
+
+def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
+    config, told = tiny_config(memory_gib=1.0), []
+    policy = build_policy(config, load_tokenizer("embedded"), 32)
+    assert plan_memory(config, policy, 32, 0, told.append) is None
+    [note] = told
+    assert "--memory-gib is of a GPU's memory" in note
