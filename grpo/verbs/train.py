@@ -112,8 +112,8 @@ def _score_anew(run: Run, task: Task) -> None:
     held_out = fingerprint_of_held_out(prompts, task.solved, run.config)
     if progress.held_out and progress.held_out != held_out:
         run.recorder.message(
-            "note: the held-out prompts, their samples, their measure or the base weights are not those of the scores so "
-            "far. The policy is scored anew; the best checkpoint and the comparison at the end begin here."
+            "note: the held-out prompts, their samples, their measure or the base weights are not those of the scores "
+            "so far. The policy is scored anew; the best checkpoint and the comparison at the end begin here."
         )
         progress.best, progress.best_step, progress.first_scores = -1.0, -1, {}
         evaluate(run)
