@@ -202,9 +202,10 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
         UserError: the engine takes so much that nothing fits any more.
     """
     engine.release()
-    held = 0 if plan.need.gives_cache_back else plan.kv_cache
+    held = 0 if plan.gives_cache_back else plan.kv_cache
     taken = memory.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
-    need = replace(plan.need, engine_bytes=max(0, taken), cache_stands=plan.kv_cache)
+    engine = dict(engine_bytes=max(0, taken), cache_stands=plan.kv_cache, gives_cache_back=(plan.gives_cache_back,))
+    need = replace(plan.need, **engine)
     plan = memory.choose(plan.sizes, need, plan.limit, _asked(config))
     policy.model.treat(plan.treatments)
     note(plan.table())
@@ -225,7 +226,7 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
         sequences=sequences_at_once(config),
         kv_bytes_per_token=kv_bytes_per_token(policy.source, policy.store.compute_dtype),
         bytes_per_parameter=STATE_BYTES[config.optimizer],
-        gives_cache_back=config.release_kv_cache or not with_vllm,
+        gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
         batch_before=batch_before,
     )
@@ -359,7 +360,7 @@ def gpu_peak(plan: Plan) -> float:
     To PyTorch a cache that was given back is still there. It stands beside the least in a rollout, and in an update
     beside nothing.
     """
-    given_back = plan.kv_cache * plan.need.gives_cache_back
+    given_back = plan.kv_cache * plan.gives_cache_back
     rollout = plan.peaks[0] - plan.sizes.others
     return max(rollout, torch.cuda.max_memory_reserved() - given_back) / memory.GIB
 

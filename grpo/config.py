@@ -113,7 +113,7 @@ class RolloutConfig(Part):
     kv_cache_gib: float = 0.0
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
     release_kv_cache: bool = True
-    """vllm: give that memory to the update while it runs, and take it back for the rollout."""
+    """vllm: that memory may be given to the update while it runs, where that needs it or is the faster for it."""
     compile_rollout: bool = True
     """vllm on a GPU: compile and capture CUDA graphs. Without, the start takes seconds and sampling is slower."""
     prompts_per_step: int = 8

@@ -5,8 +5,9 @@
     Plan.table()                     what was chosen, what it costs, and how far the card is filled
 
 A step has two peaks. In the rollout there is the KV cache, in the update there are activations; where the engine gives
-its cache back in between, each may have all that the rest leaves. Of the update, over n tokens in a batch of a model of
-L layers, of which the last k keep their activations and the first o park their inputs in the host's memory:
+its cache back in between, each may have all that the rest leaves. That takes time, so with memory enough it stays. Of
+the update, over n tokens in a batch of a model of L layers, of which the last k keep their activations and the first o
+park their inputs in the host's memory:
 
     bytes(n, k, o) = gradients + fixed + n (recomputing + max(0, k - 1) keeping - max(0, o - 2) input)
 
@@ -56,6 +57,9 @@ MOST_PARTS, LARGEST_BATCH = 64, 32768
 RECOMPUTED, OFFLOADED, OF_A_BATCH, OF_LAUNCHES = 1.45, 1.47, 620, 3140
 OF_SO_MANY_WEIGHTS = 218e6
 
+# Giving the KV cache back for an update and taking it again, counted likewise for 32 such layers.
+OF_GIVING_BACK, OF_SO_MANY_LAYERS = 2500, 32
+
 # Tokens of the KV cache beside those of the longest sequence: blocks are whole, and some are always kept free.
 CACHE_TO_SPARE = 1024
 
@@ -73,7 +77,7 @@ class Need:
     sequences: int  # written at once
     kv_bytes_per_token: int
     bytes_per_parameter: int  # of the optimizer's state: 8, or 2 in 8 bits
-    gives_cache_back: bool  # between rollout and update
+    gives_cache_back: tuple[bool, ...]  # between rollout and update: what there is to choose from
     engine_bytes: int  # beside the cache: expected, or measured
     cache_stands: int = 0  # bytes of a cache that is there already
     batch_before: int = 0  # tokens: a resumed run's, which it goes on with where they fit; 0: a new run
@@ -122,6 +126,7 @@ class Plan:
     kept: int
     offloaded: int
     kv_cache: int
+    gives_cache_back: bool  # for the update
 
     @property
     def treatments(self) -> list[Treatment]:
@@ -149,25 +154,32 @@ class Plan:
     @property
     def peaks(self) -> tuple[int, int]:
         """Bytes of rollout and update at their highest."""
-        held = 0 if self.need.gives_cache_back else self.kv_cache
+        held = 0 if self.gives_cache_back else self.kv_cache
         return self.standing + self.kv_cache, self.standing + held + self.update
 
     def settled(self, config: Config) -> Config:
-        """The same with the cache's size and the batches' as planned."""
-        return replace(config, kv_cache_gib=self.kv_cache / GIB, tokens_per_batch=self.tokens_per_batch)
+        """The same with the cache, and the batches' size, as planned."""
+        return replace(
+            config,
+            kv_cache_gib=self.kv_cache / GIB,
+            release_kv_cache=self.gives_cache_back,
+            tokens_per_batch=self.tokens_per_batch,
+        )
 
     def time(self) -> float:
         """Of an update, in tokens of a model whose layers all keep their activations."""
         batches = math.ceil(self.need.tokens_per_step / max(self.tokens_per_batch, self.need.longest))
         again = (RECOMPUTED - 1) * (self.sizes.layers - self.kept) + (OFFLOADED - RECOMPUTED) * self.offloaded
         factor = 1 + again / max(1, self.sizes.layers)
-        launches = OF_LAUNCHES * OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.weights_per_layer) * factor
-        return max(factor * self.need.tokens_per_step, launches * batches) + OF_A_BATCH * batches
+        smaller = OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.weights_per_layer)
+        of_batches = max(factor * self.need.tokens_per_step, OF_LAUNCHES * smaller * factor * batches)
+        giving_back = OF_GIVING_BACK * smaller * OF_SO_MANY_LAYERS / max(1, self.sizes.layers)
+        return of_batches + OF_A_BATCH * batches + giving_back * self.gives_cache_back
 
     def table(self) -> str:
         """Row by row, in GiB, with the flags that decide otherwise."""
         rollout, update = self.peaks
-        beside = "" if self.need.gives_cache_back else ", kept during the update"
+        beside = ", given back for the update" if self.gives_cache_back else ", there during the update too"
         cached = self.kv_cache / max(1, self.need.kv_bytes_per_token * self.need.longest)
         cache = f"KV cache, {cached:.0f} sequences of {self.need.longest:,} tokens{beside}"
         batches = f"update, batches of {self.tokens_per_batch:,} tokens, {self._told()}"
@@ -261,7 +273,7 @@ def keep_within(plan: Plan, device: torch.device) -> None:
     It counts a KV cache that was given back as if it were there.
     """
     total = torch.cuda.get_device_properties(device).total_memory
-    allowed = plan.limit - plan.sizes.others + plan.kv_cache * plan.need.gives_cache_back
+    allowed = plan.limit - plan.sizes.others + plan.kv_cache * plan.gives_cache_back
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
@@ -318,11 +330,12 @@ def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
         UserError: there is none; with the nearest settings that there is one for.
     """
     usable = int(limit * (1 - SPARE_SHARE)) - SPARE_BYTES
-    anything = Plan(sizes, need, limit, 0, 0, 0, 0)
+    anything = Plan(sizes, need, limit, 0, 0, 0, 0, gives_cache_back=False)
     # The cache first: with a small one sequences wait for each other, which costs more than layers computed again.
     for batches in _batches(need, asked):
         for cache in _caches(need, asked, usable - anything.standing):
-            if fitting := list(_fitting(replace(anything, kv_cache=cache), batches, asked, usable)):
+            some = [replace(anything, kv_cache=cache, gives_cache_back=given) for given in need.gives_cache_back]
+            if fitting := [plan for each in some for plan in _fitting(each, batches, asked, usable)]:
                 return min(fitting, key=lambda plan: (plan.time(), -plan.tokens_per_batch))
     raise UserError(_refusal(sizes, need, asked, limit, usable))
 
@@ -375,7 +388,8 @@ def _least_cache(need: Need) -> int:
 
 def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) -> str:
     """What does not fit, and what would."""
-    smallest = Plan(sizes, need, limit, need.longest, 0, max(0, sizes.layers - 1), 0)
+    gives_back = any(need.gives_cache_back)
+    smallest = Plan(sizes, need, limit, need.longest, 0, max(0, sizes.layers - 1), 0, gives_back)
     left = usable - smallest.standing
     flags = _flags(asked)
     told = f"A run of sequences of {need.longest:,} tokens does not fit into {limit / GIB:.1f} GiB"
@@ -387,7 +401,7 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
         )
     fixed = sizes.update(0, 0, 0)
     per_token = (smallest.update - fixed) / need.longest
-    held = 0 if need.gives_cache_back else need.kv_bytes_per_token
+    held = 0 if gives_back else need.kv_bytes_per_token
     of_update = (left - fixed - CACHE_TO_SPARE * held) / (per_token + held)
     of_cache = left / max(1, need.kv_bytes_per_token) - CACHE_TO_SPARE
     fits, prompts = math.floor(min(of_update, of_cache)), need.longest - need.longest_completion

@@ -1,6 +1,7 @@
 """The memory plan: what it says fits does, more memory never costs time, what cannot fit is refused with what can."""
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ NEED = Need(
     sequences=64,
     kv_bytes_per_token=128 * KIB,
     bytes_per_parameter=8,
-    gives_cache_back=True,
+    gives_cache_back=(False, True),
     engine_bytes=int(1.1 * GIB),
 )
 FREE = Asked("auto", 0, 0)
@@ -43,7 +44,7 @@ def plan_for(gib, need=NEED, asked=FREE, sizes=SIZES):
     return choose(sizes, need, int(gib * GIB), asked)
 
 
-@pytest.mark.parametrize("gives_cache_back", [True, False])
+@pytest.mark.parametrize("gives_cache_back", [(True,), (False,), (False, True)])
 @pytest.mark.parametrize("gib", LIMITS)
 def test_a_plan_fits_and_has_a_treatment_for_every_layer(gib, gives_cache_back):
     plan = plan_for(gib, replace(NEED, gives_cache_back=gives_cache_back))
@@ -97,6 +98,19 @@ def test_the_longest_sequence_decides_where_it_is_longer_than_a_batch():
     assert "offload" in plan.treatments or "recompute" in plan.treatments
 
 
+def test_the_cache_is_given_back_where_that_is_faster_and_only_there():
+    assert not plan_for(141).gives_cache_back
+    assert plan_for(12).gives_cache_back
+    for gib in LIMITS:
+        plan = plan_for(gib)
+        others = []
+        for given in (True, False):
+            with suppress(UserError):
+                others.append(plan_for(gib, replace(NEED, gives_cache_back=(given,))))
+        # The cache comes first: with a smaller one sequences would wait for each other.
+        assert (-plan.kv_cache, plan.time()) == min((-other.kv_cache, other.time()) for other in others)
+
+
 @pytest.mark.parametrize(
     ("asked", "held"),
     [
@@ -116,7 +130,7 @@ def test_every_choice_can_be_overruled(asked, held):
     ("gib", "need", "asked"),
     [
         (12, replace(NEED, longest=40_000, longest_completion=39_000), FREE),
-        (24, replace(NEED, longest=400_000, longest_completion=399_000, gives_cache_back=False), FREE),
+        (24, replace(NEED, longest=400_000, longest_completion=399_000, gives_cache_back=(False,)), FREE),
         (12, replace(NEED, longest=40_000, longest_completion=39_000), Asked("none", 0, 0)),
     ],
 )
@@ -153,14 +167,16 @@ def test_what_was_asked_for_and_does_not_fit_is_named():
         plan_for(24, asked=Asked("none", 16384, 0))
 
 
-def test_the_table_adds_up():
-    plan = plan_for(80)
+@pytest.mark.parametrize("gives_cache_back", [True, False])
+def test_the_table_adds_up(gives_cache_back):
+    plan = plan_for(80, replace(NEED, gives_cache_back=(gives_cache_back,)))
     first, *rows = plan.table().splitlines()
     sizes = [float(re.search(r"  (\d+\.\d\d)", row)[1]) for row in rows]
     rollout, update = (float(x) for x in re.findall(r"(\d+\.\d) in an? ", first))
     *standing, cache, activations = sizes
     assert sum(standing) + cache == pytest.approx(rollout, abs=0.1)
-    assert sum(standing) + activations == pytest.approx(update, abs=0.1)
+    held = 0 if gives_cache_back else cache
+    assert sum(standing) + held + activations == pytest.approx(update, abs=0.1)
 
 
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
