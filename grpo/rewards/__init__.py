@@ -9,8 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from grpo.rewards.choice import choice
 from grpo.rewards.correctness import correctness, final_answer, parse_number, same_answer
 from grpo.rewards.integer import integer
+from grpo.rewards.length import cosine, length, overlong, short_when_right
+from grpo.rewards.number import number, strict_number
+from grpo.rewards.repetition import repetition, repetition_penalty
+from grpo.rewards.tags import tags, think_answer, think_format
 from grpo.rewards.text import exact_match, similarity
 from grpo.rewards.xml_format import XML_FORMAT, extract_answer, soft_xml, strict_xml, xml_count
 
@@ -23,18 +28,30 @@ __all__ = [
     "XML_FORMAT",
     "Reward",
     "build_rewards",
+    "choice",
     "correctness",
+    "cosine",
     "exact_match",
     "extract_answer",
     "final_answer",
     "integer",
+    "length",
+    "number",
+    "overlong",
     "parse_number",
+    "repetition",
+    "repetition_penalty",
     "resolve_reward",
     "same_answer",
     "score",
+    "short_when_right",
     "similarity",
     "soft_xml",
+    "strict_number",
     "strict_xml",
+    "tags",
+    "think_answer",
+    "think_format",
     "xml_count",
 ]
 

@@ -22,6 +22,8 @@ def correctness(completion: str, answer: object) -> float:
     whatever their commas, dollar signs and spaces; anything else as text, white space collapsed. Empty tags are
     never right, and a gold answer that is missing or no single value raises a ValueError.
 
+    Range: 0 or 2.
+
     >>> correctness("<reasoning>\n60 * 18\n</reasoning>\n<answer>\n$1,080.00\n</answer>\n", "1080")
     2.0
     >>> correctness("1080", "1080")

@@ -11,6 +11,8 @@ def integer(completion: str) -> float:
 
     A sign, commas between thousands, a dollar sign and a zero fraction are allowed: `-5`, `1,080`, `$72.00`.
 
+    Range: 0 or 0.5.
+
     >>> integer("<answer>-5</answer>"), integer("<answer>2.5</answer>"), integer("5")
     (0.5, 0.0, 0.0)
     """

@@ -10,6 +10,8 @@ from grpo.rewards.gold import answer_text
 def exact_match(completion: str, answer: object) -> float:
     """1.0 if the completion is the answer, white space at both ends aside; else 0.
 
+    Range: 0 or 1.
+
     >>> exact_match("olleh\\n", "olleh"), exact_match("Olleh", "olleh")
     (1.0, 0.0)
     """
@@ -20,6 +22,8 @@ def similarity(completion: str, answer: object) -> float:
     """0 to 1: twice the matching characters over the characters of both texts (Ratcliff and Obershelp).
 
     Pays for getting closer, where `exact_match` is too rare to learn from.
+
+    Range: 0 to 1.
 
     >>> similarity("olleh", "olleh"), similarity("oll", "olleh"), similarity("", "olleh")
     (1.0, 0.75, 0.0)

@@ -52,6 +52,8 @@ def strict_xml(completion: str) -> float:
     Each tag occurs once, neither block is blank, nothing stands before, between or after the blocks, and the
     final newline is optional.
 
+    Range: 0 or 0.5.
+
     >>> strict_xml("<reasoning>\n48 / 2\n= 24\n</reasoning>\n<answer>\n24\n</answer>")
     0.5
     >>> strict_xml("<reasoning>48 / 2 = 24</reasoning><answer>24</answer>")
@@ -66,6 +68,8 @@ def soft_xml(completion: str) -> float:
     Each tag occurs once and neither block is blank. Newlines are free, and anything may follow; what is not
     the format belongs to `strict_xml`, which pays for fewer completions.
 
+    Range: 0 or 0.5.
+
     >>> soft_xml("<reasoning>48 / 2\n= 24</reasoning> <answer>24</answer> Done.")
     0.5
     >>> soft_xml("24")
@@ -79,6 +83,8 @@ def xml_count(completion: str) -> float:
 
     Text after </answer>, its newline aside, costs 0.001 a character, down to 0. Nothing else costs anything:
     the length of the reasoning does not matter.
+
+    Range: 0 to 0.5.
 
     >>> xml_count("<reasoning>\n48 / 2 = 24\n</reasoning>\n<answer>\n24\n</answer>\n")
     0.5

@@ -1,0 +1,107 @@
+r"""Where a text states its answer: in a box, in <answer>, behind `####`, behind "the answer is".
+
+Knows nothing of what is right. Models write in many ways; each function takes one of them. All look at the end of the
+text, and take time in proportion to its length whatever it is: a completion may be a million characters of `\boxed{`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from grpo.rewards.xml_format import extract_answer
+
+_ENDS_OF_THINKING = ("</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]")
+_BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
+_BARE_CONTENT = re.compile(r"[-+]?\\?[\w.,/]+")  # \boxed 42
+_END_OF_UNCLOSED = re.compile(r"\n|\$|\\\]|\\\)")
+_LONGEST_BOX = 2000  # characters
+_MOST_BOXES = 16  # that are looked at, from the end
+
+_TAIL = 3000  # characters from the end in which "the answer is" is looked for
+_STATED = re.compile(
+    r"""(?ix)
+    (?: \b(?:ans|answers?|final\ result)\b | 答案 )
+    [*_]*
+    (?: [^\n:.=?!]{0,60}? \b(?:is|are|was|be|equals)\b (?!\s+(?:not|incorrect|wrong|correct|right|yes)\b)
+        (?: \s+ (?:therefore|thus|then|hence|indeed|simply|just|actually|only|about|either|option|choice)\b )*
+        \s* [:：=]?
+      | [^\n:.=?!]{0,60}? [:：=]
+      | [是为]
+      | [ \t*_#]* \n
+    )
+    [\s*_]*
+    """
+)
+
+
+def visible(completion: str) -> str:
+    """What follows the last end of thinking (`</think>`); the whole text where nothing does.
+
+    >>> visible("<think>Is it 5?</think> 6"), visible("<think>Is it 5?")
+    (' 6', '<think>Is it 5?')
+    """
+    for mark in _ENDS_OF_THINKING:
+        after = completion.rpartition(mark)[2]
+        completion = after if after.strip() else completion
+    return completion
+
+
+def boxes(text: str) -> list[str]:
+    r"""What stands in \boxed{} and \fbox{}, in order, blank ones left out. An unclosed one goes to the end of its line.
+
+    >>> boxes(r"Put it in \boxed{}. So \boxed{\frac{1}{2}} or \boxed 7, and \boxed{8")
+    ['\\frac{1}{2}', '7', '8']
+    """
+    starts = [found.end() for found in _BOX.finditer(text)][-_MOST_BOXES:]
+    contents = [_content(text[start : start + _LONGEST_BOX]) for start in starts]
+    return [content for content in contents if content]
+
+
+def _content(text: str) -> str:
+    """What a box holds whose command ends where the text begins."""
+    if not text.startswith("{"):
+        bare = _BARE_CONTENT.match(text)
+        return bare[0].rstrip(".,") if bare else ""
+    depth, escaped = 0, False
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}") if not escaped else 0
+        escaped = character == "\\" and not escaped
+        if depth == 0:
+            return text[1:index].strip()
+    return _END_OF_UNCLOSED.split(text[1:], maxsplit=1)[0].strip()
+
+
+def last_box(text: str) -> str | None:
+    """What stands in the last box that is not blank; None where there is none."""
+    found = boxes(text)
+    return found[-1] if found else None
+
+
+def behind_hashes(text: str) -> str | None:
+    """The line behind the last `####`, GSM8K's mark; None where there is none.
+
+    >>> behind_hashes("24 + 48 = 72\\n#### 72")
+    '72'
+    """
+    _, mark, after = text.rpartition("####")
+    lines = after.strip().splitlines()
+    return lines[0].strip() if mark and lines else None
+
+
+def in_answer_tags(text: str) -> str | None:
+    """The text of the last <answer> block that is not blank; None where there is none."""
+    return extract_answer(text) or None
+
+
+def behind_words(text: str) -> str | None:
+    r"""The line behind the last "the answer is", "**Answer:**" or heading "# Answer"; None where there is none.
+
+    >>> behind_words("So the final answer is: **42**."), behind_words("## Answer\n\n42 apples\n")
+    ('42**.', '42 apples')
+    """
+    tail = text[-_TAIL:]
+    for found in reversed(list(_STATED.finditer(tail))):
+        lines = tail[found.end() :].strip().splitlines()
+        if lines and (line := lines[0].strip(" \t*_")):
+            return lines[0].strip() if line else None
+    return None

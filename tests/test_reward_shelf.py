@@ -1,0 +1,85 @@
+"""What holds for every reward that ships: a name that a task can use, a range that is kept, examples that are true."""
+
+import doctest
+import importlib
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import grpo.rewards
+
+ROOT = Path(__file__).parents[1]
+NAMES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["grpo.rewards"]
+REWARDS = {name: getattr(grpo.rewards, name) for name in NAMES}
+MODULES = sorted({function.__module__ for function in REWARDS.values()} | {"grpo.rewards.gold", "grpo.rewards.stated"})
+
+TEXTS = [
+    "",
+    " ",
+    "72",
+    "B",
+    "The answer is (B).",
+    "<reasoning>\n1\n</reasoning>\n<answer>\n72\n</answer>\n",
+    "<think>x</think> \\boxed{72}",
+    "<think>",
+    "\\boxed{72",
+    "\\frac{1}{0}",
+    "so it is " * 300,
+    "\x00\x1b[31m\ud800\N{ARABIC-INDIC DIGIT FIVE}１２",
+    "```python\nprint(72)\n```",
+]
+
+
+def call(name, text):
+    given = {"completion": text, "answer": "B" if name == "choice" else "72", "completion_ids": list(text[:2000])}
+    given["tests"] = "assert True"
+    function = REWARDS[name]
+    wanted = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return function(**{key: given[key] for key in wanted if key in given})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_the_docstrings_hold(module):
+    importlib.import_module(module)
+    failed, tried = doctest.testmod(sys.modules[module])
+    assert tried > 0
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_that_of_its_function(name):
+    assert NAMES[name] == f"grpo.rewards:{name}"
+    assert REWARDS[name].__name__ == name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reward_keeps_the_range_that_it_states(name):
+    stated = re.search(r"^ *Range: (-?[\d.]+) (or|to) (-?[\d.]+)\.$", REWARDS[name].__doc__, re.M)
+    assert stated, "its docstring has no line `Range: a to b.` or `Range: a or b.`"
+    low, high = float(stated[1]), float(stated[3])
+    for text in TEXTS:
+        value = call(name, text)
+        assert value in (low, high) if stated[2] == "or" else low <= value <= high
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"similarity", "code"}))  # quadratic; a process of its own
+def test_a_million_characters_are_scored(name):
+    for text in (
+        "1",
+        "1,",
+        "- ",
+        "answer ",
+        "\\boxed{",
+        "####",
+        "$",
+        "<answer>",
+        "\\frac",
+        "(A) ",
+        "{",
+        " ",
+        "answer is\n",
+    ):
+        assert abs(call(name, text * (1_000_000 // len(text)))) <= 2.0
