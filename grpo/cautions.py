@@ -12,16 +12,35 @@ from grpo.prompts import Asker
 from grpo.types import Prompt
 
 _TAG = re.compile(r"</?[^<>\s/]+>")
-_TAG_AT_END = re.compile(r"<[^<>\s/]+>\s*$")
+_OPENED = re.compile(r"<([A-Za-z][\w:-]*)>(?!.*</\1>)", re.DOTALL)  # a tag that nothing closes
+_OPENED_AT_END = re.compile(r"(<[A-Za-z][\w:-]*>)\s*$")
 
 
 def cautions(asker: Asker, prompts: Sequence[Prompt]) -> Iterator[str]:
     """A sentence for each thing that is so, about the first of the prompts that shows it."""
-    checks = [_dropped_text, _date_in_template, _another_time_another_prompt]
+    checks = [_not_read, _dropped_text, _date_in_template, _another_time_another_prompt]
     if asker.task.gold is not None:
         checks += [_opened_twice, _tags_that_vanish]
     for check in checks:
         yield from [told for prompt in prompts if (told := check(asker, prompt))][:1]
+
+
+def opened_in(prompt: Prompt) -> str:
+    """The tag that is open where the prompt ends, so that the completion begins inside of it: "<think>", which the chat
+    template, or the beginning of an answer, opened. Empty if none is.
+
+    A question may speak of tags: so a tag that is not at the very end counts in an answer alone.
+    """
+    begun = prompt.messages[-1]["content"] if prompt.messages and prompt.messages[-1]["role"] == "assistant" else ""
+    opened = [found[0] for found in _OPENED.finditer(begun)] or _OPENED_AT_END.findall(prompt.text)
+    return opened[-1] if opened else ""
+
+
+def _not_read(asker: Asker, prompt: Prompt) -> str:
+    if prompt.messages is None:
+        return ""
+    told = [asker.template.ignores(name) for name in asker.given(prompt.index, prompt.fields)]
+    return next(filter(None, told), "")
 
 
 def _dropped_text(asker: Asker, prompt: Prompt) -> str:
@@ -37,9 +56,9 @@ def _dropped_text(asker: Asker, prompt: Prompt) -> str:
 
 
 def _date_in_template(asker: Asker, prompt: Prompt) -> str:
-    if prompt.messages is None:
+    if prompt.messages is None or asker.template.makes_tokens:  # whose own template has no date
         return ""
-    another_day = asker.render(prompt.index, prompt.messages, strftime_now=lambda form: "another day")
+    another_day = asker.render(prompt.index, prompt.fields, prompt.messages, strftime_now=lambda form: "another day")
     if another_day == prompt.text:
         return ""
     return (
@@ -60,12 +79,12 @@ def _another_time_another_prompt(asker: Asker, prompt: Prompt) -> str:
 
 
 def _opened_twice(asker: Asker, prompt: Prompt) -> str:
-    opened = _TAG_AT_END.search(prompt.text)
-    if opened is None or not asker.task.gold_text(prompt.fields).lstrip().startswith(opened.group().strip()):
+    opened = opened_in(prompt)
+    if not opened or not asker.task.gold_text(prompt.fields).lstrip().startswith(opened):
         return ""
     return (
-        f"The prompt of row {prompt.index} ends with {opened.group().strip()}, and its gold completion begins with it "
-        "again. A completion goes on where the prompt ends: leave the tag out of `gold`, and let no reward ask for it."
+        f"The prompt of row {prompt.index} ends inside {opened}, and its gold completion begins with the tag again. A "
+        "completion goes on where the prompt ends: leave the tag out of `gold`, and let no reward ask for it."
     )
 
 

@@ -6,6 +6,7 @@ read; --help alone shows the defaults.
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from io import StringIO
 from typing import Annotated, Any, NoReturn, TypedDict, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from grpo.config import (
     Config,
@@ -30,6 +32,7 @@ from grpo.recipes import Recipe
 PROGRAM = "python -m grpo.run"
 HELP = ("-h", "--help")
 _MARKS = (tyro.conf.DisallowNone,)  # None means that a flag is not given, and is no word to give
+_WRITTEN_SO = {"True": True, "False": False, "None": None}  # beside JSON's true, false, null
 
 # What others call these (TRL, Unsloth, verl, transformers, vLLM), and what a hand in a hurry types.
 _OTHER_NAMES = {
@@ -44,6 +47,7 @@ _OTHER_NAMES = {
     "dual_clip": "delta clip_ratio_c",
     "max_completion_tokens": "max_completion_length max_new_tokens max_tokens max_response_length",
     "max_context": "max_seq_length max_model_len max_length",
+    "chat_template_kwargs": "apply_chat_template_kwargs template_kwargs",
     "steps": "max_steps num_steps total_training_steps",
     "prompts_per_step": "train_batch_size per_device_train_batch_size batch_size",
     "mini_batches": "ppo_mini_batch_size",
@@ -122,6 +126,34 @@ class _Given(Options):
     flags: tyro.conf.OmitArgPrefixes[_Flags] = field(default_factory=dict)  # type: ignore
 
 
+_REGISTRY = ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _pairs(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """A dictionary is given as NAME=VALUE NAME=VALUE."""
+    if kind.type is not dict:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME=VALUE ...]",
+        instance_from_str=lambda words: dict(map(_pair, words)),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={json.dumps(each)}" for name, each in value.items()],
+    )
+
+
+def _pair(word: str) -> tuple[str, Any]:
+    """enable_thinking=False -> its name, and its value as JSON, as Python writes it, or as text."""
+    name, equals, value = word.partition("=")
+    if not (name and equals):
+        raise ValueError(f"{word!r} is not NAME=VALUE")
+    try:
+        return name, _WRITTEN_SO[value] if value in _WRITTEN_SO else json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
 def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
     """The options, and the fields of Config that are given, each with its value.
 
@@ -132,7 +164,13 @@ def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
     try:
         with redirect_stderr(StringIO()):
             given, unknown = tyro.cli(
-                _Given, args=argv, prog=PROGRAM, return_unknown_args=True, add_help=False, config=_MARKS
+                _Given,
+                args=argv,
+                prog=PROGRAM,
+                return_unknown_args=True,
+                add_help=False,
+                config=_MARKS,
+                registry=_REGISTRY,
             )
     except SystemExit:
         _show_help(argv)
@@ -146,7 +184,7 @@ def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
 
 def _show_help(argv: list[str]) -> NoReturn:
     """Help, or what is wrong with a value beside the help of its flag."""
-    tyro.cli(_Help, args=argv, prog=PROGRAM, config=_MARKS)
+    tyro.cli(_Help, args=argv, prog=PROGRAM, config=_MARKS, registry=_REGISTRY)
     sys.exit(2)
 
 

@@ -11,6 +11,7 @@ each of them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ LONGEST_TIMER = 1e9  # seconds
 LARGEST = 3.4028234663852886e38  # that float32 holds, in which all of it is computed
 MOST_COMPLETIONS = 1_000_000  # in one rollout
 TINY = 5e-324  # the least number above 0
+# What a chat template is given by the run itself, or that is no variable of it but an argument of what renders it.
+OF_THE_RUN = {
+    *("messages", "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
 Check = tuple[bool, str]  # is it broken, and what to say
 
 
@@ -126,6 +133,9 @@ class RolloutConfig(Part):
     """A completion is cut off after this many tokens."""
     max_context: int = 0
     """Longest prompt + completion in tokens; 0 takes what the model was built for."""
+    chat_template_kwargs: dict = dataclasses.field(default_factory=dict)
+    """What the model's chat template reads beside the messages, over the task's own: enable_thinking=False turns the
+    thinking of Qwen3 off, reasoning_effort=low shortens that of gpt-oss. Values are JSON, else text."""
     dynamic_sampling: bool = False
     """DAPO: replace groups whose rewards are all equal by new prompts until the step is full."""
     max_refills: int = 4
@@ -145,6 +155,15 @@ class RolloutConfig(Part):
             *self.between(0, 10**9, "max_context"),
             *self.between(0, 10_000, "max_refills"),
             *self.between(0, 10**6, "kv_cache_gib"),
+            (
+                bool(fault := fault_of_template_kwargs(self.chat_template_kwargs)),
+                f"chat_template_kwargs has {fault}.",
+            ),
+            (
+                not _is_json(self.chat_template_kwargs),
+                f"chat_template_kwargs is {_shown(self.chat_template_kwargs)}, which config.json cannot hold. Use "
+                "texts, numbers, True, False, None, and lists and dictionaries of them.",
+            ),
             # Logits are divided by it in float32: less makes them infinite, and there is nothing left to explore.
             *self.between(1e-4, 1e4, "temperature"),
         ]
@@ -365,7 +384,34 @@ def check_type(name: str, value: object, annotation: Any) -> None:
         raise UserError(f"{name} is {_shown(value)} ({type(value).__name__}). It must be {allowed}.")
 
 
-_WORDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "text (str)", type(None): "None"}
+def fault_of_template_kwargs(kwargs: dict[Any, Any]) -> str:
+    """Why these cannot be given to a chat template as its variables, in words; empty if they can."""
+    for name in kwargs:
+        if not (isinstance(name, str) and name.isidentifier()):
+            return f"{name!r}, which is no name of a variable of a chat template"
+        if name == "tools":
+            return "tools, which have a field of their own: Task(tools=...)"
+        if name in OF_THE_RUN:
+            return f"{name}, which the run decides itself: leave it out"
+    return ""
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives it back as it is."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+_WORDS = {
+    dict: "a dictionary",
+    int: "a whole number (int)",
+    float: "a number",
+    bool: "True or False",
+    str: "text (str)",
+    type(None): "None",
+}
 
 
 def _fits(value: object, annotation: Any) -> bool:

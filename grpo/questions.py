@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,10 +17,10 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
 from grpo.policy.load import context_length, vocabulary_size
-from grpo.prompts import Asker, Prompts, build_prompts
+from grpo.prompts import Asker, Prompts, build_prompts, short_enough
 from grpo.rewards import Reward, build_rewards
 from grpo.rewards.preflight import Calls, Preflight, preflight, preflight_without_gold
-from grpo.splits import Note, read_splits
+from grpo.splits import Note, Split, read_splits
 from grpo.task import Task
 from grpo.types import Prompt
 
@@ -65,6 +65,7 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     """
     asker = build_asker(task, config)
     train, test = read_splits(asker, config, None if all_tests else config.eval_prompts, note)
+    train, test = (_short_enough(asker, split, note) for split in (train, test))
     train_prompts, longest = build_prompts(asker, train.rows, train.survey, train.indices)
     test_prompts, longest_test = build_prompts(asker, test.rows, test.survey, test.indices)
     longest = max(longest, longest_test)
@@ -87,6 +88,14 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     return Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, config.max_completion_tokens)
 
 
+def _short_enough(asker: Asker, split: Split, note: Note) -> Split:
+    """The split without the rows whose prompts are longer than the task wants them."""
+    indices, told = short_enough(asker, split.rows, split.survey, split.indices)
+    if told:
+        note(f"note: of {split.rows.source} {told}.")
+    return replace(split, indices=indices)
+
+
 def build_asker(task: Task, config: Config) -> Asker:
     """How rows are asked of the configuration's model.
 
@@ -101,7 +110,7 @@ def build_asker(task: Task, config: Config) -> Asker:
             f"{context_length(config.model, config)} tokens: none is left for the prompt. Lower it"
             f"{f', or raise --max-context ({config.max_context})' if config.max_context else ''}."
         )
-    return Asker(task, tokenizer, longest_prompt, vocabulary_size(config.model))
+    return Asker(task, tokenizer, longest_prompt, vocabulary_size(config.model), config.chat_template_kwargs)
 
 
 def check_solved(task: Task, rewards: list[Reward]) -> None:

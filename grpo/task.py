@@ -24,7 +24,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from grpo.config import Config, field_names
+from grpo.config import Config, fault_of_template_kwargs, field_names
 from grpo.errors import UserError, nearest, user_code
 from grpo.rewards.xml_format import extract_answer
 
@@ -56,6 +56,12 @@ class Task:
               in its place, chosen by what they ask, so that they are the same in every run; 0: the score is of training
               prompts, and says so
     continue_final_message    where the last chat message is the assistant's, the completion goes on with it
+    chat_template_kwargs      what the model's chat template reads beside the messages, such as enable_thinking, or
+                              row -> that; --chat-template-kwargs goes over it
+    tools                     functions, or their JSON schemas, that the chat template shows to the model, or
+                              row -> these
+    max_prompt_tokens         rows whose prompts have more tokens are left out, and counted; None: none are, and a
+                              prompt that does not fit the context is an error that names its row
     """
 
     name: str
@@ -70,6 +76,9 @@ class Task:
     answer: Callable[[str], str | None] = extract_answer
     held_out: int | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | Callable[[Row], dict[str, Any]] = field(default_factory=dict)
+    tools: Sequence[Callable | dict] | Callable[[Row], Sequence[Callable | dict]] = ()
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if fault := _fault_of_name(self.name):
@@ -184,8 +193,35 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
             not isinstance(task.continue_final_message, bool),
             f"`continue_final_message` is {task.continue_final_message!r}. It must be True or False.",
         ),
+        (
+            not callable(task.chat_template_kwargs) and bool(fault := fault_of_kwargs(task.chat_template_kwargs)),
+            f"`chat_template_kwargs` {fault}.",
+        ),
+        (not callable(task.tools) and bool(fault := fault_of_tools(task.tools)), f"`tools` {fault}."),
+        (
+            task.max_prompt_tokens is not None
+            and not (type(task.max_prompt_tokens) is int and task.max_prompt_tokens > 0),
+            f"`max_prompt_tokens` is {task.max_prompt_tokens!r}. It must be a number of tokens, 1 or more, or None.",
+        ),
         (bool(unknown), f"`embedded` has {', '.join(unknown)}, and a Config has no such field (--help lists them)."),
     ]
+
+
+def fault_of_kwargs(kwargs: Any) -> str:
+    """What is wrong with variables for a chat template, in words; empty if nothing is."""
+    if not isinstance(kwargs, dict):
+        return f"is {reprlib.repr(kwargs)}. It must be {{variable of the chat template: value}}, or row -> that"
+    return f"has {fault}" if (fault := fault_of_template_kwargs(kwargs)) else ""
+
+
+def fault_of_tools(tools: Any) -> str:
+    """What is wrong with the tools that a chat template is to show, in words; empty if nothing is."""
+    if isinstance(tools, str):
+        return f"is the text {tools[:60]!r}. It must be a list of functions or JSON schemas: json.loads makes it one"
+    if not isinstance(tools, Sequence):
+        return f"is {reprlib.repr(tools)}. It must be a list of functions or JSON schemas, or row -> that"
+    wrong = next((tool for tool in tools if not (callable(tool) or isinstance(tool, dict))), None)
+    return "" if wrong is None else f"has {reprlib.repr(wrong)}, which is neither a function nor a JSON schema (a dict)"
 
 
 def _fault_of_name(name: Any) -> str:

@@ -21,7 +21,7 @@ import torch
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
-Message = dict[str, str]  # {"role": "user", "content": "..."}
+Message = dict[str, Any]  # {"role": "user", "content": "..."}, and what else a chat template reads, such as tool_calls
 
 
 @dataclass(frozen=True)

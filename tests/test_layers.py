@@ -35,7 +35,15 @@ LAYERS = (
     },
     {
         "policy": ("grpo.policy.*",),
-        "task": ("grpo.task", "grpo.data", "grpo.prompts", "grpo.splits", "grpo.stream", "grpo.cautions"),
+        "task": (
+            "grpo.task",
+            "grpo.data",
+            "grpo.prompts",
+            "grpo.splits",
+            "grpo.stream",
+            "grpo.cautions",
+            "grpo.chat_template",
+        ),
     },
     {
         "rollout": ("grpo.rollout.*",),

@@ -252,7 +252,7 @@ GEMMA = "{% if messages[0]['role'] == 'system' %}" + REFUSAL + "{% endif %}" + P
 
 
 def test_a_template_without_an_end_is_told_in_time(monkeypatch):
-    monkeypatch.setattr("grpo.prompts.TEMPLATE_LIMIT", Limit(0.05, "the longest that it may take", "Mend it."))
+    monkeypatch.setattr("grpo.chat_template.TEMPLATE_LIMIT", Limit(0.05, "the longest that it may take", "Mend it."))
     many = "{% for i in range(99999) %}"
     with pytest.raises(UserError, match=r"refuses the messages of row 0: TimeoutError \(no result in 0.05 s"):
         prompts_of([{"role": "user", "content": "x"}], many * 4 + "{% endfor %}" * 4)
@@ -661,7 +661,7 @@ DATED_IF_ASKED = "{% if date is defined %}{{ strftime_now('%d %b %Y') }}{% endif
         ({"template": USER_ONLY}, ["leaves out, or changes, what the system says in row 0: 'Think.'"]),
         ({"template": DATED}, ["writes today's date into every prompt"]),
         ({"template": DATED_IF_ASKED}, []),
-        ({"template": PLAIN + "<think>\n", "gold": "<think>x</think>{answer}"}, ["ends with <think>, and its gold"]),
+        ({"template": PLAIN + "<think>\n", "gold": "<think>x</think>{answer}"}, ["ends inside <think>, and its gold"]),
         ({"template": PLAIN + "<think>\n", "gold": "x</think>{answer}"}, []),
         ({"gold": "<answer>{answer}</answer>"}, ["<answer> of the gold completion are special tokens"]),
         ({"prompt": lambda row: str(random())}, ["gives something else for row 0 each time"]),

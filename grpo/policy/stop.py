@@ -46,12 +46,12 @@ def end_of_turn(tokenizer: Any) -> int | None:
     conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MARKER}]
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     except WHAT_USER_CODE_RAISES:  # a template is the model's own code; what it refuses to render ends nothing
         return None
     _, found, behind = text.rpartition(MARKER)
     if not found:
         return None
     behind = behind.lstrip()
-    special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}
     fitting = [token for token in special if token.strip() and behind.startswith(token)]
     return special[max(fitting, key=len)] if fitting else None
