@@ -40,7 +40,8 @@ from grpo.policy.optimizer import STATE_BYTES, check_optimizer
 from grpo.policy.promises import Progressed, no_progress
 from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
-from grpo.record import Recorder
+from grpo.record import Recorder, TokenTrace
+from grpo.record.files import Gold, no_gold
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
@@ -308,6 +309,7 @@ def build_run(
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
         note(f"note: going on from step {progress.step}: later checkpoints are now {', '.join(map(str, left))}.")
+    trace = TokenTrace(loss, questions.tokenizer.decode)
     recorder = Recorder(
         folder,
         config.steps,
@@ -316,6 +318,8 @@ def build_run(
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
         headline=HEADLINES[0 if task.solved else 1],
+        gold=gold_of(task),
+        traced=trace.records,
     )
     policy.fit.tell = recorder.message
     generators_now = generators.reader(policy.device)
@@ -328,7 +332,7 @@ def build_run(
         rewards=questions.rewards,
         estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device, policy.fit.limit),
-        loss=loss,
+        loss=trace,
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions),
         recorder=recorder,
@@ -340,6 +344,12 @@ def build_run(
         progress=progress,
         saved=(progress.step, progress.evaluated),
     )
+
+
+def gold_of(task: Task) -> Gold:
+    """The gold answer of a prompt, for the records. What is wrong with it was told when the rows were read."""
+    template = task.gold
+    return no_gold if template is None else lambda prompt: template.format_map(prompt.fields)
 
 
 def seed_globals(seed: int) -> None:

@@ -46,8 +46,16 @@ class Evaluator:
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
+        return self.scores(self.answers(engine))
+
+    def answers(self, engine: Engine) -> list[Group]:
+        """What the policy says to the held-out prompts, and what the rewards say of it."""
         groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
         score(groups, self.rewards)
+        return groups
+
+    def scores(self, groups: list[Group]) -> dict[str, float]:
+        """Of these answers."""
         return {
             **self.measure(groups),
             "eval/reward": float(torch.cat([group.rewards for group in groups]).mean()),

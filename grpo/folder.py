@@ -2,7 +2,7 @@
 
 runs/<task>-<time>/
     config.json                the run's id, the task file and its SHA-256, every value and where it came from
-    metrics.jsonl, completions.jsonl, curves.png, tensorboard/        what grpo/record writes
+    metrics.jsonl, completions.jsonl, prompts.jsonl ...               what grpo/record writes
     checkpoints/step-000010/   what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
     left-1/                    what was recorded before a run without a checkpoint started over
 """
@@ -34,7 +34,10 @@ CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
 Origin = Literal["default", "task", "embedded", "recipe", "flag"]  # of a value of a run
-RECORDED = ("metrics.jsonl", "completions.jsonl", "curves.png", "tensorboard")
+RECORDED = (
+    *("metrics.jsonl", "prompts.jsonl", "completions.jsonl", "held_out.jsonl", "tokens.jsonl"),
+    *("curves.png", "report.html", "tensorboard", "wandb", "trackio", "mlflow"),
+)
 
 
 # ---- the folder

@@ -147,9 +147,9 @@ def finish_step(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Score the policy on the held-out prompts and remember whether it is the best so far."""
     run.recorder.stage("evaluation")
-    scores = run.evaluator(run.engine)
-    progress = run.progress
-    run.recorder.evaluation(progress.step, scores)
+    groups = run.evaluator.answers(run.engine)
+    scores, progress = run.evaluator.scores(groups), run.progress
+    run.recorder.evaluation(progress.step, scores, groups)
     progress.first_scores = progress.first_scores or scores
     progress.last_scores, progress.evaluated = scores, progress.step
     score = scores[headline(scores)]

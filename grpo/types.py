@@ -69,6 +69,7 @@ class Completion:
     text: str
     finish: Literal["stop", "length"]
     policy_version: int
+    seed: int = 0  # of the request that it answers
     others: tuple[Span, ...] = ()  # in order and apart: a tool's or a user's words, which are read and never trained on
 
     @property

@@ -93,8 +93,8 @@ def test_killed_and_resumed_equals_uninterrupted(task_file, tmp_path):
     assert main(["--resume", str(tmp_path / "killed")]) == 0
 
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
-    completions = [(tmp_path / name / "completions.jsonl").read_text() for name in ("killed", "whole")]
-    assert completions[0] == completions[1]
+    for name in ("completions.jsonl", "prompts.jsonl", "held_out.jsonl", "tokens.jsonl"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
     for name in ("adapter_model.safetensors", "optimizer.safetensors"):
         files = [tmp_path / run / "checkpoints" / "step-000011" / name for run in ("killed", "whole")]
         killed, whole = map(load_file, files)

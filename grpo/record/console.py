@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import IO
 
 from rich.cells import cell_len
@@ -27,10 +29,12 @@ from rich.text import Text
 
 from grpo.metrics import HEADLINES, METRICS, Column
 from grpo.record.names import in_lines, shortened, told_apart
+from grpo.record.sinks import Numbers, Recorded, Sink, TokenRecords
 from grpo.terminal import Terminal, plain
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
+STEPS_BETWEEN_SAMPLES = 10
 _WIDEST = 150
 _SPEED_OVER_SECONDS = 1800.0  # the time left is judged by the steps of the last half hour
 _WIDEST_TITLE, _COMFORTABLE_TITLE = 12, 9  # cells of a title's line
@@ -96,13 +100,12 @@ def _reward_columns(names: Sequence[str], column: Column) -> list[Shown]:
 
 def columns_that_fit(columns: list[Shown], step_width: int, width: int) -> list[Shown]:
     """The columns, in their order, less those of the highest rank until a line fits in `width` cells."""
-    kept = sorted(columns, key=lambda column: column.how.rank)
-    while kept and step_width + sum(2 + column.width for column in kept) > width:
-        kept.pop()
-    return [column for column in columns if column in kept]
+    by_rank = sorted(columns, key=lambda column: column.how.rank)
+    widths = list(accumulate(2 + column.width for column in by_rank))
+    return sorted(by_rank[: bisect_right(widths, width - step_width)], key=columns.index)
 
 
-class Console:
+class Console(Sink):
     """Prints a run of `total_steps`, the first of which is `start_step`."""
 
     def __init__(
@@ -120,6 +123,7 @@ class Console:
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
         self._total_steps = total_steps
         self._lines = 0
+        self._held_out: dict[str, float] = {}  # the last scores, for every step line until the next
         # `disable` makes the bar a thing that shows nothing: the same calls serve a terminal and a log file.
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
@@ -141,21 +145,33 @@ class Console:
         """Show the bar from now on."""
         self._progress.start()
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def resumed(self, recorded: Sequence[Recorded], start_step: int) -> None:
+        """The held-out score that the run had stays in its lines."""
+        for _, record in recorded:
+            if any(name.startswith("eval/") for name in record):
+                self._held_out = {name: value for name, value in record.items() if value is not None}
+
+    def step(self, step: int, metrics: Numbers) -> None:
         """One line, under a header where it is time for one."""
         if self._lines % LINES_BETWEEN_HEADERS == 0:
             self._header()
         self._lines += 1
         label = f"{step + 1}/{self._total_steps}".rjust(self._step_width)
-        self._line(label, [column.cell(metrics) for column in self._shown])
+        self._line(label, [column.cell({**self._held_out, **metrics}) for column in self._shown])
         self._progress.update(self._bar, completed=step + 1)
 
     def stage(self, name: str) -> None:
         """What the run is doing now, beside the progress bar."""
         self._progress.update(self._bar, stage=name.ljust(_STAGE_WIDTH))
 
-    def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+    def completions(self, step: int, groups: Sequence[Group], tokens: TokenRecords) -> None:
+        """Now and then one of them."""
+        if step % STEPS_BETWEEN_SAMPLES == 0:
+            self.sample(step, groups[step // STEPS_BETWEEN_SAMPLES % len(groups)])
+
+    def evaluation(self, step: int, scores: Numbers, groups: Sequence[Group] = ()) -> None:
         """The held-out scores in one line, each with its 95% interval in brackets where `scores` has one."""
+        self._held_out = dict(scores)
         names = [name for name in scores if "@" in name and not name.endswith(("/low", "/high"))]
         names = names or [HEADLINES[-1]]
         told = "   ".join(_score_in_words(name, scores) for name in names)

@@ -19,9 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
+from grpo.errors import UserError
 from grpo.metrics import HEADLINES
 from grpo.record.jsonl import read_metrics
 from grpo.record.names import in_lines, told_apart
+from grpo.record.sinks import Numbers, Sink
+from grpo.types import Group
 
 _INK = "#22262e"
 _MAIN, _SECOND = "#1f5fbf", "#d9622b"
@@ -50,7 +53,27 @@ _LARGEST_DRAWN = 1e30  # a larger number is left out: no axis can be made for it
 _DASHES = ("-", "--", ":")  # solid until the colours are used up
 _LEGEND_LINES = 13  # that fit beside a panel at the usual size
 
-Curves = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # {metric: (steps [n], values [n])}
+Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # {metric: (steps [n], values [n])}
+
+
+class Curves(Sink):
+    """Draws the picture with each held-out score and when the run is over."""
+
+    def __init__(self, metrics_path: Path, out_png: Path, tell: Callable[[str], object]):
+        self._metrics_path, self._out_png, self._tell = metrics_path, out_png, tell
+
+    def evaluation(self, step: int, scores: Numbers, groups: Sequence[Group] = ()) -> None:
+        self._draw()
+
+    def close(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        # A picture is no reason to stop: it can be drawn again at any time.
+        try:
+            draw_curves(self._metrics_path, self._out_png)
+        except (UserError, FileNotFoundError, PermissionError) as error:
+            self._tell(f"note: curves.png is not drawn. {error}")
 
 
 def draw_curves(metrics_path: Path, out_png: Path) -> None:
@@ -78,7 +101,7 @@ def draw_curves(metrics_path: Path, out_png: Path) -> None:
     os.replace(partial, out_png)
 
 
-def _read_curves(metrics_path: Path) -> Curves:
+def _read_curves(metrics_path: Path) -> Points:
     points: dict[str, list[tuple[float, float]]] = {}
     for step, record in read_metrics(metrics_path):
         for name, value in record.items():
@@ -98,14 +121,14 @@ def _thinned(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
 
 
-def _span(curves: Curves) -> tuple[float, float]:
+def _span(curves: Points) -> tuple[float, float]:
     """From the first step to the last one, with a little margin: the same for every panel."""
     ends = [end for steps, _ in curves.values() for end in (steps[0], steps[-1])]
     margin = 0.04 * max(1.0, max(ends) - min(ends))
     return min(ends) - margin, max(ends) + margin
 
 
-def _draw_reward(axes: Axes, curves: Curves) -> None:
+def _draw_reward(axes: Axes, curves: Points) -> None:
     names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
     for index, (name, label) in enumerate(zip(names, labels(names), strict=True)):
         dashes = _DASHES[index // len(_PARTS) % len(_DASHES)]
@@ -115,7 +138,7 @@ def _draw_reward(axes: Axes, curves: Curves) -> None:
     _legend_beside(axes)
 
 
-def _draw_held_out(axes: Axes, curves: Curves) -> None:
+def _draw_held_out(axes: Axes, curves: Points) -> None:
     main = next((name for name in HEADLINES if f"{name}/low" in curves), HEADLINES[0])
     names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name) or name == main)
     axes.set_title(
@@ -137,7 +160,7 @@ def _draw_held_out(axes: Axes, curves: Curves) -> None:
     _legend_beside(axes)
 
 
-def _draw_length(axes: Axes, curves: Curves) -> None:
+def _draw_length(axes: Axes, curves: Points) -> None:
     _line(axes, curves, "completion/length", _MAIN)
     axes.set_title("Length, tokens")
     axes.set_ylim(bottom=0)
@@ -150,8 +173,8 @@ def _draw_length(axes: Axes, curves: Curves) -> None:
     share.grid(False)
 
 
-def _drawer(metric: str, title: str) -> Callable[[Axes, Curves], None]:
-    def draw(axes: Axes, curves: Curves) -> None:
+def _drawer(metric: str, title: str) -> Callable[[Axes, Points], None]:
+    def draw(axes: Axes, curves: Points) -> None:
         _line(axes, curves, metric, _MAIN)
         axes.set_title(title)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -181,7 +204,7 @@ def labels(metrics: Sequence[str]) -> list[str]:
 
 def _line(
     axes: Axes,
-    curves: Curves,
+    curves: Points,
     metric: str,
     colour: str,
     label: str | None = None,
@@ -208,7 +231,7 @@ def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64
 
 
 # Two above, four below.
-_PANELS: tuple[Callable[[Axes, Curves], None], ...] = (
+_PANELS: tuple[Callable[[Axes, Points], None], ...] = (
     _draw_reward,
     _draw_held_out,
     _draw_length,

@@ -1,6 +1,7 @@
 """Steps that train nothing: that they do, why, and what to do about it, from the numbers of the step.
 
-Knows nothing of groups or of the configuration: what it says holds for every run with these numbers.
+Knows nothing of groups or of the configuration: what it says holds for every run with these numbers. They are those of
+metrics.jsonl, None where one is not finite.
 """
 
 from __future__ import annotations
@@ -100,6 +101,5 @@ def _no_gradient(metrics: Mapping[str, float | None], trained: float) -> str:
 
 
 def _number(metrics: Mapping[str, float | None], name: str) -> float:
-    """The metric; 0 where it is missing or was not finite."""
-    value = metrics.get(name)
-    return value if value is not None and math.isfinite(value) else 0.0
+    """The metric; 0 where it is missing or None."""
+    return metrics.get(name) or 0.0

@@ -22,5 +22,8 @@ def sample_groups(
         for row, prompt in enumerate(prompts, start=first_row)
         for member in range(group_size)
     ]
-    completions = iter(engine.sample(requests))
-    return [Group(prompt, [next(completions) for _ in range(group_size)]) for prompt in prompts]
+    completions = engine.sample(requests)
+    for request, completion in zip(requests, completions, strict=True):
+        completion.seed = request.seed
+    rows = range(0, len(completions), group_size)
+    return [Group(prompt, completions[row : row + group_size]) for prompt, row in zip(prompts, rows, strict=True)]
