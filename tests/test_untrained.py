@@ -1,4 +1,4 @@
-"""Steps that train nothing are told, with the reason and what helps."""
+"""Steps that train nothing, and completions that are mostly cut off, are told with what helps."""
 
 import math
 
@@ -63,3 +63,20 @@ def test_steps_that_train_nothing_are_told_as_they_come_and_at_the_end(tmp_path,
     assert "Step 3 trained nothing either, 3 in a row: in every group" in said
     assert "Step 4 trained" not in said
     assert warning.startswith("4 of the 5 steps trained nothing, 3 of them in a row (to step 3). Why: in every")
+
+
+def test_that_most_completions_are_cut_off_is_told_once_with_what_helps(tmp_path, capsys):
+    """Also of a run that is resumed: it was told before."""
+    numbers = EMPTY | {"groups/trained": 8, "groups/zero_variance": 0.0, "optim/grad_norm": 0.5}
+    with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:
+        for step, share in enumerate([0.0, 0.5, 0.625, 0.75, 1.0]):
+            recorder.step(step, numbers | {"completion/truncated": share})
+        position = recorder.position()
+    told = " ".join(capsys.readouterr().out.split())
+    assert told.count("were cut off by the token limit") == 1
+    assert "Step 3: 62% of the completions" in told
+    for remedy in ("raise --max-completion-tokens", "enable_thinking=False", "soft overlong", "--no-mask-truncated"):
+        assert remedy in told
+    with Recorder(tmp_path, 9, 5, "toy", NAMES, position) as recorder:
+        recorder.step(5, numbers | {"completion/truncated": 1.0})
+    assert "were cut off by the token limit" not in " ".join(capsys.readouterr().out.split())

@@ -14,6 +14,7 @@ from typing import Any, Self
 from grpo.metrics import HEADLINES
 from grpo.record.console import Console
 from grpo.record.curves import Curves
+from grpo.record.cut_off import CutOff
 from grpo.record.files import Files, Gold, no_gold
 from grpo.record.jsonl import finite
 from grpo.record.sinks import Sink
@@ -55,9 +56,10 @@ class Recorder:
         # The files first: the others may be made from them.
         self._sinks: list[Sink] = [self._files, TensorBoard(run_dir / "tensorboard", start_step), self._console, curves]
         self._traced = traced
-        self._untrained = Untrained()
+        self._untrained, self._cut_off = Untrained(), CutOff()
         for step, record in self._files.recorded:
             list(self._untrained.seen(step, record))
+            list(self._cut_off.seen(step, {name: value for name, value in record.items() if value is not None}))
         for sink in self._sinks:
             sink.resumed(self._files.recorded, start_step)
 
@@ -81,7 +83,7 @@ class Recorder:
         """The numbers of one training step."""
         for sink in self._sinks:
             sink.step(step, metrics)
-        for sentence in self._untrained.seen(step, finite(metrics)):
+        for sentence in [*self._untrained.seen(step, finite(metrics)), *self._cut_off.seen(step, metrics)]:
             self.message(sentence)
 
     def evaluation(self, step: int, scores: Mapping[str, float], groups: Sequence[Group] = ()) -> None:
