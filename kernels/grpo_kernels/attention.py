@@ -20,11 +20,15 @@ in Milakov and Gimelshein 2018, arXiv:1805.02867):
 so two calls suffice: every prompt and completion causally with itself, and all completions of a group, end to end, with
 their prompt. The backward of each call needs only probabilities exp(s - l) and rowsum(dout * out), hence the merged out
 and l: it is exact, and a prompt's keys sum over all completions by themselves.
+
+A sliding window (a token attends to the last so many up to itself) is one of flash attention's arguments where keys are
+gathered; merged, and where scores are capped, the kernels of attention_tiles.py do it.
 """
 
 import torch
 from torch import Tensor
 
+from grpo_kernels.attention_tiles import tiled_attention
 from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, isolated, next_power_of_2, tl, triton
 from grpo_kernels.layout import GroupLayout
 
@@ -37,39 +41,57 @@ def group_attention(
     layout: GroupLayout,
     *,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     impl: Impl = "auto",
 ) -> Tensor:  # [N, Hq, E]
     """Attention of packed tokens, each to its prompt and what precedes it in its completion; differentiable in q, k, v.
 
-    `scale` multiplies the scores, 1 / sqrt(E) unless given. Flash attention runs it on a CUDA device of compute
-    capability 8.0 and up in float16 and bfloat16, SDPA one sequence at a time elsewhere.
-    Raises ValueError for shapes that do not belong together.
+    `scale` multiplies the scores, 1 / sqrt(E) unless given; `softcap` c makes c tanh(s / c) of a scaled score s. With a
+    `window` a token attends to so many tokens of its sequence, the last of which it is itself. Flash attention runs it
+    on a CUDA device of compute capability 8.0 and up in float16 and bfloat16, SDPA one sequence at a time elsewhere;
+    Triton kernels where scores are capped, or there is a window and flash attention cannot.
+    Raises ValueError for shapes that do not belong together, and for a window or cap that is not positive.
     """
-    _check(q, k, v, layout)
+    _check(q, k, v, layout, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.shape[0] == 0:
-        return _torch_attention(q, k, v, layout, scale)
-    if not _can_flash(q) or choose("group_attention", impl, q, k, v) == "torch":
+        return _torch_attention(q, k, v, layout, scale, window, softcap)
+    window = None if window is not None and window >= layout.longest_sequence else window
+    if _flash_knows(q, layout, window, softcap) and choose("group_attention", impl, q, k, v) == "triton":
+        return _flash_attention(q, k, v, layout, scale, window)
+    if window is None and softcap is None:
         if impl == "triton":
             raise ValueError(
                 f"group_attention has no kernel for {q.dtype} on {q.device}: flash attention needs float16 or "
                 "bfloat16, a CUDA device of compute capability 8.0, and a head size of at most 256. "
                 "Use impl='auto' or 'torch'."
             )
-        return _torch_attention(q, k, v, layout, scale)
+        return _torch_attention(q, k, v, layout, scale, window, softcap)
+    if choose("tiled_attention", impl, q, k, v) == "torch":
+        return _torch_attention(q, k, v, layout, scale, window, softcap)
+    return tiled_attention(q, k, v, layout, scale, window, softcap)
+
+
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float, window: int | None
+) -> Tensor:  # fmt: skip
     # Flash attention lays its result out as q lies, and what merges results takes heads beside each other.
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     if (gathered := layout.gathered) is not None:
         lists = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
         longest = [layout.longest[0], gathered.longest]
-        return _gathered_op(q, k, v, layout.segments, *lists, longest, scale)[0]
+        return _gathered_op(q, k, v, layout.segments, *lists, longest, scale, window)[0]
     out, _ = _merged_op(
-        q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale
-    )
+        q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale,
+        window,
+    )  # fmt: skip
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, window: int | None, softcap: float | None
+) -> None:  # fmt: skip
     if q.ndim != 3 or k.shape != v.shape or k.shape[::2] != q.shape[::2] or q.shape[1] % max(k.shape[1], 1) != 0:
         raise ValueError(
             f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}; give [N, Hq, E], and [N, Hk, E] with Hk "
@@ -77,40 +99,69 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout) -> None:
         )
     if q.shape[0] != layout.num_tokens:
         raise ValueError(f"q has {q.shape[0]} tokens and the layout {layout.num_tokens}; they must be the same tokens.")
+    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"window is {window} and softcap {softcap}; give None or a positive number.")
 
 
-def _can_flash(q: Tensor) -> bool:
+def _flash_knows(q: Tensor, layout: GroupLayout, window: int | None, softcap: float | None) -> bool:
+    """Whether flash attention computes this. It counts a window from the last of a query's keys, which therefore have
+    to lie together."""
     is_16_bit = q.dtype in (torch.float16, torch.bfloat16)
-    return capability(q.device) >= (8, 0) and is_16_bit and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    fits = capability(q.device) >= (8, 0) and is_16_bit and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+    together = layout.gathered is not None or layout.num_tokens == layout.num_prompt_tokens
+    return fits and softcap is None and (window is None or together)
 
 
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float) -> Tensor:
-    """One SDPA call a prompt and a completion."""
+def _torch_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """One call a prompt and a completion."""
     prompts = list(layout.prompt_lengths)
     completions = [length for group in layout.completion_lengths for length in group]
     queries, keys, values = (tensor.split(prompts + completions) for tensor in (q, k, v))
-    outs = [_causal(queries[prompt], keys[prompt], values[prompt], scale) for prompt in range(len(prompts))]
+    scores = scale, window, softcap
+    outs = [_causal(queries[prompt], keys[prompt], values[prompt], *scores) for prompt in range(len(prompts))]
     segment = len(prompts)
     for prompt, group in enumerate(layout.completion_lengths):
         for _ in group:
             own_and_prompt = [torch.cat([tensors[prompt], tensors[segment]]) for tensors in (keys, values)]
-            outs.append(_causal(queries[segment], *own_and_prompt, scale))
+            outs.append(_causal(queries[segment], *own_and_prompt, *scores))
             segment += 1
     return torch.cat(outs) if outs else q
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> Tensor:
     """The last len(q) tokens of a sequence of len(k), each attending to all before it and itself."""
     T, S = len(q), len(k)
     if T == 0:
         return q
-    # With as many queries as keys the mask need not exist.
-    mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    if window is not None and window < S:
+        # The first query sees no key before this one.
+        k, v = k[max(0, S - T - window + 1) :], v[max(0, S - T - window + 1) :]
+        S = len(k)
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T).triu(S - T - window + 1)
+    else:
+        # With as many queries as keys the mask need not exist.
+        mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    else:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        out = capped_attention(q, k, v, mask, scale, softcap)
     return out[0].transpose(0, 1)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
+    """SDPA whose scores s are made c tanh(s / c): q [B, Hq, T, E], k and v [B, Hk, S, E] with Hk dividing Hq, mask
+    [..., T, S] true where a pair is allowed -> [B, Hq, T, E]."""
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, Hk, Hq / Hk, T, E]
+    k, v = k[:, :, None], v[:, :, None]
+    scores = (grouped @ k.transpose(-1, -2)).float() * scale if q.dtype != torch.float64 else grouped @ k.mT * scale
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)
 
 
 # Gathered keys, as autograd and torch.compile see them. `longest` is that of prompts and completions, and of the lists.
@@ -127,14 +178,15 @@ def _launch_gathered(
     copy_starts: Tensor,
     longest: list[int],
     scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32. Keys and values [S, Hk, E] are
     gathered here and again in the backward, so that autograd never holds the copies."""
     there = k.index_select(0, keys), v.index_select(0, keys)
-    return _flash(q, *there, segments, key_starts, *longest, True, scale)
+    return _flash(q, *there, segments, key_starts, *longest, True, scale, window)
 
 
-def _fake_gathered(q, k, v, segments, keys, key_starts, copies, copy_starts, longest, scale):
+def _fake_gathered(q, k, v, segments, keys, key_starts, copies, copy_starts, longest, scale, window):
     return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
@@ -152,20 +204,23 @@ def _launch_gathered_backward(
     copy_starts: Tensor,
     longest: list[int],
     scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     there = k.index_select(0, keys), v.index_select(0, keys)
     grad_q, grad_k, grad_v = _flash_backward(
-        grad.contiguous(), q, *there, out, lse, segments, key_starts, *longest, True, scale
+        grad.contiguous(), q, *there, out, lse, segments, key_starts, *longest, True, scale, window
     )
     return grad_q, sum_of_copies(grad_k, copies, copy_starts), sum_of_copies(grad_v, copies, copy_starts)
 
 
-def _fake_gathered_backward(grad, q, k, v, out, lse, segments, keys, key_starts, copies, copy_starts, longest, scale):
+def _fake_gathered_backward(
+    grad, q, k, v, out, lse, segments, keys, key_starts, copies, copy_starts, longest, scale, window
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_gathered(ctx, inputs, output) -> None:
-    q, k, v, segments, keys, key_starts, copies, copy_starts, ctx.longest, ctx.scale = inputs
+    q, k, v, segments, keys, key_starts, copies, copy_starts, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -174,8 +229,8 @@ def _setup_gathered(ctx, inputs, output) -> None:
 
 def _backward_gathered(ctx, grad: Tensor | None, _lse):
     if grad is None:
-        return (None,) * 10
-    return (*_gathered_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.scale), *(None,) * 7)
+        return (None,) * 11
+    return (*_gathered_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 8)
 
 
 _gathered_op = Operator("gathered_attention", _launch_gathered, _fake_gathered)
@@ -206,7 +261,8 @@ def _sum_of_copies_kernel(gathered, copies, copy_starts, sums, size, BLOCK: tl.c
     tl.store(sums + token * size + column, total.to(sums.dtype.element_ty), mask=inside)
 
 
-# Two merged calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest.
+# Two merged calls, as autograd and torch.compile see them. `longest` is GroupLayout.longest. A window there is where no
+# completion is, so that the first call does all.
 
 
 def _launch_merged(
@@ -219,11 +275,12 @@ def _launch_merged(
     longest: list[int],
     num_prompt_tokens: int,
     scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The attention [N, Hq, E] and the log-sum-exp of its scores [Hq, N] in float32."""
     longest_segment, longest_group, longest_prompt = longest
     P = num_prompt_tokens
-    out, lse = _flash(q, k, v, segments, segments, longest_segment, longest_segment, True, scale)
+    out, lse = _flash(q, k, v, segments, segments, longest_segment, longest_segment, True, scale, window)
     if P < len(q):
         to_prompt, prompt_lse = _flash(
             q[P:], k[:P], v[:P], groups, prompts, longest_group, longest_prompt, False, scale
@@ -232,7 +289,7 @@ def _launch_merged(
     return out, lse
 
 
-def _fake_merged(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_merged(q, k, v, segments, groups, prompts, longest, num_prompt_tokens, scale, window):
     return q.new_empty(q.shape), torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
@@ -249,12 +306,13 @@ def _launch_merged_backward(
     longest: list[int],
     num_prompt_tokens: int,
     scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     longest_segment, longest_group, longest_prompt = longest
     P = num_prompt_tokens
     grad = grad.contiguous()
     grad_q, grad_k, grad_v = _flash_backward(
-        grad, q, k, v, out, lse, segments, segments, longest_segment, longest_segment, True, scale
+        grad, q, k, v, out, lse, segments, segments, longest_segment, longest_segment, True, scale, window
     )
     if P < len(q):
         more_q, more_k, more_v = _flash_backward(
@@ -267,12 +325,14 @@ def _launch_merged_backward(
     return grad_q, grad_k, grad_v
 
 
-def _fake_merged_backward(grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale):
+def _fake_merged_backward(
+    grad, q, k, v, out, lse, segments, groups, prompts, longest, num_prompt_tokens, scale, window
+):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_merged(ctx, inputs, output) -> None:
-    q, k, v, segments, groups, prompts, ctx.longest, ctx.num_prompt_tokens, ctx.scale = inputs
+    q, k, v, segments, groups, prompts, *ctx.settings = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
@@ -281,9 +341,8 @@ def _setup_merged(ctx, inputs, output) -> None:
 
 def _backward_merged(ctx, grad: Tensor | None, _lse):
     if grad is None:
-        return (None,) * 9
-    grads = _merged_backward_op(grad, *ctx.saved_tensors, ctx.longest, ctx.num_prompt_tokens, ctx.scale)
-    return (*grads, None, None, None, None, None, None)
+        return (None,) * 10
+    return (*_merged_backward_op(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 7)
 
 
 _merged_op = Operator("merged_attention", _launch_merged, _fake_merged)
@@ -298,9 +357,21 @@ _merged_op.differentiate(_setup_merged, _backward_merged)
 def _flash(
     q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int,
     is_causal: bool, scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, q_starts, k_starts, longest_q, longest_k, 0.0, is_causal, False, scale=scale
+        q,
+        k,
+        v,
+        q_starts,
+        k_starts,
+        longest_q,
+        longest_k,
+        0.0,
+        is_causal,
+        False,
+        scale=scale,
+        **_window_of_flash(window),
     )
     return out, lse
 
@@ -308,6 +379,7 @@ def _flash(
 def _flash_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_starts: Tensor, k_starts: Tensor, longest_q: int, longest_k: int, is_causal: bool, scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
@@ -327,7 +399,13 @@ def _flash_backward(
         no_dropout,
         unused,
         scale=scale,
+        **_window_of_flash(window),
     )
+
+
+def _window_of_flash(window: int | None) -> dict[str, int]:
+    """Flash attention counts the tokens before the query's own."""
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
 
 
 def _merge(out: Tensor, lse: Tensor, to_prompt: Tensor, prompt_lse: Tensor, P: int) -> None:

@@ -5,6 +5,7 @@ Axes: N packed tokens, the first P those of prompts; S gathered keys (see attent
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -112,6 +113,31 @@ class GroupLayout:
     @property
     def num_tokens(self) -> int:
         return self.num_prompt_tokens + sum(map(sum, self.completion_lengths))
+
+    @cached_property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one of its completions."""
+        with_longest = zip(self.prompt_lengths, self.completion_lengths, strict=True)
+        return max([0, *(prompt + max([0, *group]) for prompt, group in with_longest)])
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """[prompts + completions, 6] int32. Of each: its first token and number of tokens; the same of the prompt that
+        it goes on after, if it is a completion; and of all completions after it, if it is a prompt."""
+        rows, readers = [], []
+        first, prompt = self.num_prompt_tokens, 0
+        for prompt_length, group in zip(self.prompt_lengths, self.completion_lengths, strict=True):
+            rows.append((prompt, prompt_length, 0, 0, first, sum(group)))
+            for length in group:
+                readers.append((first, length, prompt, prompt_length, 0, 0))
+                first += length
+            prompt += prompt_length
+        return torch.tensor(rows + readers, dtype=torch.int32, device=self.segments.device)
+
+    @cached_property
+    def positions_of_tokens(self) -> Tensor:
+        """`positions`, [N] int32, made once."""
+        return self.positions().int()
 
     def positions(self) -> Tensor:
         """[N] int64: a token's index in its sequence. A completion goes on where its prompt ends."""

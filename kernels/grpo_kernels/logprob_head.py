@@ -83,7 +83,7 @@ class Head:
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     # exp of a negative number cannot overflow.
     decay = tl.exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - decay) / (1.0 + decay)
@@ -95,7 +95,7 @@ def scaled_logit(x, inverse_temperature, softcap, SOFTCAP: tl.constexpr):
     """z and s' of raw logits x."""
     slope = tl.full(x.shape, 1.0, tl.float32)
     if SOFTCAP:
-        bent = _tanh(x / softcap)
+        bent = tanh(x / softcap)
         slope = 1.0 - bent * bent
         x = softcap * bent
     return x * inverse_temperature, slope

@@ -6,7 +6,8 @@ Axes: N tokens, H heads, E head size, R <= E rotated elements. The rotation pair
     y_i = n_i cos_i - n_{i+R/2} sin_i        y_{i+R/2} = n_{i+R/2} cos_i + n_i sin_i
     n = x, or the RMSNorm of a head's E elements, x / sqrt(mean(x^2) + eps) (weight + offset); elements from R on: y = n
 
-(Su et al. 2021, arXiv:2104.09864, equation 34, with the pairs of Hugging Face's models.)
+(Su et al. 2021, arXiv:2104.09864, equation 34, with the pairs of most of Hugging Face's models.) Interleaved, as in the
+paper and in GLM, the pairs are the elements 2 i and 2 i + 1.
 The gradient of a rotation is the opposite rotation, of the norm that of `rms_norm`; the norm is computed again from x.
 All in float32, rounded once. Inputs are read where they lie, e.g. as columns of a fused projection's output.
 
@@ -14,6 +15,7 @@ Floor in elements: 2 N H E forward; 2 N H E backward, 3 N H E with the norm.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,6 +44,7 @@ def rope(
     k_norm: Tensor | None = None,  # [E]
     eps: float = 1e-6,
     offset: float = 0.0,
+    interleaved: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:  # [N, Hq, E], [N, Hk, E]
     """Queries and keys, normed where a norm's weight is given, rotated by each token's angles.
@@ -52,9 +55,11 @@ def rope(
     _check(q, k, cos, sin, q_norm, k_norm)
     tensors = [tensor for tensor in (q, k, q_norm, k_norm) if tensor is not None]
     if choose("rope", impl, *tensors) == "torch":
-        angles = _both_halves(cos, sin, torch.float64 if q.dtype == torch.float64 else torch.float32)
-        return _torch_rope(q, *angles, q_norm, eps, offset), _torch_rope(k, *angles, k_norm, eps, offset)
-    return _rope_op(q, k, cos, sin, q_norm, k_norm, eps, offset)
+        spread, swapped = (_both_of_pairs, _pairs_swapped) if interleaved else (_both_halves, _halves_swapped)
+        angles = spread(cos, sin, torch.float64 if q.dtype == torch.float64 else torch.float32)
+        settings = swapped, eps, offset
+        return _torch_rope(q, *angles, q_norm, *settings), _torch_rope(k, *angles, k_norm, *settings)
+    return _rope_op(q, k, cos, sin, q_norm, k_norm, eps, offset, interleaved)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> None:
@@ -71,17 +76,23 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor | None
 
 
 def _torch_rope(
-    x: Tensor, both_cos: Tensor, both_sin: Tensor, weight: Tensor | None, eps: float, offset: float
+    x: Tensor,
+    both_cos: Tensor,
+    both_sin: Tensor,
+    weight: Tensor | None,
+    swapped: Callable[[Tensor], Tensor],
+    eps: float,
+    offset: float,
 ) -> Tensor:
-    """x [N, H, E] with the angles of `_both_halves`."""
+    """x [N, H, E] with what its elements, and those that `swapped` gives in their places, are multiplied by."""
     n = x.to(both_cos.dtype)
     if weight is not None:
         n = torch.nn.functional.rms_norm(n, n.shape[-1:], weight.to(n.dtype) + offset, eps)
     num_passed = n.shape[-1] - both_cos.shape[-1]
     if num_passed == 0:
-        return (n * both_cos + _swapped(n) * both_sin).to(x.dtype)
+        return (n * both_cos + swapped(n) * both_sin).to(x.dtype)
     rotated, passed = n.split([both_cos.shape[-1], num_passed], dim=-1)
-    return torch.cat([rotated * both_cos + _swapped(rotated) * both_sin, passed], -1).to(x.dtype)
+    return torch.cat([rotated * both_cos + swapped(rotated) * both_sin, passed], -1).to(x.dtype)
 
 
 def _both_halves(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -90,10 +101,21 @@ def _both_halves(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
     return torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
 
 
-def _swapped(x: Tensor) -> Tensor:
+def _halves_swapped(x: Tensor) -> Tensor:
     """The last axis with its halves exchanged."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([second, first], -1)
+
+
+def _both_of_pairs(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_both_halves` where the elements of a pair are beside each other."""
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    return cos.repeat_interleave(2, -1)[:, None], torch.stack([-sin, sin], -1).flatten(-2)[:, None]
+
+
+def _pairs_swapped(x: Tensor) -> Tensor:
+    """The last axis with the elements of each pair exchanged."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
 # The kernel, as autograd and torch.compile see it.
@@ -108,11 +130,13 @@ def _launch_rope(
     k_norm: Tensor | None,
     eps: float,
     offset: float,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _rotate(q, cos, sin, q_norm, eps, offset), _rotate(k, cos, sin, k_norm, eps, offset)
+    settings = eps, offset, interleaved
+    return _rotate(q, cos, sin, q_norm, *settings), _rotate(k, cos, sin, k_norm, *settings)
 
 
-def _fake_rope(q, k, cos, sin, q_norm, k_norm, eps, offset):
+def _fake_rope(q, k, cos, sin, q_norm, k_norm, eps, offset, interleaved):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
@@ -127,15 +151,17 @@ def _launch_rope_backward(
     k_norm: Tensor | None,
     eps: float,
     offset: float,
+    interleaved: bool,
     norms_are_trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q [N, Hq, E], k [N, Hk, E] and of their norms' weights, [0] unless these are given and trained."""
-    q_grads = _rotate_back(grad_q, q, cos, sin, q_norm, eps, offset, norms_are_trained)
-    k_grads = _rotate_back(grad_k, k, cos, sin, k_norm, eps, offset, norms_are_trained)
+    settings = eps, offset, interleaved, norms_are_trained
+    q_grads = _rotate_back(grad_q, q, cos, sin, q_norm, *settings)
+    k_grads = _rotate_back(grad_k, k, cos, sin, k_norm, *settings)
     return q_grads[0], k_grads[0], q_grads[1], k_grads[1]
 
 
-def _fake_rope_backward(grad_q, grad_k, q, k, cos, sin, q_norm, k_norm, eps, offset, norms_are_trained):
+def _fake_rope_backward(grad_q, grad_k, q, k, cos, sin, q_norm, k_norm, eps, offset, interleaved, norms_are_trained):
     grads = grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
     norms = (q_norm if norms_are_trained else None), (k_norm if norms_are_trained else None)
     pairs = zip(grads, norms, strict=True)
@@ -143,16 +169,16 @@ def _fake_rope_backward(grad_q, grad_k, q, k, cos, sin, q_norm, k_norm, eps, off
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, cos, sin, q_norm, k_norm, ctx.eps, ctx.offset = inputs
+    q, k, cos, sin, q_norm, k_norm, *ctx.settings = inputs
     # A rotation needs no input for its gradient, a norm does.
     ctx.save_for_backward(None if q_norm is None else q, None if k_norm is None else k, cos, sin, q_norm, k_norm)
 
 
 def _backward(ctx, grad_q: Tensor, grad_k: Tensor):
     trained = ctx.needs_input_grad[4:6]
-    grads = _rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.offset, any(trained))
+    grads = _rope_backward_op(grad_q, grad_k, *ctx.saved_tensors, *ctx.settings, any(trained))
     grad_norms = [grad if is_trained else None for grad, is_trained in zip(grads[2:], trained, strict=True)]
-    return grads[0], grads[1], None, None, *grad_norms, None, None
+    return grads[0], grads[1], None, None, *grad_norms, None, None, None
 
 
 _rope_op = Operator("rope", _launch_rope, _fake_rope)
@@ -160,7 +186,9 @@ _rope_backward_op = Operator("rope_backward", _launch_rope_backward, _fake_rope_
 _rope_op.differentiate(_setup_context, _backward)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+def _rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: float, offset: float, interleaved: bool
+) -> Tensor:
     rotated = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() > 0:
         x, cos, sin = (_last_contiguous(tensor) for tensor in (x, cos, sin))
@@ -168,7 +196,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor | None, eps: flo
         shape = _shape(x.shape[2], cos.shape[1])
         _forward_kernel[(cdiv(x.shape[0] * x.shape[1], shape["ROWS"]),)](
             x, cos, sin, cos if weight is None else weight, rotated, *_sizes(x, cos, sin), eps, offset,
-            NORM=weight is not None, **shape,
+            NORM=weight is not None, INTERLEAVED=interleaved, **shape,
         )  # fmt: skip
     return rotated
 
@@ -181,6 +209,7 @@ def _rotate_back(
     weight: Tensor | None,
     eps: float,
     offset: float,
+    interleaved: bool,
     norm_is_trained: bool,
 ) -> tuple[Tensor, Tensor]:
     E = grad_rotated.shape[2]
@@ -199,7 +228,7 @@ def _rotate_back(
     _backward_kernel[(programs,)](
         grad_rotated, x, cos, sin, cos if weight is None else weight, grad, partial_sums,
         *_sizes(x, cos, sin), grad_rotated.stride(0), grad_rotated.stride(1), programs, eps, offset,
-        NORM=weight is not None, WEIGHT=sums_weight, **shape,
+        NORM=weight is not None, WEIGHT=sums_weight, INTERLEAVED=interleaved, **shape,
     )  # fmt: skip
     if weight is None or not norm_is_trained:
         return grad, grad.new_empty(0)
@@ -237,7 +266,7 @@ def _load(x, offsets, mask):
 def _forward_kernel(
     x, cos, sin, weight, rotated,
     num_rows, H, E, half, token_stride, head_stride, cos_stride, sin_stride, eps, offset,
-    NORM: tl.constexpr, HALF: tl.constexpr, PASSED: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, PASSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # A row is one head of one token.
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -245,9 +274,11 @@ def _forward_kernel(
     x += token * token_stride + head * head_stride
     rotated += rows * E
     columns = tl.arange(0, HALF)[None, :]
+    one = 2 * columns if INTERLEAVED else columns
+    other = one + 1 if INTERLEAVED else half + columns
     mask = (rows < num_rows) & (columns < half)
-    first = _load(x, columns, mask)
-    second = _load(x, half + columns, mask)
+    first = _load(x, one, mask)
+    second = _load(x, other, mask)
     squares = tl.sum(first * first + second * second, 1)
     if PASSED > 0:
         passed_columns = 2 * half + tl.arange(0, PASSED)[None, :]
@@ -256,13 +287,13 @@ def _forward_kernel(
         squares += tl.sum(passed * passed, 1)
     if NORM:
         scale = (1.0 / tl.sqrt(squares / E + eps))[:, None]
-        first *= scale * (_load(weight, columns, columns < half) + offset)
-        second *= scale * (_load(weight, half + columns, columns < half) + offset)
+        first *= scale * (_load(weight, one, columns < half) + offset)
+        second *= scale * (_load(weight, other, columns < half) + offset)
     c = _load(cos, token * cos_stride + columns, mask)
     s = _load(sin, token * sin_stride + columns, mask)
     dtype = rotated.dtype.element_ty
-    tl.store(rotated + columns, (first * c - second * s).to(dtype), mask=mask)
-    tl.store(rotated + half + columns, (second * c + first * s).to(dtype), mask=mask)
+    tl.store(rotated + one, (first * c - second * s).to(dtype), mask=mask)
+    tl.store(rotated + other, (second * c + first * s).to(dtype), mask=mask)
     if PASSED > 0:
         if NORM:
             passed *= scale * (_load(weight, passed_columns, passed_columns < E) + offset)
@@ -274,10 +305,13 @@ def _backward_kernel(
     grad_rotated, x, cos, sin, weight, grad, partial_sums,
     num_rows, H, E, half, token_stride, head_stride, cos_stride, sin_stride,
     grad_token_stride, grad_head_stride, num_programs, eps, offset,
-    NORM: tl.constexpr, WEIGHT: tl.constexpr, HALF: tl.constexpr, PASSED: tl.constexpr, ROWS: tl.constexpr,
+    NORM: tl.constexpr, WEIGHT: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HALF: tl.constexpr, PASSED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     PASSED_OR_ONE: tl.constexpr = PASSED if PASSED > 0 else 1
     columns = tl.arange(0, HALF)[None, :]
+    one = 2 * columns if INTERLEAVED else columns
+    other = one + 1 if INTERLEAVED else half + columns
     passed_columns = 2 * half + tl.arange(0, PASSED_OR_ONE)[None, :]
     first_sum = tl.zeros([ROWS, HALF], tl.float32)
     second_sum = tl.zeros([ROWS, HALF], tl.float32)
@@ -291,16 +325,16 @@ def _backward_kernel(
         to_grad = grad + rows * E
         c = _load(cos, token * cos_stride + columns, mask)
         s = _load(sin, token * sin_stride + columns, mask)
-        grad_first = _load(from_grad, columns, mask)
-        grad_second = _load(from_grad, half + columns, mask)
+        grad_first = _load(from_grad, one, mask)
+        grad_second = _load(from_grad, other, mask)
         first_grad = grad_first * c + grad_second * s
         second_grad = grad_second * c - grad_first * s
         if PASSED > 0:
             passed_grad = _load(from_grad, passed_columns, passed_mask)
         if NORM:
             from_x = x + token * token_stride + head * head_stride
-            first = _load(from_x, columns, mask)
-            second = _load(from_x, half + columns, mask)
+            first = _load(from_x, one, mask)
+            second = _load(from_x, other, mask)
             squares = tl.sum(first * first + second * second, 1)
             if PASSED > 0:
                 passed = _load(from_x, passed_columns, passed_mask)
@@ -311,8 +345,8 @@ def _backward_kernel(
             if WEIGHT:
                 first_sum += first_grad * first
                 second_sum += second_grad * second
-            first_grad *= _load(weight, columns, columns < half) + offset
-            second_grad *= _load(weight, half + columns, columns < half) + offset
+            first_grad *= _load(weight, one, columns < half) + offset
+            second_grad *= _load(weight, other, columns < half) + offset
             along = tl.sum(first_grad * first + second_grad * second, 1)
             if PASSED > 0:
                 passed *= scale
@@ -326,13 +360,13 @@ def _backward_kernel(
             if PASSED > 0:
                 passed_grad = scale * (passed_grad - passed * mean)
         dtype = grad.dtype.element_ty
-        tl.store(to_grad + columns, first_grad.to(dtype), mask=mask)
-        tl.store(to_grad + half + columns, second_grad.to(dtype), mask=mask)
+        tl.store(to_grad + one, first_grad.to(dtype), mask=mask)
+        tl.store(to_grad + other, second_grad.to(dtype), mask=mask)
         if PASSED > 0:
             tl.store(to_grad + passed_columns, passed_grad.to(dtype), mask=passed_mask)
     if WEIGHT:
         partial_sums += tl.program_id(0) * E
-        tl.store(partial_sums + columns, tl.sum(first_sum, 0)[None, :], mask=columns < half)
-        tl.store(partial_sums + half + columns, tl.sum(second_sum, 0)[None, :], mask=columns < half)
+        tl.store(partial_sums + one, tl.sum(first_sum, 0)[None, :], mask=columns < half)
+        tl.store(partial_sums + other, tl.sum(second_sum, 0)[None, :], mask=columns < half)
         if PASSED > 0:
             tl.store(partial_sums + passed_columns, tl.sum(passed_sum, 0)[None, :], mask=passed_columns < E)

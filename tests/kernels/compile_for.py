@@ -28,6 +28,7 @@ from grpo_kernels import (
     rope,
 )
 from grpo_kernels.attention import _merge, sum_of_copies
+from grpo_kernels.attention_tiles import tiled_attention
 from grpo_kernels.gates import ACTIVATIONS, gated
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -107,8 +108,10 @@ def norms() -> None:
 
 def rotary() -> None:
     for norm in (None, zeros(128)):
-        angles = [torch.zeros(5, 64) for _ in range(2)]
-        backward(*rope(zeros(5, 8, 128), zeros(5, 2, 128), *angles, q_norm=norm, k_norm=norm, impl="triton"))
+        for half, interleaved in ((64, False), (32, True)):
+            angles = [torch.zeros(5, half) for _ in range(2)]
+            settings = {"q_norm": norm, "k_norm": norm, "interleaved": interleaved}
+            backward(*rope(zeros(5, 8, 128), zeros(5, 2, 128), *angles, **settings, impl="triton"))
 
 
 def activations() -> None:
@@ -185,6 +188,10 @@ def attention() -> None:
     assert layout.gathered is not None
     copies = zeros(len(layout.gathered.keys), 2, 128, requires_grad=False)
     sum_of_copies(copies, layout.gathered.copies, layout.gathered.copy_starts)
+    for E in (64, 128, 256):
+        for softcap in (None, 50.0):
+            q, k = zeros(12, 4, E), zeros(12, 2, E)
+            backward(tiled_attention(q, k, k, layout, 1.0, 4, softcap))
     _merge(zeros(12, 4, 128), torch.zeros(4, 12), zeros(7, 4, 128), torch.zeros(4, 7), 5)
 
 

@@ -38,7 +38,7 @@ def sequences_of(layout):
     return sequences
 
 
-def float64_truth(q, k, v, layout, scale):
+def float64_truth(q, k, v, layout, scale, window=None, softcap=None):
     q, k, v = (tensor.detach().double().cpu().requires_grad_() for tensor in (q, k, v))
     repeats = q.shape[1] // k.shape[1]
     outs = []
@@ -46,8 +46,10 @@ def float64_truth(q, k, v, layout, scale):
         queries = q[indices].transpose(0, 1)
         keys, values = (tensor[indices].repeat_interleave(repeats, 1).transpose(0, 1) for tensor in (k, v))
         scores = queries @ keys.transpose(1, 2) * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         length = len(indices)
-        scores = scores.masked_fill(~torch.ones(length, length, dtype=torch.bool).tril(), -torch.inf)
+        back = torch.arange(length)[:, None] - torch.arange(length)
+        scores = scores.masked_fill((back < 0) | (back >= (window or length)), -torch.inf)
         outs.append((scores.softmax(-1) @ values).transpose(0, 1)[length - own :])
     return torch.cat(outs), q, k, v
 
@@ -69,6 +71,35 @@ def test_attention_and_gradients(device, relative_error, impl, dtype, most_copie
     assert relative_error(out, truth) < TOLERANCE[dtype]
     for tensor, expected in ((q, true_q), (k, true_k), (v, true_v)):
         assert relative_error(tensor.grad, expected.grad) < 2 * TOLERANCE[dtype]
+
+
+# How keys are copied, on a GPU, decides who computes a window without a cap: flash attention or our kernels.
+@pytest.mark.parametrize("most_copies", [0, math.inf] if ON_GPU else [0])
+@pytest.mark.parametrize(
+    ("lengths", "Hq", "Hk", "E", "window", "softcap"),
+    [
+        (([13], [[5, 9, 1]]), 4, 2, 24, 5, None),
+        (([9, 1, 70], [[5, 9, 1], [7], [33, 3]]), 2, 1, 80, None, 3.0),
+        (([9, 1, 70], [[5, 9, 1], [7], [33, 3]]), 1, 1, 16, 34, None),
+        (([4, 6, 3], [[5, 0, 2], [], [8]]), 3, 3, 40, 2, 2.0),
+        (([13, 1, 70], [[], [], []]), 2, 1, 16, 40, 5.0),
+        (([4, 6], [[3], [2]]), 2, 2, 32, 1000, 4.0),
+    ],
+)
+def test_windows_and_soft_caps(impl, dtype, device, relative_error, most_copies, lengths, Hq, Hk, E, window, softcap):
+    layout = GroupLayout.of(*lengths, device=device, most_copies=most_copies)
+    projected = torch.randn(layout.num_tokens, Hq + 2 * Hk, E, device=device).to(dtype).mul_(2).requires_grad_()
+    q, k, v = projected.split([Hq, Hk, Hk], 1)
+    grad = torch.randn(layout.num_tokens, Hq, E, device=device).to(dtype)
+    truth, *true_leaves = float64_truth(q, k, v, layout, 0.3, window, softcap)
+    truth.backward(grad.double().cpu())
+
+    out = group_attention(q, k, v, layout, scale=0.3, window=window, softcap=softcap, impl=impl)
+    out.backward(grad)
+    assert out.dtype == dtype
+    assert relative_error(out, truth) < TOLERANCE[dtype]
+    for gradient, expected in zip(projected.grad.split([Hq, Hk, Hk], 1), true_leaves, strict=True):
+        assert relative_error(gradient, expected.grad) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
@@ -139,6 +170,9 @@ def test_bad_arguments_are_named(device):
         GroupLayout.of([3], [[2], [1]])
     with pytest.raises(ValueError, match="1 token or more"):
         GroupLayout.of([3, 0], [[2], [1]])
+    for wrong in ({"window": 0}, {"softcap": 0.0}):
+        with pytest.raises(ValueError, match="give None or a positive number"):
+            group_attention(q, q, q, layout, **wrong)
     if not ON_GPU:
         with pytest.raises(ValueError, match="flash attention needs"):
             group_attention(q, q, q, layout, impl="triton")

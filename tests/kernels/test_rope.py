@@ -16,17 +16,23 @@ def angles(N, rotated, device):
     return angle.cos(), angle.sin()
 
 
-def float64_truth(x, cos, sin, weight=None, offset=0.0):
+def float64_truth(x, cos, sin, weight=None, offset=0.0, interleaved=False):
     if weight is not None:
         x = x / torch.sqrt(x.square().mean(-1, keepdim=True) + EPS) * (weight + offset)
     half = cos.shape[1]
+    if interleaved:  # bring the pairs to where the others have them, and back
+        order = torch.cat(
+            [torch.arange(0, 2 * half, 2), torch.arange(1, 2 * half, 2), torch.arange(2 * half, x.shape[-1])]
+        )
+        return float64_truth(x[..., order], cos, sin)[..., order.argsort()]
     turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos.double(), sin.double())[:, None]
     return torch.cat([turned.real, turned.imag, x[..., 2 * half :]], -1)
 
 
 @pytest.mark.parametrize(("N", "E", "rotated"), [(5, 64, 64), (1, 80, 80), (19, 96, 40), (3, 128, 128)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotation_and_gradients(impl, dtype, device, relative_error, N, E, rotated, normed):
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_and_gradients(impl, dtype, device, relative_error, N, E, rotated, normed, interleaved):
     cos, sin = angles(N, rotated, device)
     q = torch.randn(N, 6, E, device=device).to(dtype).requires_grad_()
     k = torch.randn(N, 2, E, device=device).to(dtype).requires_grad_()
@@ -34,12 +40,13 @@ def test_rotation_and_gradients(impl, dtype, device, relative_error, N, E, rotat
     offset = 1.0 if normed else 0.0
     leaves = [q, k] if not normed else [q, k, q_norm.requires_grad_(), k_norm.requires_grad_()]
     true_leaves = [tensor.detach().double().requires_grad_() for tensor in leaves]
-    true_q = float64_truth(true_leaves[0], cos, sin, true_leaves[2] if normed else None, offset)
-    true_k = float64_truth(true_leaves[1], cos, sin, true_leaves[3] if normed else None, offset)
+    true_q = float64_truth(true_leaves[0], cos, sin, true_leaves[2] if normed else None, offset, interleaved)
+    true_k = float64_truth(true_leaves[1], cos, sin, true_leaves[3] if normed else None, offset, interleaved)
     grad_q, grad_k = torch.randn_like(q), torch.randn_like(k)
     torch.autograd.backward([true_q, true_k], [grad_q.double(), grad_k.double()])
 
-    rotated_q, rotated_k = rope(q, k, cos, sin, q_norm=q_norm, k_norm=k_norm, eps=EPS, offset=offset, impl=impl)
+    settings = dict(eps=EPS, offset=offset, interleaved=interleaved)
+    rotated_q, rotated_k = rope(q, k, cos, sin, q_norm=q_norm, k_norm=k_norm, **settings, impl=impl)
     torch.autograd.backward([rotated_q, rotated_k], [grad_q, grad_k])
     assert rotated_q.dtype == rotated_k.dtype == dtype
     assert relative_error(rotated_q, true_q) < TOLERANCE[dtype]
