@@ -41,6 +41,8 @@ class Part:
 
     def __post_init__(self) -> None:
         for name, annotation in _annotations(type(self)).items():
+            if get_origin(annotation) is tuple and isinstance(getattr(self, name), list):  # as JSON has it
+                object.__setattr__(self, name, tuple(getattr(self, name)))
             check_type(name, getattr(self, name), annotation)
         for broken, sentence in self.checks():
             if broken:
@@ -51,6 +53,7 @@ class Part:
         values = [(name, kind, getattr(self, name)) for name, kind in _annotations(type(self)).items()]
         numbers = [(n, v) for n, kind, v in values if kind is float and not (n in MAY_BE_INFINITE and v == math.inf)]
         texts = [(n, v) for n, kind, v in values if kind is str]
+        texts += [(n, each) for n, kind, v in values if get_origin(kind) is tuple for each in v]
         return [
             *((not abs(v) <= sys.float_info.max, f"{n} is {_shown(v)}. Use a finite number.") for n, v in numbers),
             *((abs(v) > LARGEST, f"{n} is {_shown(v)}. Use a number that float32 can hold.") for n, v in numbers),
@@ -279,6 +282,9 @@ class EvalConfig(Part):
 
     eval_every: int = 20
     """Steps between two held-out scores, beside the first and the last; 0: only these two."""
+    held_out: int | None = None
+    """So many training prompts are kept out of training and asked in place of a test split, the same ones in every run,
+    whatever its seed; 0: the score is of training prompts. Not given: the task's own, or the test split."""
     eval_prompts: int = 128
     """Held-out prompts; the same ones each time."""
     eval_samples: int = 4
@@ -289,7 +295,7 @@ class EvalConfig(Part):
     def checks(self) -> list[Check]:
         return [
             *super().checks(),
-            *self.between(0, 10**9, "eval_every"),
+            *self.between(0, 10**9, "eval_every", *(["held_out"] if self.held_out is not None else [])),
             *self.between(1, 10**9, "eval_prompts"),
             *self.between(1, MOST_COMPLETIONS, "eval_samples", "eval_k"),
             (
@@ -305,7 +311,16 @@ class RunConfig(Part):
     """The run: its data, its length, its folder."""
 
     data: str = ""
-    """A folder with train.jsonl and test.jsonl, a hub data set, or "embedded"; empty means the task's own."""
+    """A file (CSV, JSON, JSON lines, Parquet, also compressed), a folder with train.jsonl and test.jsonl or of
+    save_to_disk, a data set of the hub (NAME or NAME:CONFIGURATION), or "embedded"; empty means the task's own."""
+    columns: tuple[str, ...] = ()
+    """Columns of the data under the names that the task gives them: question=problem answer=solution. Points lead into
+    a column: answer=reward_model.ground_truth."""
+    splits: tuple[str, ...] = ()
+    """Splits of the data where their names do not say it: train=train_sft test=dev."""
+    skip_bad_rows: bool = False
+    """Rows that cannot be read, asked or scored are left out, counted and named; without it the first of them is an
+    error."""
     steps: int = 200
     """Steps of the run."""
     seed: int = 0
@@ -335,7 +350,29 @@ class RunConfig(Part):
             *self.between(0, LONGEST_TIMER, "reward_timeout"),
             *self.between(0, 1024, "threads"),
             *self.between(0, 2**32 - 1, "seed"),
+            *(
+                (not _is_renaming(word), f"columns has {word!r}. It takes NAME=COLUMN; the task file stands before it.")
+                for word in self.columns
+            ),
+            *(
+                (
+                    not _is_renaming(word) or word.partition("=")[0] not in ("train", "test"),
+                    f"splits has {word!r}. It takes train=NAME and test=NAME; the task file stands before it.",
+                )
+                for word in self.splits
+            ),
         ]
+
+
+def _is_renaming(word: str) -> bool:
+    new, _, old = word.partition("=")
+    return bool(new.strip() and old.strip())
+
+
+def named(words: tuple[str, ...]) -> dict[str, str]:
+    """("question=problem",) -> {"question": "problem"}"""
+    pairs = (word.partition("=") for word in words)
+    return {new.strip(): old.strip() for new, _, old in pairs}
 
 
 # In the order in which --help shows them. (Fields of a dataclass begin with those of its last base.)
@@ -380,7 +417,8 @@ def check_type(name: str, value: object, annotation: Any) -> None:
         if get_origin(annotation) is Literal:
             allowed = f"one of {', '.join(map(repr, get_args(annotation)))}"
         else:
-            allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in get_args(annotation) or (annotation,))
+            kinds = (annotation,) if get_origin(annotation) is tuple else get_args(annotation) or (annotation,)
+            allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in kinds)
         raise UserError(f"{name} is {_shown(value)} ({type(value).__name__}). It must be {allowed}.")
 
 
@@ -406,6 +444,7 @@ def _is_json(value: Any) -> bool:
 
 _WORDS = {
     dict: "a dictionary",
+    tuple[str, ...]: "a tuple of texts",
     int: "a whole number (int)",
     float: "a number",
     bool: "True or False",
@@ -417,6 +456,8 @@ _WORDS = {
 def _fits(value: object, annotation: Any) -> bool:
     if get_origin(annotation) is Literal:
         return isinstance(value, str) and value in get_args(annotation)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, kind) for kind in get_args(annotation))
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Data: the rows of a task: a folder of JSON lines, a data set of the hub, or made up. Knows nothing of prompts.
+"""Data: the rows of a task, read from files, folders and the hub, or made up. Knows nothing of prompts.
 
 read_rows(data, split, ...)     what a task file reads its rows with
 Rows(task, split, data)         the rows that a task gives, each with its index
@@ -6,119 +6,121 @@ Rows(task, split, data)         the rows that a task gives, each with its index
 
 from __future__ import annotations
 
+import copy
 import inspect
-import json
 import reprlib
 import sys
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any
 
-from grpo.errors import UserError, user_code
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words, nearest, user_code
+from grpo.files import Indexed, JsonLines
+from grpo.sources import HOLD_OUT, Source, choose_split, find_splits
 from grpo.task import Row, Task
+
+__all__ = ["Indexed", "JsonLines", "Rows", "read_rows"]
 
 # Rows beyond this many are taken for rows without an end. A list of as many short ones takes 4 GiB.
 MOST_ROWS = 10_000_000
-HOLD_OUT = "Where there is no test split, a task that says `held_out=100` keeps so many training prompts for it."
 READ_AT_ONCE = 256  # rows
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-Thing = TypeVar("Thing")
+LOOKED_AT = 100  # rows, of those whose columns are to be renamed
 
 
-def read_rows(data: str, split: str, **hub_arguments: Any) -> Iterable[Row]:
-    """Rows of a data set: a folder with `{split}.jsonl`, else the hub's data set of that name.
+def read_rows(data: str, split: str, name: str = "", **hub_arguments: Any) -> Sequence[Row]:
+    """Rows of a data set, with the columns renamed as --columns says.
 
-    Both stay on the disk until a row is asked for. hub_arguments go to `datasets.load_dataset` (`name="main"`, say).
+    data  a file of rows (CSV, JSON, JSON lines, Parquet, Arrow, compressed or not), a folder of such files or of
+          `save_to_disk`, or the name of a data set of the hub; what lies here comes first. A configuration may stand
+          behind a colon: openai/gsm8k:main
+    split "train" or "test", found by name; of a single file all rows are "train"
+    name  of the configuration, where `data` says none and has one of that name
+
+    Rows of JSON lines, Parquet and the hub stay on the disk until they are asked for. hub_arguments go to
+    `datasets.load_dataset`.
 
     Raises:
-        UserError: neither exists, the hub cannot be reached, or a line is not a JSON object.
+        UserError: there is no such data, split or column, or a row is none.
     """
-    folder = Path(data)
-    if folder.is_dir():
-        return JsonLines(folder / f"{split}.jsonl")
-    if folder.suffix or data.startswith((".", "/", "~")):
-        raise UserError(f"There is no folder {data}. --data takes a folder with train.jsonl and test.jsonl.")
-    return _read_hub(data, split, hub_arguments)
+    source = data if isinstance(data, Source) else Source(data)
+    reading = source.reading
+    if reading.place is not None and reading.rows is not None:
+        return [reading.rows[reading.place]]
+    splits = find_splits(source, name, reading.notes, hub_arguments)
+    chosen = choose_split(splits, split, source, reading)
+    if split == "test" and chosen != "test" and "test" not in reading.splits:
+        reading.notes[f"The held-out prompts are those of the split {chosen} of {source}."] = None
+    rows = splits[chosen](reading.bad.append if reading.skip_bad_rows else None)
+    reading.rows = _renamed(source, rows, reading.columns) if reading.columns else rows
+    return reading.rows
 
 
-class Indexed(Sequence[Thing]):
-    """Things that are read or made when they are asked for, each by its index."""
-
-    def at(self, index: int) -> Thing:
-        """The one thing there."""
-        raise NotImplementedError
-
-    @overload
-    def __getitem__(self, index: int) -> Thing: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Thing]: ...
-    def __getitem__(self, index: int | slice) -> Thing | list[Thing]:
-        if isinstance(index, slice):
-            return [self.at(each) for each in range(*index.indices(len(self)))]
-        return self.at(index)
+# ---- columns
 
 
-class JsonLines(Indexed[Row]):
-    """The objects in a file of JSON lines, each read when it is asked for; blank lines are none."""
+def _renamed(source: str, rows: Any, columns: Mapping[str, str]) -> Sequence[Row]:
+    """The rows with some columns called as the task calls them.
 
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise UserError(f"There is no file {path}. A data folder holds train.jsonl and test.jsonl. {HOLD_OUT}")
-        self.path = path
-        self.numbers = array("Q")  # of the lines that are not blank, counted from 1
-        self.starts = array("Q")  # where each of these begins, in bytes
-        start = 0
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.removeprefix(BYTE_ORDER_MARK).strip():
-                    self.numbers.append(number)
-                    self.starts.append(start)
-                start += len(line)
+    Raises:
+        UserError: none of the first rows has a column that is to be renamed.
+    """
+    found = dict.fromkeys(name for row in islice(rows, LOOKED_AT) if isinstance(row, dict) for name in row)
+    for new, old in columns.items():
+        if len(rows) and not any(_has(row, old) for row in islice(rows, LOOKED_AT)):
+            names = ", ".join(map(str, found))
+            raise UserError(
+                f"--columns says {new}={old}, but {source} has the columns {names}.{nearest(old, map(str, found))} "
+                "What lies inside a column is reached by points: answer=reward_model.ground_truth."
+            )
+    return Renamed(rows, columns)
+
+
+class Renamed(Indexed[Row]):
+    """Rows whose columns have other names: {new name: old name}. The old names are gone.
+
+    An old name may lead into a column: reward_model.ground_truth, prompt.0.content.
+    """
+
+    def __init__(self, rows: Any, columns: Mapping[str, str]):
+        self.rows = rows
+        self.columns = columns
+        self.gone = {*columns, *columns.values()}
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.rows)
 
     def at(self, index: int) -> Row:
-        """The row of a line that is not blank."""
-        with self.path.open("rb") as lines:
-            lines.seek(self.starts[index])
-            return self._parse(self.numbers[index], lines.readline())
+        """The row there."""
+        return self._new(self.rows[index])
 
     def __iter__(self) -> Iterator[Row]:
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.removeprefix(BYTE_ORDER_MARK).strip():
-                    yield self._parse(number, line)
+        return map(self._new, self.rows)
 
-    def _parse(self, number: int, line: bytes) -> Row:
-        try:
-            row = json.loads(line.removeprefix(BYTE_ORDER_MARK).decode())
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{self.path} line {number} is not UTF-8: {error}. Save the file in that encoding."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            hint = "Each line must be a whole JSON object, such as json.dumps(row) writes; an array over lines is none."
-            raise UserError(f"{self.path} line {number} is not JSON: {error}. {hint}") from error
-        if not isinstance(row, dict):
-            shown = line.strip()[:40].decode(errors="replace")
-            raise UserError(f"{self.path} line {number} is {shown!r}; each line must be a JSON object.")
-        return row
+    def _new(self, row: Row) -> Row:
+        new = {name: _at(row, old) for name, old in self.columns.items() if _has(row, old)}
+        return {**new, **{name: value for name, value in row.items() if name not in self.gone}}
 
 
-def _read_hub(data: str, split: str, arguments: dict[str, Any]) -> Iterable[Row]:
-    import datasets
-
+def _has(row: Row, name: str) -> bool:
     try:
-        return datasets.load_dataset(data, split=split, **arguments)  # pyright: ignore[reportReturnType]
-    except Exception as error:  # the hub's client raises a dozen unrelated classes when it is offline
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"The data set {data} ({split}) is neither a folder here nor to be had from the hub: {reason} "
-            f"Check the name and the network, or pass --data FOLDER with train.jsonl and test.jsonl. {HOLD_OUT}"
-        ) from error
+        _at(row, name)
+    except (LookupError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _at(row: Row, name: str) -> Any:
+    """The value of a column, or of what lies inside one."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        of_list = isinstance(value, Sequence) and not isinstance(value, str)
+        value = value[int(part)] if of_list else dict(value)[part]
+    return value
+
+
+# ---- the rows that a task gives
 
 
 class Rows(Indexed[Row]):
@@ -135,23 +137,25 @@ class Rows(Indexed[Row]):
     def __init__(self, task: Task, split: str, data: str, first: int | None = None, most: int = MOST_ROWS):
         self.task = task
         self.split = split
+        self.data = data if isinstance(data, Source) else Source(data)
         self.source = f"{data} ({split})"
+        self.reading = self.data.reading
+        self.reading.rows = None
+        self._places: Sequence[int] | None = None  # of the rows that are kept, where some are not
         self._rows: Any  # a Sequence, or what has its methods without being one, as the hub's data sets
+        limit = most + 1 if first is None else first
         with user_code(self._told):
             try:
-                given = task.rows(split, data)
-                self._check_rows(given)
-                some = given if _has_places(given) else islice(given, most + 1 if first is None else first)
-                # Copies: what gives one row after the other may fill the same dict again and again.
-                self._rows = given if some is given else [row.copy() if isinstance(row, dict) else row for row in some]
-            except KeyError as missing:
-                raise UserError(
-                    f"The rows of {self.source} have no column {missing}, which task {task.name} reads. "
-                    "Rename the column in the data or change `rows` in the task file."
-                ) from missing
+                self._rows = self._given(limit)
+            except WHAT_USER_CODE_RAISES:
+                if not (self.reading.skip_bad_rows and self.reading.rows is not None):
+                    raise
+                self._rows = self._one_by_one(limit)
             self._count = len(self._rows) if first is None else min(first, len(self._rows))
+        self._check_reading()
         if self._count == 0:
-            raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows. {HOLD_OUT}")
+            none = f" Left out was all of it: {self.reading.bad[0]}" if self.reading.bad else ""
+            raise UserError(f"The {split} split of {data} is empty. Give --data a data set with rows. {HOLD_OUT}{none}")
         if self._count > most:
             raise UserError(
                 f"`rows` of task {task.name} gives more than {most:,} rows of {self.source}. Does it ever end? Let it "
@@ -161,14 +165,23 @@ class Rows(Indexed[Row]):
     def __len__(self) -> int:
         return self._count
 
+    def only(self, places: Sequence[int]) -> Rows:
+        """The rows at these indices."""
+        kept = copy.copy(self)
+        kept._places, kept._count = places, len(places)
+        return kept
+
     def at(self, index: int) -> Row:
         """The row there, checked."""
         with user_code(self._told):
-            row = self._rows[index]
+            row = self._rows[index if self._places is None else self._places[index]]
         return self._checked(index, row)
 
     def __iter__(self) -> Iterator[Row]:
         """One after the other, which for rows on a disk is faster than row by row."""
+        if self._places is not None:
+            yield from map(self.at, range(self._count))
+            return
         with user_code(self._told):
             rows = iter(self._rows)
         for start in range(0, self._count, READ_AT_ONCE):
@@ -176,6 +189,59 @@ class Rows(Indexed[Row]):
                 some = list(islice(rows, min(READ_AT_ONCE, self._count - start)))
             for index, row in enumerate(some, start):
                 yield self._checked(index, row)
+
+    def _given(self, limit: int) -> Any:
+        """What the task gives, at most so many where they come one after the other."""
+        try:
+            given = self.task.rows(self.split, self.data)
+            self._check_rows(given)
+            if _has_places(given):
+                return given
+            # Copies: what gives one row after the other may fill the same dict again and again.
+            return [row.copy() if isinstance(row, dict) else row for row in islice(given, limit)]
+        except KeyError as missing:
+            raise UserError(self._no_column(str(missing))) from missing
+
+    def _one_by_one(self, limit: int) -> list[Any]:
+        """What the task makes of each row that it reads alone, without those that it fails on."""
+        given: list[Any] = []
+        for place in range(len(self.reading.rows)):
+            if len(given) >= limit:
+                break
+            try:
+                self.reading.place = place
+                given += self.task.rows(self.split, self.data)
+            except WHAT_USER_CODE_RAISES as error:
+                row = reprlib.repr(self.reading.rows[place])
+                self.reading.bad.append(
+                    f"`rows` of task {self.task.name} raised {in_words(error)} on row {place}, {row}."
+                )
+            finally:
+                self.reading.place = None
+        return given
+
+    def _check_reading(self) -> None:
+        """What --columns, --splits and --skip-bad-rows say has an effect.
+
+        Raises:
+            UserError: the task reads its rows in some other way than by `read_rows`.
+        """
+        said = {"--columns": self.reading.columns, "--splits": self.reading.splits}
+        given = " and ".join(flag for flag, value in said.items() if value)
+        if given and self.reading.rows is None:
+            raise UserError(
+                f"{given} is given, but `rows` of task {self.task.name} does not read {self.data} by "
+                "`grpo.data.read_rows`, so that it would be of no effect. Leave it out, or change `rows`."
+            )
+
+    def _no_column(self, missing: str) -> str:
+        told = f"The rows of {self.source} have no column {missing}, which task {self.task.name} reads."
+        first = next(iter(self.reading.rows), {}) if self.reading.rows is not None else {}
+        there = f" They have {', '.join(map(str, first))}." if first else ""
+        return (
+            f"{told}{there} Say which column it is by --columns {missing.strip(chr(39))}=NAME, rename it in the data, "
+            "or change `rows` in the task file."
+        )
 
     def _check_rows(self, given: Any) -> None:
         """It can be read row by row."""

@@ -18,6 +18,7 @@ from grpo.config import Config, field_names
 from grpo.errors import UserError
 from grpo.folder import Origin, Saved, fingerprint_of, is_run, run_of, saved_run
 from grpo.recipes import RECIPES
+from grpo.sources import hub_name, is_local, whole_path
 from grpo.task import Task, load_task
 
 HUB_TIMEOUT = 3.0  # seconds
@@ -85,10 +86,11 @@ def _from(here: Path, options: Options, flags: dict[str, Any]) -> tuple[Options,
     """The same with whole paths where folders are meant: a task file, or a reward in the middle of a run, may change
     the folder that the process is in."""
     runs = {name: path for name in ("task", "resume", "eval") if (path := getattr(options, name)) and _is(here / path)}
-    folders = {name: flags[name] for name in ("data", "model") if name in flags and _is(here / flags[name])}
+    model = {"model": flags["model"]} if flags.get("model") and _is(here / flags["model"]) else {}
     new = {"run_dir": flags["run_dir"]} if flags.get("run_dir") else {}
+    data = {"data": whole_path(flags["data"])} if flags.get("data") else {}
     options = dataclasses.replace(options, **{name: os.path.abspath(here / path) for name, path in runs.items()})
-    return options, flags | {name: os.path.abspath(here / path) for name, path in (folders | new).items() if path}
+    return options, flags | data | {name: os.path.abspath(here / path) for name, path in (model | new).items()}
 
 
 def _is(path: Path) -> bool:
@@ -250,8 +252,12 @@ def _no_run(path: str) -> str:
 def _absolute(config: Config, task: Task) -> dict[str, str]:
     """Folders of data and of a model by their whole paths, so that the run goes on from any other folder too."""
     data = config.data or task.data
-    folders = {"data": data if data != "embedded" else "", "model": config.model if config.model != "embedded" else ""}
-    return {name: str(Path(path).resolve()) for name, path in folders.items() if path and Path(path).is_dir()}
+    model = {"model": str(Path(config.model).resolve())} if _is_folder(config.model) else {}
+    return model | ({"data": whole_path(data)} if whole_path(data) != data else {})
+
+
+def _is_folder(model: str) -> bool:
+    return model != "embedded" and Path(model).is_dir()
 
 
 def what_is_missing(model: str, data: str) -> list[str]:
@@ -263,16 +269,20 @@ def what_is_missing(model: str, data: str) -> list[str]:
         missing.append("a CUDA GPU")
     if not (Path(model).is_dir() or _hub_has(model, "model")):
         missing.append(f"the model {model} (no network, and it is not in the local cache)")
-    if not (Path(data).is_dir() or data == "embedded" or _hub_has(data, "dataset")):
+    if not (data == "embedded" or is_local(data) or _hub_has(hub_name(data)[0], "dataset")):
         missing.append(f"the data set {data} (no network)")
     return missing
 
 
 def _hub_has(name: str, kind: str) -> bool:
-    """Whether the hub answers for a repository, or the local cache has a model."""
+    """Whether the hub answers for a repository, or the local cache has it."""
     import huggingface_hub  # only where a name of the hub is asked for
 
-    cached = huggingface_hub.try_to_load_from_cache(name, "config.json") if kind == "model" else None
+    file = "config.json" if kind == "model" else "README.md"
+    try:
+        cached = huggingface_hub.try_to_load_from_cache(name, file, repo_type=kind)
+    except ValueError:  # no name of the hub's
+        return False
     if isinstance(cached, str):
         return True
     try:

@@ -16,14 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from grpo.config import Config
+from grpo.config import Config, named
 from grpo.data import Rows
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError
 from grpo.prompts import Asker, Survey
 from grpo.rewards import resolve_reward
+from grpo.sources import Reading, Source
 from grpo.task import Row, Task
 
 ROWS_BETWEEN_NOTES = 250_000
+NAMED = 4  # rows that are left out, on the screen
+SPARE_BYTES = 512  # that a chat template may write beside what a row asks
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -46,20 +49,37 @@ def read_splits(asker: Asker, config: Config, num_tests: int | None, note: Note)
     Raises:
         UserError: the rows, what they ask or their gold answers are not as they must be, or nothing is held out.
     """
-    task, data = asker.task, config.data or asker.task.data
-    train = read_split(asker, Rows(task, "train", data), note)
-    if task.held_out is None:
-        test = read_split(asker, Rows(task, "test", data, first=num_tests), note)
+    task = asker.task
+    held_out = task.held_out if config.held_out is None else config.held_out
+    train = read_split(asker, _rows(task, "train", config), note)
+    if held_out is None:
+        test = read_split(asker, _rows(task, "test", config, first=num_tests), note)
         check_held_out(task, train, test, note)
         return train, test
-    if task.held_out == 0:
+    if held_out == 0:
         note(f"note: task {task.name} holds nothing out: its held-out score is that of training prompts.")
         return train, replace(train, indices=train.indices[:num_tests])
-    return hold_out(train, task.held_out, num_tests)
+    return hold_out(train, held_out, num_tests)
+
+
+def _rows(task: Task, split: str, config: Config, first: int | None = None) -> Rows:
+    """The rows of a split, read as the configuration says."""
+    reading = Reading(named(config.columns), named(config.splits), config.skip_bad_rows)
+    return Rows(task, split, Source(config.data or task.data, reading), first=first)
 
 
 def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
     """All rows of a split, looked at once."""
+    reading = rows.reading
+    if reading.skip_bad_rows:
+        rows = usable(asker, rows)
+    for told in reading.notes:
+        note(f"note: {told}")
+    if reading.bad:
+        shown = "\n".join(f"  {told}" for told in reading.bad[:NAMED])
+        more = "\n  ..." * (len(reading.bad) > NAMED)
+        count = "1 row" if len(reading.bad) == 1 else f"{len(reading.bad):,} rows"
+        note(f"note: {count} of {rows.source} left out, {len(rows):,} used:\n{shown}{more}")
     survey, answers = Survey(asker), Answers(asker.task)
     for index, row in enumerate(rows):
         survey.add(index, row)
@@ -68,6 +88,33 @@ def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
             note(f"{index + 1:,} of {len(rows):,} rows of {rows.source} read")
     answers.check(rows.source)
     return Split(rows, survey, list(answers.columns), range(len(rows)))
+
+
+def usable(asker: Asker, rows: Rows) -> Rows:
+    """The rows that can be asked and have an answer; the others are named in `rows.reading.bad`.
+
+    Raises:
+        UserError: none can.
+    """
+    answers, kept = Answers(asker.task), array("Q")
+    for index in range(len(rows)):
+        try:
+            row = rows.at(index)
+            content = asker.content(index, row)
+            answers.columns.update(dict.fromkeys(row))
+            if missing := answers.missing(row):
+                raise UserError(f"row {index}: {missing}")
+            if asker.task.gold is not None:
+                asker.task.gold_text(row)
+            if len(str(content).encode()) > asker.longest_prompt - SPARE_BYTES:  # a token has a byte at least
+                asker.prompts([(index, row, content)], asker.longest_prompt)
+        except UserError as error:
+            rows.reading.bad.append(str(error))
+        else:
+            kept.append(index)
+    if not kept:
+        raise UserError(f"No row of {rows.source} can be used. The first: {rows.reading.bad[0]}")
+    return rows if len(kept) == len(rows) else rows.only(kept)
 
 
 @dataclass
@@ -85,9 +132,13 @@ class Answers:
     def add(self, index: int, row: Row) -> None:
         """The next row."""
         self.columns.update(dict.fromkeys(row))
-        if missing := self.task.missing_gold(row, [name for name in self.wanted if name in self.columns]):
+        if missing := self.missing(row):
             self.num_missing += 1
             self.shown += [f"row {index}: {missing}"][: 4 - len(self.shown)]
+
+    def missing(self, row: Row) -> str:
+        """What is no answer of a row, in words; empty if nothing is."""
+        return self.task.missing_gold(row, [name for name in self.wanted if name in self.columns])
 
     def check(self, source: str) -> None:
         """Raises UserError if an answer is missing, or a column has no name that a reward could ask for it by."""
@@ -102,8 +153,8 @@ class Answers:
             more = "; ..." * (self.num_missing > len(self.shown))
             raise UserError(
                 f"The gold answer is missing in {rows} of {source} ({'; '.join(self.shown)}{more}). Leave such rows "
-                f"out in `rows` of task {self.task.name}, or mend the data. A column may be empty if the reward "
-                "that decides has a default for it."
+                f"out (--skip-bad-rows, or `rows` of task {self.task.name}), or mend the data. A column may be empty "
+                "if the reward that decides has a default for it."
             )
 
 
@@ -142,8 +193,8 @@ def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:
         raise UserError(
             f"Every held-out prompt of {test.rows.source} is a training prompt too: the held-out score would say "
             f"nothing. Give --data two different splits, and let `rows` of task {task.name} look at its `split`. Where "
-            "there is no test split, say `held_out=100` in the Task: so many prompts are then kept out of training (0: "
-            "none, to try things out)."
+            "there is no test split, say --held-out 100, or `held_out=100` in the Task: so many prompts are then kept "
+            "out of training (0: none, to try things out)."
         )
     if shared:
         rows = ", ".join(map(str, shared[:4])) + ", ..." * (len(shared) > 4)
@@ -166,8 +217,8 @@ def hold_out(split: Split, count: int, num_tests: int | None) -> tuple[Split, Sp
     chosen = heapq.nsmallest(count + 1, set(keys))
     if len(chosen) <= count:
         raise UserError(
-            f"`held_out` of task {split.survey.asker.task.name} is {count}, but {split.rows.source} asks only "
-            f"{len(chosen):,} different prompts. Hold out fewer."
+            f"{count} prompts of task {split.survey.asker.task.name} are to be held out, but {split.rows.source} asks "
+            f"only {len(chosen):,} different prompts. Hold out fewer."
         )
     first = {key: index for index, key in reversed(list(enumerate(keys))) if key <= chosen[-2]}
     kept = array("Q", (index for index, key in enumerate(keys) if key > chosen[-2]))

@@ -32,6 +32,7 @@ LAYERS = (
         "folder": ("grpo.folder", "grpo.guards"),
         "command line": ("grpo.command",),
         "clock": ("grpo.clock",),
+        "files": ("grpo.files", "grpo.sources"),
     },
     {
         "policy": ("grpo.policy.*",),

@@ -114,7 +114,7 @@ def test_eval_scores_a_run_and_a_model(task_file, trained, capsys):
 def test_eval_of_a_model_asks_the_task_s_own_questions(task_file, tmp_path, capsys):
     """Where a run would take the embedded default for want of a GPU, --eval MODEL scores that model on the task's data,
     or says that they cannot be had."""
-    fails(["tasks/gsm8k.py", "--eval", str(MODEL_DIR)], capsys, "The data set openai/gsm8k (train)", "--data FOLDER")
+    fails(["tasks/gsm8k.py", "--eval", str(MODEL_DIR)], capsys, "The data set openai/gsm8k is neither", "--data FOLDER")
     _, resolved = resolve(["tasks/gsm8k.py", "--eval", "org/some-model"])
     assert (resolved.config.model, resolved.config.data, resolved.config.max_completion_tokens) == (
         "org/some-model", "", 512)  # fmt: skip
@@ -367,7 +367,7 @@ def test_memory_that_runs_out_before_the_first_step(task_file, tmp_path, capsys)
 
 def test_data_that_is_wrong(capsys, tmp_path):
     gsm8k = "tasks/gsm8k.py"
-    fails([gsm8k, "--data", str(tmp_path / "none")], capsys, "There is no folder")
+    fails([gsm8k, "--data", str(tmp_path / "none")], capsys, "There is no file or folder")
     data = tmp_path / "data"
     data.mkdir()
     fails([gsm8k, "--data", str(data)], capsys, "train.jsonl")
@@ -613,7 +613,7 @@ def test_a_run_keeps_its_task_and_its_folder(task_file, toy_run, tmp_path, capsy
 
 
 def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):
-    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no folder", "typo")
+    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no file or folder", "typo")
     fails(["--eval", str(tmp_path)], capsys, "is no run", "give the task file")
 
 

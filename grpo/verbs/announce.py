@@ -48,7 +48,8 @@ def describe(resolved: Resolved) -> Table:
     for name in field_names():
         origin = resolved.origins.get(name, "default")
         if origin != "default":
-            table.add_row(name, plain(str(getattr(resolved.config, name))), plain(origin))
+            value = getattr(resolved.config, name)
+            table.add_row(name, plain(" ".join(value) if isinstance(value, tuple) else str(value)), plain(origin))
     defaults = sum(resolved.origins.get(name, "default") == "default" for name in field_names())
     table.caption = f"and {defaults} defaults; all are in {CONFIG_FILE}, --help explains them"
     table.caption_justify = "left"
