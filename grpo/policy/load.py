@@ -99,6 +99,16 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def ends_of_completion(name: str, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion of a model, as it will be when it is loaded; none of its weights is read.
+
+    Raises:
+        UserError: there is none, or the generation settings name what is no token.
+    """
+    settings = _from_hub(lambda source, trust_remote_code: _generation_settings(source), name)
+    return stop_tokens(settings.eos_token_id, tokenizer, vocabulary_size(name))
+
+
 def vocabulary_size(name: str) -> int:
     """How many tokens the model's embedding has a row for."""
     return _from_hub(AutoConfig.from_pretrained, name).get_text_config().vocab_size
@@ -276,13 +286,15 @@ def _promised(
         settings = settings.get_text_config()
     # Without a name transformers looks for no files: what it would find beside the weights is asked for here.
     model, report = kind.from_pretrained(None, config=settings, state_dict=checkpoint.promised, **how)
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:  # there is none; its tokens may be in the model's own settings
-        model.generation_config = GenerationConfig.from_pretrained(
-            source, config_file_name="config.json", _from_model_config=True
-        )
+    model.generation_config = _generation_settings(source)
     return model, report
+
+
+def _generation_settings(source: str) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # there are none; the tokens may be in the model's own settings
+        return GenerationConfig.from_pretrained(source, config_file_name="config.json", _from_model_config=True)
 
 
 def _refuse_adapter(name: str) -> NoReturn:

@@ -1,20 +1,24 @@
-"""--check: every gold answer of both splits through every reward. Loads no model."""
+"""--check: prompts as the model reads them, every gold answer of both splits through every reward. Loads no model."""
 
 from __future__ import annotations
 
 from grpo.errors import UserError
+from grpo.policy.load import ends_of_completion
 from grpo.questions import build_questions, preflight_rewards
 from grpo.resolve import Resolved
 from grpo.rewards.preflight import preflight_table
 from grpo.terminal import console, say, working
 from grpo.verbs.announce import announce
+from grpo.verbs.as_read import show_prompts
 
 
 def check(resolved: Resolved) -> int:
-    """--check: every gold answer of both splits through every reward."""
+    """--check: prompts as the model reads them, and every gold answer of both splits through every reward."""
     announce(resolved)
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
+        ends = ends_of_completion(resolved.config.model, questions.tokenizer)
+    show_prompts(questions, ends)
     with working("preflight of the rewards"):
         report = preflight_rewards(resolved.task, resolved.config, questions, every_row=True, note=say)
     if report.checks:
