@@ -334,6 +334,9 @@ class RunConfig(Part):
     threads: int = 0
     """Threads of the CPU; 0 takes what is fastest here, OMP_NUM_THREADS or torch's own number where one is set. Equal
     runs need equal numbers; a resumed run keeps its own."""
+    log: tuple[Literal["wandb", "trackio", "mlflow"], ...] = ()
+    """Trackers that are told the run's numbers too: one or more of wandb, trackio, mlflow. They write into the run's
+    folder, and to a server only where their own variables say so (WANDB_MODE=online, MLFLOW_TRACKING_URI)."""
     reward_timeout: float = 60.0
     """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
 
@@ -416,6 +419,8 @@ def check_type(name: str, value: object, annotation: Any) -> None:
     if not _fits(value, annotation):
         if get_origin(annotation) is Literal:
             allowed = f"one of {', '.join(map(repr, get_args(annotation)))}"
+        elif get_origin(annotation) is tuple and get_args(get_args(annotation)[0]):
+            allowed = f"a tuple of {', '.join(map(repr, get_args(get_args(annotation)[0])))}"
         else:
             kinds = (annotation,) if get_origin(annotation) is tuple else get_args(annotation) or (annotation,)
             allowed = " or ".join(_WORDS.get(kind, str(kind)) for kind in kinds)
@@ -457,7 +462,7 @@ def _fits(value: object, annotation: Any) -> bool:
     if get_origin(annotation) is Literal:
         return isinstance(value, str) and value in get_args(annotation)
     if get_origin(annotation) is tuple:
-        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+        return isinstance(value, tuple) and all(_fits(each, get_args(annotation)[0]) for each in value)
     if get_origin(annotation) in (Union, UnionType):
         return any(_fits(value, kind) for kind in get_args(annotation))
     if isinstance(value, bool):

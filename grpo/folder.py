@@ -4,6 +4,7 @@ runs/<task>-<time>/
     config.json                the run's id, the task file and its SHA-256, every value and where it came from
     metrics.jsonl, completions.jsonl, prompts.jsonl ...               what grpo/record writes
     checkpoints/step-000010/   what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
+    starts.jsonl               each start: its command, versions, device
     left-1/                    what was recorded before a run without a checkpoint started over
 """
 

@@ -13,6 +13,7 @@ the step, save, and end with exit codes 130, 143 and 129.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -69,7 +70,7 @@ def _tell(error: str) -> int:
 def _dispatch(argv: list[str]) -> int:
     options, resolved = resolve(argv)
     try:
-        return _do(options, resolved)
+        return _do(options, resolved, shlex.join(["python", "-m", "grpo.run", *argv]))
     except SystemExit as error:  # of a library, or of user code where none was expected: 0 would be a success
         raise UserError(
             f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "
@@ -77,7 +78,7 @@ def _dispatch(argv: list[str]) -> int:
         ) from error
 
 
-def _do(options: Options, resolved: Resolved) -> int:
+def _do(options: Options, resolved: Resolved, command: str) -> int:
     """Each verb is imported when it is wanted: all need PyTorch, and neither --help nor a mistyped flag does."""
     if options.check:
         from grpo.verbs.check import check
@@ -89,7 +90,7 @@ def _do(options: Options, resolved: Resolved) -> int:
         return evaluate(resolved, options.eval)
     from grpo.verbs.train import start
 
-    return start(options, resolved)
+    return start(options, resolved, command)
 
 
 if __name__ == "__main__":

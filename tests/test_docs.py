@@ -22,7 +22,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 # Flags of programs that are not in this repository, where the documents use them.
-OTHER_PROGRAMS = {"--no-deps", "--target", "--clock-control", "--set", "--durations"}
+OTHER_PROGRAMS = {"--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
 TOPS = ("grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
 MODULES = {module.name for module in pkgutil.iter_modules(grpo.__path__)}

@@ -18,6 +18,7 @@ from grpo.record import Recorder, draw_curves
 from grpo.record.files import FILES, no_gold, prompt_record
 from grpo.record.jsonl import JsonLines, finite, read_lines
 from grpo.record.sinks import Sink, Tolerated
+from grpo.record.starts import write_start
 from grpo.types import Prompt
 
 
@@ -303,3 +304,20 @@ def test_a_sink_of_others_that_fails_is_left_out_and_told_once(tmp_path, capsys)
     told = "note: tracker is not written any more: ConnectionError (the service is gone)."
     assert capsys.readouterr().out.count(told) == 1
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) == 6
+
+
+def test_each_start_is_written_down(tmp_path):
+    write_start(tmp_path, {"command": "python -m grpo.run a.py", "steps": 3})
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"time": "2026-')  # killed while writing
+    write_start(tmp_path, {"command": "python -m grpo.run --resume ."})
+    first, second = read_lines(tmp_path / "starts.jsonl")
+    assert (first["command"], second["command"]) == ("python -m grpo.run a.py", "python -m grpo.run --resume .")
+    assert first["versions"]["torch"] == torch.__version__
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "starts.jsonl").symlink_to(mine)
+    with pytest.raises(UserError, match="is a symbolic link"):
+        write_start(tmp_path / "other", {})
+    assert mine.read_text() == "mine"

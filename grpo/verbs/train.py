@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from grpo import watchdog
 from grpo.build import build_run
@@ -29,17 +32,20 @@ from grpo.folder import (
 )
 from grpo.guards import Asked, command_to_go_on, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
 from grpo.questions import Questions, build_questions, preflight_rewards
+from grpo.record.starts import write_start
+from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.resolve import Resolved
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.train import Run, evaluate, is_unsaved, save, train
 from grpo.verbs.announce import announce
-from grpo.verbs.opening import opening
+from grpo.verbs.opening import device_in_words, engine_in_words, opening
 
 
-def start(options: Options, resolved: Resolved) -> int:
-    """Train, from the start or from a checkpoint."""
+def start(options: Options, resolved: Resolved, command: str) -> int:
+    """Train, from the start or from a checkpoint. command: as it was given, for the records."""
+    check_installed(resolved.config.log)
     announce(resolved)
     saved = saved_run(options.resume)
     if saved and saved.task_sha256 != resolved.task_sha256:
@@ -63,6 +69,7 @@ def start(options: Options, resolved: Resolved) -> int:
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         with memory_in_words(resolved.config, folder):
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
+            _record_start(run, resolved, as_saved, questions, command)
             with run.recorder, stops_gently(run, run.recorder.message) as asked:
                 _score_anew(run, resolved.task)
                 _train_and_keep(run)
@@ -103,6 +110,30 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
     for line in opening(resolved.config, run.policy, run.engine, saved.folder):
         say(line)
     return run
+
+
+def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questions, command: str) -> None:
+    """What the run is made of, for whoever reads its records; and who else is told of what comes."""
+    task, device = resolved.task, run.policy.device
+    is_cuda = device.type == "cuda"
+    about = {
+        "command": command,
+        "step": run.progress.step,
+        "steps": run.config.steps,
+        "task": task.name,
+        "model": run.config.model,
+        "device": device_in_words(device),
+        "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else None,
+        "engine": engine_in_words(run.engine),
+        "rows": {"train": len(questions.train), "held-out": len(questions.test)},
+        "rewards": {reward.name: reward.weight for reward in run.rewards},
+        "solved": task.solved,
+        "threads": run.progress.threads,
+    }
+    write_start(run.folder, about)
+    tracked = About(run.folder, task.name, saved.id, dataclasses.asdict(run.config))
+    for sink in build_trackers(run.config.log, tracked, run.recorder.message):
+        run.recorder.add(sink)
 
 
 def _score_anew(run: Run, task: Task) -> None:
