@@ -13,6 +13,7 @@ from grpo.rewards.choice import choice
 from grpo.rewards.correctness import correctness, final_answer, parse_number, same_answer
 from grpo.rewards.integer import integer
 from grpo.rewards.length import cosine, length, overlong, short_when_right
+from grpo.rewards.mathematics import math
 from grpo.rewards.number import number, strict_number
 from grpo.rewards.repetition import repetition, repetition_penalty
 from grpo.rewards.tags import tags, think_answer, think_format
@@ -36,6 +37,7 @@ __all__ = [
     "final_answer",
     "integer",
     "length",
+    "math",
     "number",
     "overlong",
     "parse_number",

@@ -11,18 +11,22 @@ import re
 from grpo.rewards.xml_format import extract_answer
 
 _ENDS_OF_THINKING = ("</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]")
+_END_OF_TURN = re.compile(r"(?:<\|\w+\|>|</s>|<eos>|\s)+\Z")  # where special tokens are left in the text
 _BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 _BARE_CONTENT = re.compile(r"[-+]?\\?[\w.,/]+")  # \boxed 42
 _END_OF_UNCLOSED = re.compile(r"\n|\$|\\\]|\\\)")
 _LONGEST_BOX = 2000  # characters
 _MOST_BOXES = 16  # that are looked at, from the end
 
+_BEGINS_WITH_NUMBER = re.compile(r"[-+]?\\?[$€£]?\s?[-+]?\.?\d(?!\d*[.):]\s)")  # not "3. Third step"
+_DISPLAYS = (("$$", "$$"), ("\\[", "\\]"))
+
 _TAIL = 3000  # characters from the end in which "the answer is" is looked for
 _STATED = re.compile(
     r"""(?ix)
-    (?: \b(?:ans|answers?|final\ result)\b | 答案 )
+    (?: \b(?:ans|answers?|final\ result)\b | (?m:^A)(?=:) | 答案 )
     [*_]*
-    (?: [^\n:.=?!]{0,60}? \b(?:is|are|was|be|equals)\b (?!\s+(?:not|incorrect|wrong|correct|right|yes)\b)
+    (?: [^\n:.=?!]{0,60}? \b(?:is|are|was|be|equals)\b (?!\s+(?:not\b|(?:incorrect|wrong|correct|right)\s*[.,!]))
         (?: \s+ (?:therefore|thus|then|hence|indeed|simply|just|actually|only|about|either|option|choice)\b )*
         \s* [:：=]?
       | [^\n:.=?!]{0,60}? [:：=]
@@ -40,6 +44,7 @@ def visible(completion: str) -> str:
     >>> visible("<think>Is it 5?</think> 6"), visible("<think>Is it 5?")
     (' 6', '<think>Is it 5?')
     """
+    completion = _END_OF_TURN.sub("", completion[-_TAIL:]).join([completion[:-_TAIL], ""])
     for mark in _ENDS_OF_THINKING:
         after = completion.rpartition(mark)[2]
         completion = after if after.strip() else completion
@@ -80,12 +85,17 @@ def last_box(text: str) -> str | None:
 def behind_hashes(text: str) -> str | None:
     """The line behind the last `####`, GSM8K's mark; None where there is none.
 
-    >>> behind_hashes("24 + 48 = 72\\n#### 72")
-    '72'
+    It is also Markdown's mark of a small heading: a line counts that begins with a number, or is the last one.
+
+    >>> behind_hashes("24 + 48 = 72\\n#### 72"), behind_hashes("#### Step 2\\nNow 24 + 48 = 72.")
+    ('72', None)
     """
-    _, mark, after = text.rpartition("####")
-    lines = after.strip().splitlines()
-    return lines[0].strip() if mark and lines else None
+    pieces = text.split("####")
+    for after in reversed(pieces[1:][-_MOST_BOXES:]):
+        line, _, rest = after.strip().partition("\n")
+        if line.strip() and (_BEGINS_WITH_NUMBER.match(line) or not rest.strip()):
+            return line.strip()
+    return None
 
 
 def in_answer_tags(text: str) -> str | None:
@@ -101,7 +111,10 @@ def behind_words(text: str) -> str | None:
     """
     tail = text[-_TAIL:]
     for found in reversed(list(_STATED.finditer(tail))):
-        lines = tail[found.end() :].strip().splitlines()
-        if lines and (line := lines[0].strip(" \t*_")):
-            return lines[0].strip() if line else None
+        rest = tail[found.end() :].strip()
+        closing = next((mark for opening, mark in _DISPLAYS if rest.startswith(opening)), None)
+        if closing and closing in rest[2:]:
+            return rest[: rest.index(closing, 2) + 2]
+        if line := rest.partition("\n")[0].strip():
+            return line
     return None
