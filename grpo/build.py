@@ -42,6 +42,8 @@ from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
 from grpo.record import Recorder, TokenTrace
 from grpo.record.files import Gold, no_gold
+from grpo.rewards import Scorer
+from grpo.rewards.failures import Tolerance
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
@@ -254,12 +256,17 @@ def suits_vllm(config: Config, policy: Policy) -> bool:
     return policy.device.type == "cuda" and is_installed() and config.base in (("bf16", "nf4") if shares else ("bf16",))
 
 
-def build_evaluator(task: Task, config: Config, questions: Questions) -> Evaluator:
-    """The held-out score of a task."""
+def build_scorer(config: Config, questions: Questions, tell: Callable[[str], object]) -> Scorer:
+    """How groups are scored. `tell` is told of the first failure of a reward."""
+    return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell))
+
+
+def build_evaluator(task: Task, config: Config, questions: Questions, tell: Callable[[str], object]) -> Evaluator:
+    """The held-out score of a task. `tell` is told of the first failure of a reward."""
     measure = partial(measure_solved, task.solved, task.vote, config.eval_k) if task.solved else measure_reward
     return Evaluator(
         prompts=list(questions.test),
-        rewards=questions.rewards,
+        score=build_scorer(config, questions, tell),
         measure=measure,
         samples=config.eval_samples,
         max_tokens=config.max_completion_tokens,
@@ -329,12 +336,12 @@ def build_run(
         policy=policy,
         engine=engine,
         stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
-        rewards=questions.rewards,
+        score=build_scorer(config, questions, recorder.message),
         estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device, policy.fit.limit),
         loss=trace,
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
-        evaluator=build_evaluator(task, config, questions),
+        evaluator=build_evaluator(task, config, questions, recorder.message),
         recorder=recorder,
         memory_peak=partial(gpu_peak, plan) if plan else process_peak,
         admits=has_advantage if config.dynamic_sampling else admit_all,

@@ -338,7 +338,10 @@ class RunConfig(Part):
     """Trackers that are told the run's numbers too: one or more of wandb, trackio, mlflow. They write into the run's
     folder, and to a server only where their own variables say so (WANDB_MODE=online, MLFLOW_TRACKING_URI)."""
     reward_timeout: float = 60.0
-    """Seconds that one call of a reward may take before the run stops and says so; 0: no limit."""
+    """Seconds that one call of a reward may take before it counts as failed; 0: no limit."""
+    max_reward_failures: float = 0.1
+    """Share of the completions scored in a step that rewards may fail on: those are left out of their groups and of the
+    loss, and counted. Above it the run stops. 0: none may; else a single one always may."""
 
     def checks(self) -> list[Check]:
         return [
@@ -351,6 +354,7 @@ class RunConfig(Part):
                 f"most {LONGEST_TIMER:g} seconds; 0 sets no limit.",
             ),
             *self.between(0, LONGEST_TIMER, "reward_timeout"),
+            *self.between(0, 1, "max_reward_failures"),
             *self.between(0, 1024, "threads"),
             *self.between(0, 2**32 - 1, "seed"),
             *(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.metrics import HEADLINES
-from grpo.rewards import Reward, score
+from grpo.rewards import Scorer
 from grpo.rollout import Engine
 from grpo.rollout.sampling import sample_groups
 from grpo.types import Group, Prompt, sampled_tokens
@@ -38,7 +38,7 @@ class Evaluator:
     """What is asked, how often, and what is measured of the answers."""
 
     prompts: list[Prompt]
-    rewards: list[Reward]
+    score: Scorer
     measure: Measure
     samples: int  # n
     max_tokens: int  # of a completion
@@ -51,16 +51,19 @@ class Evaluator:
     def answers(self, engine: Engine) -> list[Group]:
         """What the policy says to the held-out prompts, and what the rewards say of it."""
         groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
-        score(groups, self.rewards)
+        self.score(groups)
         return groups
 
     def scores(self, groups: list[Group]) -> dict[str, float]:
         """Of these answers."""
+        rewards = torch.cat([group.rewards for group in groups])
+        failed = sum(self.score.failed().values())
         return {
             **self.measure(groups),
-            "eval/reward": float(torch.cat([group.rewards for group in groups]).mean()),
+            "eval/reward": float(rewards[~rewards.isnan()].mean()),
             "eval/length": sampled_tokens(groups) / (len(groups) * self.samples),
             "eval/truncated": truncated_share(groups),
+            **({"eval/failed": failed} if failed else {}),
         }
 
 
@@ -71,21 +74,26 @@ def measure_solved(
 
     solved: (name of a reward, its value from which a completion is right).
     answer: what a completion votes for in majority@k; None abstains.
+
+    A completion that the reward failed on is neither right nor wrong: it is left out, and a prompt of which fewer are
+    left than a score needs.
     """
     name, value = solved
-    right = [(group.parts[name] >= value).tolist() for group in groups]
-    votes = [[answer(completion.text) for completion in group.completions] for group in groups]
-    majorities = [majority_at_k(vote, row, k) for vote, row in zip(votes, right, strict=True)]
+    known = [[at for at in range(len(g.completions)) if at not in g.failed.get(name, ())] for g in groups]
+    right = [(group.parts[name][own] >= value).tolist() for group, own in zip(groups, known, strict=True)]
+    votes = [[answer(group.completions[at].text) for at in own] for group, own in zip(groups, known, strict=True)]
+    majorities = [majority_at_k(vote, row, k) for vote, row in zip(votes, right, strict=True) if len(row) >= k]
     return {
-        **_named("eval/pass@1", interval([sum(row) / len(row) for row in right])),
-        **_named(f"eval/pass@{k}", interval([pass_at_k(len(row), sum(row), k) for row in right])),
+        **_named("eval/pass@1", interval([sum(row) / len(row) for row in right if row])),
+        **_named(f"eval/pass@{k}", interval([pass_at_k(len(row), sum(row), k) for row in right if len(row) >= k])),
         **_named(f"eval/majority@{k}", interval(majorities)),
     }
 
 
 def measure_reward(groups: list[Group]) -> dict[str, float]:
-    """The mean reward with its interval, where nothing is right or wrong."""
-    return _named("eval/reward", normal_interval([float(group.rewards.mean()) for group in groups]))
+    """The mean reward with its interval, where nothing is right or wrong. What has no score is left out."""
+    scored = [group.rewards[~group.rewards.isnan()] for group in groups]
+    return _named("eval/reward", normal_interval([float(rewards.mean()) for rewards in scored if len(rewards)]))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -113,7 +121,9 @@ def _majority(votes: list[str | None], right: list[bool]) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of one number in [0, 1] a prompt: the 95% interval of the mean."""
+    """(mean, low, high) of one number in [0, 1] a prompt: the 95% interval of the mean; NaN of no prompt."""
+    if not values:
+        return math.nan, math.nan, math.nan
     n = len(values)
     mean = sum(values) / n
     variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
@@ -128,7 +138,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 def normal_interval(values: list[float]) -> tuple[float, float, float]:
     """(mean, low, high) of one number of any size a prompt: the normal 95% interval of the mean; of one alone, none."""
     n = len(values)
-    mean = sum(values) / n
+    mean = sum(values) / n if n else math.nan
     half = Z_95 * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
     return mean, mean - half, mean + half
 

@@ -16,7 +16,7 @@ TIMING_PREFIXES = ("time/", "speed/", "memory/")
 # Which held-out score says how good a policy is: the first that has an interval. The others have no column.
 HEADLINES = ("eval/pass@1", "eval/reward")
 
-_STANDS_FOR = {"<reward>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
+_STANDS_FOR = {"<reward>": "[^/]+", "<part>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Metric:
 METRICS = (
     Metric("reward/mean", "Weighted sum of the rewards, mean of the step's completions.", "reward", "rises",
            column=Column("mean reward", ".3f", 7, 0)),
+    Metric("reward/<reward>/failed", "Completions that the reward failed on (an exception, a time-out, a process that "
+           "ended, no number): they have no part in the step, and completions.jsonl says why.", "completions",
+           "not there, or few", optional=True),
+    Metric("reward/<reward>/<part>", "What one part gave of a reward that names its parts.", "reward", optional=True),
     Metric("reward/<reward>", "What one reward gave, without its weight: mean of the completions that it applies to.",
            "reward", column=Column("", ".2f", 6, 3)),
     Metric("reward/std", "Standard deviation of the weighted sum over the step's completions.", "reward", "above 0"),
@@ -66,6 +70,8 @@ METRICS = (
            "task says of no answer that it is right.", "reward", "rises", interval=True,
            column=Column("held-out reward", ".3f", 7, 1)),
     Metric("eval/length", "Held-out: mean length of a completion.", "tokens"),
+    Metric("eval/failed", "Held-out: completions that a reward failed on, which are left out of what it measures.",
+           "completions", "not there, or few", optional=True),
     Metric("eval/truncated", "Held-out: share of completions cut off by the token limit.", "share", "below 10%"),
     Metric("completion/length", "Mean length of a completion.", "tokens",
            column=Column("mean length", ".0f", 5, 2)),

@@ -29,8 +29,8 @@ TOKENS_PER_BATCH = 16384
 
 @dataclass(frozen=True)
 class Totals:
-    """The counts of one optimizer step that a loss is normalised by; truncated completions are not in them if
-    they are masked."""
+    """The counts of one optimizer step that a loss is normalised by; completions without a score are not in them, nor
+    truncated ones if they are masked."""
 
     sampled_tokens: int  # of all groups, those of equal rewards included
     trained_tokens: int  # of the groups that carry gradient
@@ -54,7 +54,7 @@ NORMALIZERS: dict[str, Normalizer] = {
 
 def has_advantage(group: Group) -> bool:
     """Whether some completion did better than another, so that there is something to learn from the rewards."""
-    return bool((group.advantages != 0).any())
+    return bool((group.advantages.nan_to_num() != 0).any())
 
 
 def any_group(group: Group) -> bool:
@@ -130,8 +130,9 @@ class Packer:
         ]
 
     def _members(self, group: Group) -> list[int]:
-        """Which completions of a group have a part in the loss, by their indices in it."""
-        return [index for index, completion in enumerate(group.completions) if self.counts(completion)]
+        """Which completions of a group have a part in the loss, by their indices in it: all that have a score."""
+        scored = (~group.advantages.isnan()).nonzero().flatten().tolist()
+        return [index for index in scored if self.counts(group.completions[index])]
 
 
 def batch_limit(config: Config) -> BatchLimit:

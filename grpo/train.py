@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from grpo.advantages import Estimator, assign_advantages
 from grpo.checkpoint import Progress, save_checkpoint
@@ -25,7 +27,7 @@ from grpo.packing import Packer, has_advantage
 from grpo.policy import Policy
 from grpo.policy.optimizer import learning_rate
 from grpo.record import Recorder
-from grpo.rewards import Reward, score
+from grpo.rewards import Scorer
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.sampling import sample_groups
@@ -43,7 +45,7 @@ class Run:
     policy: Policy
     engine: Engine
     stream: PromptStream
-    rewards: list[Reward]
+    score: Scorer
     estimator: Estimator
     pack: Packer
     loss: Loss
@@ -92,7 +94,7 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
     """
     config = run.config
-    seed, weights = mix_seed(Purpose.ROLLOUT, config.seed, step), {each.name: each.weight for each in run.rewards}
+    seed, weights = mix_seed(Purpose.ROLLOUT, config.seed, step), {each.name: each.weight for each in run.score.rewards}
     groups: list[Group] = []
     scored: list[Group] = []
     told: dict[str, float] = {}
@@ -106,7 +108,7 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
         with clock("audit"):
             told |= run.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
         with clock("score"):
-            told |= score(scored, run.rewards)
+            told |= run.score(scored)
         num_rolled_out += len(scored)
         assign_advantages(scored, run.estimator, weights)
         groups += filter(run.admits, scored)
@@ -116,17 +118,20 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
     groups = groups or scored
     # Anew over all groups of the step: some estimators scale by its spread.
     assign_advantages(groups, run.estimator, weights)
-    return groups, told | {"groups/rolled_out": num_rolled_out}
+    return groups, told | run.score.failed() | {"groups/rolled_out": num_rolled_out}
 
 
 def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
     """What the groups of a step look like, before any update. trains: whether a group is part of it."""
     rewards = torch.cat([group.rewards for group in groups])
-    parts = {f"reward/{name}": torch.cat([g.parts[name] for g in groups]).nanmean() for name in groups[0].parts}
+    scored = rewards[~rewards.isnan()]
+    parts: dict[str, list[Tensor]] = {}  # of a reward that names its parts not all groups may have all
+    for name, part in chain.from_iterable(group.parts.items() for group in groups):
+        parts.setdefault(name, []).append(part)
     return {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        **{name: float(mean) for name, mean in parts.items()},
+        "reward/mean": float(scored.mean()),
+        "reward/std": float(scored.std()),
+        **{f"reward/{name}": float(torch.cat(part).nanmean()) for name, part in parts.items()},
         "completion/length": sampled_tokens(groups) / len(rewards),
         "completion/truncated": truncated_share(groups),
         "groups/zero_variance": 1 - sum(map(has_advantage, groups)) / num_rolled_out,

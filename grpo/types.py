@@ -90,12 +90,15 @@ class Completion:
 class Group:
     """The G completions of one prompt and what they earned.
 
-    `parts[name]` holds what each reward returned, unweighted; NaN where the reward does not apply.
+    `parts[name]` holds what each reward returned, unweighted; NaN where the reward does not apply, and where it failed.
+    `failed[name]` says where and why it failed. A completion that a reward with a weight failed on has no score: its
+    reward and its advantage are NaN, and it has no part in the statistics of its group, nor in the loss.
     """
 
     prompt: Prompt
     completions: list[Completion]  # G
     parts: dict[str, Tensor] = field(default_factory=dict)  # {reward name: [G]}
+    failed: dict[str, dict[int, str]] = field(default_factory=dict)  # {reward name: {index of a completion: why}}
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # [G], the weighted sum of the parts
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [G]
 

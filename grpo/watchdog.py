@@ -208,12 +208,15 @@ def watchdog() -> Watchdog:
     Raises:
         OSError: it cannot be started, or ended by itself. One that was killed is replaced.
     """
+    return _watchdog if _watchdog and _watchdog.is_alive() else _start_watchdog()
+
+
+def _start_watchdog() -> Watchdog:
     global _watchdog
-    if _watchdog is None or not _watchdog.is_alive():
-        if _watchdog is not None and (code := _watchdog.child.returncode) >= 0:
-            raise OSError(f"it ended by itself, with exit code {code}")
-        _watchdog = Watchdog(_advice)
-        atexit.register(_watchdog.close)
+    if _watchdog is not None and (code := _watchdog.child.returncode) >= 0:
+        raise OSError(f"it ended by itself, with exit code {code}")
+    _watchdog = Watchdog(_advice)
+    atexit.register(_watchdog.close)
     return _watchdog
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from grpo.advantages import ESTIMATORS, assign_advantages
+from grpo.packing import has_advantage
 from grpo.types import Completion, Group, Prompt
 
 WEIGHTS = {"correct": 1.0, "format": 0.5}
@@ -83,3 +84,54 @@ def test_gdpo_leaves_out_rewards_that_do_not_apply():
     total[0, 1:] += 0.5 * (known - known.mean()) / (known.std(ddof=1) + 1e-4)
     total /= total.std(ddof=1) + 1e-4
     np.testing.assert_allclose(np.array([g.advantages.numpy() for g in groups]), total, atol=2e-5)
+
+
+def with_missing(groups, places):
+    """The same groups with more completions, at these places of each, that a reward failed on."""
+    for group, at in zip(groups, places, strict=True):
+        for index in at:
+            group.completions.insert(index, group.completions[0])
+            insert = lambda values, new, i=index: torch.cat([values[:i], torch.tensor([new]), values[i:]])  # noqa: E731
+            group.parts["correct"] = insert(group.parts["correct"], float("nan"))
+            group.parts["format"] = insert(group.parts["format"], 0.7)
+            group.rewards = insert(group.rewards, float("nan"))
+    return groups
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_missing_completion_leaves_the_advantages_of_the_group_without_it(estimator):
+    # Each group in its own way, so that a scale over the step is seen too.
+    groups = with_missing(some_groups(), [(0,), (5,), (2,)])
+    assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
+    scored = [~group.rewards.isnan() for group in groups]
+    ours = np.array([group.advantages[known].numpy() for group, known in zip(groups, scored, strict=True)])
+    np.testing.assert_allclose(ours, expected(estimator, some_groups()), atol=2e-5)
+    assert all(group.advantages[~known].isnan().all() for group, known in zip(groups, scored, strict=True))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_who_is_alone_has_no_advantage(estimator):
+    groups = [group_of([0.3, 0.9, 0.1], [0.0, 1.0, 1.0]) for _ in range(3)]
+    groups[0].rewards[[0, 2]] = float("nan")
+    groups[1].rewards[:] = float("nan")
+    assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
+    assert groups[0].advantages.nan_to_num(9).tolist() == [9, 0, 9]
+    assert groups[1].advantages.isnan().all()
+    assert not has_advantage(groups[0]) and not has_advantage(groups[1]) and has_advantage(groups[2])
+
+
+def test_with_every_score_there_the_advantages_are_torchs_own_to_the_bit():
+    for seed in range(50):
+        groups = some_groups(seed, size=2 + seed % 9)
+        rewards = torch.stack([group.rewards for group in groups])
+        centered = rewards - rewards.mean(dim=1, keepdim=True)
+        size = rewards.shape[1]
+        before = {
+            "grpo": centered / (rewards.std(dim=1, keepdim=True) + 1e-4),
+            "lite_ppo": centered / (rewards.std() + 1e-4),
+            "rloo": centered * (size / (size - 1)),
+        }
+        for estimator, advantages in before.items():
+            assign_advantages(groups, ESTIMATORS[estimator], WEIGHTS)
+            assert torch.equal(torch.stack([group.advantages for group in groups]), advantages), (estimator, seed)

@@ -52,7 +52,9 @@ def test_every_metric_in_the_table_is_written(written):
 
 def test_a_name_is_of_one_row():
     assert find("reward/mean").name == "reward/mean"
-    assert find("reward/correctness").name == find("reward/mean/of\nall").name == "reward/<reward>"
+    assert find("reward/correctness").name == "reward/<reward>"
+    assert find("reward/correctness/failed").name == "reward/<reward>/failed"
+    assert find("reward/judge/of\nall").name == "reward/<reward>/<part>"
     assert find("eval/pass@1/low").name == "eval/pass@1"
     assert find("eval/pass@16/high").name == "eval/pass@<k>"
     assert find("time/step").name == "time/step"

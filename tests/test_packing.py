@@ -225,3 +225,21 @@ def test_the_top_share_by_entropy_is_taken_anew_before_each_step(groups, tiny_co
     first, after_one, second, _ = taken
     assert torch.equal(second, after_one)
     assert not torch.equal(second, first)
+
+
+@pytest.mark.parametrize("normalization", ["dapo", "grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_completions_without_a_score_are_as_good_as_not_there(normalization, kl_coef, groups):
+    """In no batch, and in no denominator; where the loss asks for every group, too."""
+    pack = build_packer(Config(normalization=normalization, kl_coef=kl_coef), CPU)
+    [[expected]] = pack(groups)
+    for group, index in zip(groups, (0, 3, 1), strict=True):
+        group.completions.insert(index, Completion([5] * 40, [0.0] * 40, "", "stop", 0))
+        nan = torch.tensor([torch.nan])
+        group.advantages = torch.cat([group.advantages[:index], nan, group.advantages[index:]])
+    gone = Group(groups[0].prompt, [Completion([5], [0.0], "", "stop", 0)] * 2)
+    gone.advantages = torch.full((2,), torch.nan)
+    [[batch]] = pack([*groups, gone])
+    for name in ("tokens", "positions", "sequence", "mask", "sampler_logprobs", "advantages", "weights"):
+        assert torch.equal(getattr(batch, name), getattr(expected, name)), name
+    assert not pack.trains(gone)

@@ -23,8 +23,8 @@ from grpo.errors import UserError
 from grpo.policy.load import load_tokenizer
 from grpo.rewards import (
     build_rewards,
-    calling,
     correctness,
+    event_loop,
     exact_match,
     integer,
     resolve_reward,
@@ -632,7 +632,7 @@ def test_a_missing_column_names_those_that_exist_and_the_nearest():
 
 def test_an_async_reward_that_blocks_for_ever_is_an_error_too(monkeypatch):
     # A loop of its own: this one never comes back.
-    monkeypatch.setattr(calling, "_loops", [])
+    monkeypatch.setattr(event_loop, "_loops", [])
     release = threading.Event()
 
     async def blocks(completion):

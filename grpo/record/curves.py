@@ -129,7 +129,8 @@ def _span(curves: Points) -> tuple[float, float]:
 
 
 def _draw_reward(axes: Axes, curves: Points) -> None:
-    names = [name for name in curves if name.startswith("reward/") and name not in ("reward/mean", "reward/std")]
+    # Not of the parts of a reward, nor of its failures.
+    names = [name for name in curves if re.fullmatch("reward/(?!(mean|std)$)[^/]+", name)]
     for index, (name, label) in enumerate(zip(names, labels(names), strict=True)):
         dashes = _DASHES[index // len(_PARTS) % len(_DASHES)]
         _line(axes, curves, name, _PARTS[index % len(_PARTS)], label=label, width=1.4, dashes=dashes)

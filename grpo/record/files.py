@@ -138,6 +138,10 @@ def completion_records(
 def _of_group(step: int, split: str, number: int, group: Group, earned: Mapping[str, str]) -> list[dict[str, Any]]:
     parts = {name: values.tolist() for name, values in group.parts.items()}
     columns = {name: getattr(group, field).tolist() for name, field in earned.items()}
+    failed: list[dict[str, dict[str, str]]] = [{} for _ in group.completions]
+    for name, why in group.failed.items():
+        for member, words in why.items():
+            failed[member].setdefault("failed", {})[name] = words
     id = prompt_id(split, group.prompt)
     return [
         {
@@ -151,6 +155,7 @@ def _of_group(step: int, split: str, number: int, group: Group, earned: Mapping[
             "tokens": len(completion.tokens),
             "parts": finite({name: values[member] for name, values in parts.items()}),
             **finite({name: values[member] for name, values in columns.items()}),
+            **failed[member],
             "policy_version": completion.policy_version,
             "seed": completion.seed,
         }

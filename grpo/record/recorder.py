@@ -15,6 +15,7 @@ from grpo.metrics import HEADLINES
 from grpo.record.console import Console
 from grpo.record.curves import Curves
 from grpo.record.cut_off import CutOff
+from grpo.record.failed import Failed
 from grpo.record.files import Files, Gold, no_gold
 from grpo.record.jsonl import finite
 from grpo.record.sinks import Sink
@@ -56,9 +57,10 @@ class Recorder:
         # The files first: the others may be made from them.
         self._sinks: list[Sink] = [self._files, TensorBoard(run_dir / "tensorboard", start_step), self._console, curves]
         self._traced = traced
-        self._untrained, self._cut_off = Untrained(), CutOff()
+        self._untrained, self._cut_off, self._failed = Untrained(), CutOff(), Failed()
         for step, record in self._files.recorded:
             list(self._untrained.seen(step, record))
+            self._failed.seen(record)
             list(self._cut_off.seen(step, {name: value for name, value in record.items() if value is not None}))
         for sink in self._sinks:
             sink.resumed(self._files.recorded, start_step)
@@ -83,6 +85,7 @@ class Recorder:
         """The numbers of one training step."""
         for sink in self._sinks:
             sink.step(step, metrics)
+        self._failed.seen(metrics)
         for sentence in [*self._untrained.seen(step, finite(metrics)), *self._cut_off.seen(step, metrics)]:
             self.message(sentence)
 
@@ -123,4 +126,4 @@ class Recorder:
 
     def warnings(self) -> list[str]:
         """What the end of the run should say again."""
-        return list(self._untrained.warnings())
+        return [*self._untrained.warnings(), *self._failed.warnings()]

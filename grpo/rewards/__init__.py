@@ -21,13 +21,14 @@ from grpo.rewards.text import exact_match, similarity
 from grpo.rewards.xml_format import XML_FORMAT, extract_answer, soft_xml, strict_xml, xml_count
 
 if TYPE_CHECKING:
-    from grpo.rewards.scoring import Reward, build_rewards, resolve_reward, score
+    from grpo.rewards.scoring import Reward, Scorer, build_rewards, resolve_reward, score
 
-_IN_SCORING = ("Reward", "build_rewards", "resolve_reward", "score")
+_IN_SCORING = ("Reward", "Scorer", "build_rewards", "resolve_reward", "score")
 
 __all__ = [
     "XML_FORMAT",
     "Reward",
+    "Scorer",
     "build_rewards",
     "choice",
     "correctness",

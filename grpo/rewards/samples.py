@@ -8,17 +8,19 @@ from __future__ import annotations
 import copy
 import datetime
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo.errors import WHAT_USER_CODE_RAISES
-from grpo.types import Completion, Group, Prompt
+
+if TYPE_CHECKING:  # it comes with torch, which a worker process does without
+    from grpo.types import Completion, Group, Prompt
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,21 @@ def samples_of(groups: list[Group]) -> Samples:
     )
 
 
-def where(samples: Samples, scored: slice) -> str:
+def where(samples: Samples, scored: Sequence[int]) -> str:
     """Which completions, in words for an error: the row of the data set and how the text begins."""
-    prompts, completions = samples.prompts[scored], samples.completions[scored]
-    if len(completions) == 1:
-        return f"row {prompts[0].index}, completion {completions[0].text[:80]!r}"
-    rows = list(dict.fromkeys(prompt.index for prompt in prompts))
+    return where_one(samples, *scored) if len(scored) == 1 else where_batch(samples, scored)
+
+
+def where_one(samples: Samples, index: int) -> str:
+    """The same of one completion."""
+    return f"row {samples.prompts[index].index}, completion {samples.completions[index].text[:80]!r}"
+
+
+def where_batch(samples: Samples, scored: Sequence[int]) -> str:
+    """The same of several."""
+    rows = list(dict.fromkeys(samples.prompts[index].index for index in scored))
     listed = ", ".join(str(row) for row in rows[:4]) + ", ..." * (len(rows) > 4)
-    return f"a batch of {len(completions)} completions (rows {listed})"
+    return f"a batch of {len(scored)} completions (rows {listed})"
 
 
 def column_source(column: str) -> Source:

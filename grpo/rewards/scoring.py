@@ -7,10 +7,11 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
+from itertools import chain
 from numbers import Real
 from operator import attrgetter
 from typing import Any
@@ -19,9 +20,12 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError, nearest, user_code
-from grpo.rewards.calling import Start, is_async, starter
+from grpo.rewards.calling import Start, Way, is_async, starter
+from grpo.rewards.event_loop import CONCURRENCY, way_async
+from grpo.rewards.failures import NONE_MAY_FAIL, Ledger, Tolerance
+from grpo.rewards.here import way_here
 from grpo.rewards.samples import Samples, samples_of
-from grpo.rewards.values import checked_values, shown
+from grpo.rewards.values import paid, parts_of, shown
 from grpo.types import Completion, Group, Prompt
 
 ENTRY_POINTS = "grpo.rewards"
@@ -36,6 +40,23 @@ class Reward:
     weight: float
     start: Start
     is_async: bool
+    may_fail: bool = True  # within what is tolerated
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How a run scores its groups, or an evaluation its own."""
+
+    rewards: list[Reward]
+    tolerance: Tolerance
+
+    def __call__(self, groups: list[Group]) -> dict[str, float]:
+        """As `score`."""
+        return score(groups, self.rewards, self.tolerance)
+
+    def failed(self) -> dict[str, float]:
+        """The metrics of the rewards that have failed since this was last asked."""
+        return self.tolerance.counted()
 
 
 def build_rewards(
@@ -65,31 +86,54 @@ def build_rewards(
     for key, weight in rewards.items():
         function = resolve_reward(key) if isinstance(key, str) else key
         name = key.rpartition(":")[2] if isinstance(key, str) else _name_of(function)
-        start = starter(name, function, columns, chat, samples, timeout)
+        start = starter(name, function, columns, chat, samples, _way(function, timeout))
         built.append(Reward(name, _checked_weight(name, weight), start, is_async(function)))
     _check_together(built)
     return built
 
 
-def score(groups: list[Group], rewards: list[Reward]) -> dict[str, float]:
-    """Fill `parts[name]` [G] and `rewards` [G] of each group; return what rewards told `log_metric`.
+def _way(function: Callable, timeout: float | None) -> Way:
+    return partial(way_async, timeout, CONCURRENCY) if is_async(function) else partial(way_here, timeout)
 
-    parts    what each reward returned, float32, unweighted; NaN where it returned None
+
+def score(groups: list[Group], rewards: list[Reward], tolerance: Tolerance = NONE_MAY_FAIL) -> dict[str, float]:
+    """Fill `parts[name]` [G], `failed` and `rewards` [G] of each group; return what rewards told `log_metric`.
+
+    parts    what each reward returned, float32, unweighted; NaN where it returned None, and where it failed. Of
+             numbers by name what they pay together, and each of them under `name/its name`
     rewards  the sum over the rewards of weight * part, a NaN part counting as 0. A completion to which no
-             reward applies therefore gets 0; `preflight` refuses a task whose gold answers are like that.
+             reward applies therefore gets 0; `preflight` refuses a task whose gold answers are like that. NaN where a
+             reward has failed that has a weight
+
+    Raises:
+        UserError: more have failed than is tolerated.
     """
     samples = samples_of(groups)
-    sizes = [len(group.completions) for group in groups]
+    ledger = Ledger(samples, tolerance)
     # All are started first, and those that wait are finished last: they wait while the others compute.
     finishes = {reward.name: reward.start(samples) for reward in rewards}
-    returned = {each.name: finishes[each.name]() for each in sorted(rewards, key=attrgetter("is_async"))}
-    for reward in rewards:
-        part = checked_values(reward.name, returned[reward.name], samples)  # [S]
-        for group, part_of_group in zip(groups, part.split(sizes), strict=True):
-            group.parts[reward.name] = part_of_group
+    for reward in sorted(rewards, key=attrgetter("is_async")):
+        ledger.open(reward.name)
+        for members, scores in finishes[reward.name]():
+            ledger.enter(reward, members, scores)
+    columns = {name: column for reward in rewards for name, column in _columns(reward.name, ledger)}  # [S] each
+    sizes = [len(group.completions) for group in groups]
+    for name, column in columns.items():
+        for group, part in zip(groups, column.split(sizes), strict=True):
+            group.parts[name] = part
     for group in groups:
         group.rewards = weighted_sum(group.parts, rewards)
+    ledger.close(groups)
     return samples.metrics
+
+
+def _columns(name: str, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
+    """What a reward gave, [S], and if that has parts, each of them by its own name."""
+    scores = ledger.scores[name]
+    yield name, torch.tensor([paid(score) for score in scores], dtype=torch.float32)
+    for part in dict.fromkeys(chain.from_iterable(map(parts_of, scores))):
+        column = [parts_of(score).get(part) for score in scores]
+        yield f"{name}/{part}", torch.tensor([paid(number) for number in column], dtype=torch.float32)
 
 
 def weighted_sum(parts: dict[str, Tensor], rewards: list[Reward]) -> Tensor:

@@ -42,7 +42,7 @@ def evaluate(resolved: Resolved, target: str) -> int:
         for line in opening(config, policy, engine):
             say(line)
         with working("evaluation"):
-            scores = build_evaluator(resolved.task, config, questions)(engine)
+            scores = build_evaluator(resolved.task, config, questions, say)(engine)
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
         say("  " + line)
