@@ -191,7 +191,7 @@ def plan_memory(
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
     sizes = memory.measure(policy, longest)
-    plan = memory.choose(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
+    plan = memory.foresee(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
     if config.memory_gib:
         memory.keep_within(plan, policy.device)
     return plan

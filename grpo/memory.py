@@ -1,7 +1,7 @@
 """Memory: what a run takes of a GPU, planned before it starts from measured sizes. Knows nothing of tasks or engines.
 
     measure(policy, longest)         what a token takes in the update, by trial on a few tokens -> Sizes
-    choose(sizes, need, limit, ...)  the settings that fit, the fastest of them -> Plan; arithmetic alone
+    foresee, choose(sizes, need, ..) the settings that fit, the fastest of them -> Plan; arithmetic alone
     Plan.table()                     what was chosen, what it costs, and how far the card is filled
 
 A step has two peaks. In the rollout there is the KV cache, in the update there are activations; where the engine gives
@@ -46,8 +46,9 @@ GIB = 2**30
 # Of the limit: what the allocator cannot hand out because it lies between other things, and what libraries take later.
 SPARE_SHARE, SPARE_BYTES = 0.04, 2**28
 
-# What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it.
-ENGINE_BYTES = int(1.25 * GIB)
+# What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it, or, where
+# that leaves too little, the least that was seen.
+ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 4
 
 # Batches to choose from: a step in so many equal parts, of at most so many tokens. Larger ones gain nothing.
 MOST_PARTS, LARGEST_BATCH = 64, 32768
@@ -321,6 +322,22 @@ def _peak(policy: Policy, batch: Batch, kept: int) -> int:
 
 
 # ---- the choice
+
+
+def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
+    """The plan before there is an engine, `need` being with what it is expected to take; with less where nothing fits
+    beside that.
+
+    Raises:
+        UserError: nothing fits beside the least either.
+    """
+    try:
+        return choose(sizes, need, limit, asked)
+    except UserError:
+        if need.engine_bytes < ENGINE_BYTES:  # there is to be none
+            raise
+        least = need.engine_bytes - ENGINE_BYTES + LEAST_ENGINE_BYTES
+        return choose(sizes, replace(need, engine_bytes=least), limit, asked)
 
 
 def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:

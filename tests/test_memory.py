@@ -8,7 +8,7 @@ import pytest
 
 from grpo.build import build_policy, plan_memory
 from grpo.errors import UserError
-from grpo.memory import GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose
+from grpo.memory import ENGINE_BYTES, GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose, foresee
 from grpo.policy import load_tokenizer
 
 KIB = 1024
@@ -158,6 +158,18 @@ def test_a_resumed_run_keeps_its_batches_where_they_fit():
 def test_weights_that_do_not_fit_are_told():
     with pytest.raises(UserError, match=r"weights, adapter and engine alone take 8\.\d\. Take a smaller model"):
         plan_for(8)
+
+
+def test_an_engine_may_turn_out_smaller_than_is_set_aside_for_it():
+    need = replace(NEED, engine_bytes=ENGINE_BYTES)
+    assert foresee(SIZES, need, 24 * GIB, FREE) == choose(SIZES, need, 24 * GIB, FREE)
+    small = 10 * GIB
+    with pytest.raises(UserError):
+        choose(SIZES, need, small, FREE)
+    plan = foresee(SIZES, need, small, FREE)
+    assert plan.need.engine_bytes < ENGINE_BYTES and max(plan.peaks) <= small
+    with pytest.raises(UserError):
+        foresee(SIZES, replace(need, engine_bytes=0), 7 * GIB, FREE)
 
 
 def test_what_was_asked_for_and_does_not_fit_is_named():

@@ -13,6 +13,7 @@ The names were read in vLLM 0.26 and 0.32, and run with 0.26 on a GPU and 0.32 o
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import importlib.metadata
@@ -23,7 +24,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, get_args
 
@@ -137,6 +138,36 @@ def _restore_gpu(stream: torch.cuda.Stream, cudnn: bool) -> None:
     options = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
     if options:  # vLLM's memory pool sets some of them, which resets the others
         torch.cuda.memory._set_allocator_settings(options)
+
+
+def load_model_class(source: str) -> None:
+    """vLLM looks at a model's class in a process of its own, so as not to wake the GPU in this one: 15 seconds, the
+    first time. Here the GPU is awake, and the class is wanted next; so it is loaded, and vLLM finds it so.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    for architecture in AutoConfig.from_pretrained(source).architectures or []:
+        entry = getattr(ModelRegistry, "models", {}).get(architecture)
+        if hasattr(entry, "load_model_cls"):
+            with suppress(Exception):  # vLLM will try again, and has sentences of its own for what is wrong
+                ModelRegistry.register_model(architecture, entry.load_model_cls())
+
+
+@contextmanager
+def warmed_up_with(params: Any) -> Iterator[None]:
+    """Inside, vLLM warms up by requests like these. Else it compiles kernels for all that may be asked of a sampler,
+    which takes 12 seconds, and nothing but temperature, seed and log-probabilities ever is.
+    """
+    original = getattr(type(params), "for_sampler_warmup", None)
+    if original is None:
+        yield
+        return
+    type(params).for_sampler_warmup = staticmethod(lambda: copy.copy(params))
+    try:
+        yield
+    finally:
+        type(params).for_sampler_warmup = staticmethod(original)
 
 
 class OwnStream:

@@ -12,6 +12,7 @@ What belongs to vLLM's inside is in vllm_compat.py and vllm_memory.py.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -95,13 +96,15 @@ class VllmEngine:
         self.new_params = vllm.SamplingParams
         self.link = build_link(policy)
         with vllm_compat.process_unchanged(self.device):
-            with refusal_in_words(policy.source), self.link.building():
+            warm_up = vllm_compat.warmed_up_with(self._params(max_tokens=2, seed=0))
+            with refusal_in_words(policy.source), self.link.building(), warm_up:
+                vllm_compat.load_model_class(policy.source)
                 self.llm = vllm.LLM(**self.link.arguments, **self._arguments(longest))
             self.on_stream = vllm_compat.OwnStream(self.device, vllm_compat.current_stream(self.device))
         try:
             self.link.attach(self.llm)
             self.run = vllm_compat.choose_run(self.llm)
-            self.kv_memory = find_kv_memory(self.llm, self._can_release())
+            self.kv_memory = find_kv_memory(self.llm, self._can_release(), gpu_limit(config))
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
                 self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
@@ -278,6 +281,11 @@ def refusal_in_words(source: str) -> Iterator[None]:
         raise UnsuitedEngine(
             f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."
         ) from error
+
+
+def gpu_limit(config: Config) -> int:
+    """Bytes of the GPU that may be in use at most."""
+    return int(config.memory_gib * 2**30) or sys.maxsize
 
 
 def sequences_at_once(config: Config) -> int:

@@ -30,6 +30,7 @@ class SleepingKvMemory(KvMemory):
 
     let_go: Callable[[], object]
     take_back: Callable[[], object]
+    limit: int  # bytes of the GPU that may be in use, by whomever
     size: int = 0  # bytes that letting go gave
 
     def release(self) -> None:
@@ -40,13 +41,14 @@ class SleepingKvMemory(KvMemory):
 
     def restore(self) -> None:
         """See KvMemory.restore."""
-        if torch.cuda.mem_get_info()[0] < self.size:
+        free, total = torch.cuda.mem_get_info()
+        if self.limit - (total - free) < self.size:
             torch.cuda.empty_cache()
         self.take_back()
 
 
-def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
-    """The way that this version has.
+def find_kv_memory(llm: Any, can_sleep: bool, limit: int) -> KvMemory:
+    """The way that this version has. limit: bytes of the GPU that may be in use while the cache is there.
 
     0.31 and later release the cache alone. Before, sleep level 1 also moves vLLM's weights to the CPU: norms
     and biases where the base is shared, all of its copy where it is not. Without sleep mode nothing is released.
@@ -54,8 +56,9 @@ def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
     if not can_sleep:
         return KvMemory()
     if hasattr(llm, "release_kv_cache_memory"):
-        return SleepingKvMemory(partial(_heap_frozen, _release, llm), lambda: llm.wake_up(tags=["kv_cache"]))
-    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
+        take_back = partial(llm.wake_up, tags=["kv_cache"])
+        return SleepingKvMemory(partial(_heap_frozen, _release, llm), take_back, limit)
+    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up, limit)
 
 
 def _release(llm: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_engines import Letters, contexts, prompts, rollout
 from tiny_models import build_policy
+from transformers import AutoConfig
 
 from grpo.rollout import vllm_compat
 from grpo.rollout.vllm_engine import VllmEngine
@@ -88,3 +89,30 @@ def test_a_compiled_model_is_forgotten_too(vllm_config):
     engine.close()
     gc.collect()
     assert model() is None
+
+
+def test_a_model_class_is_looked_at_in_this_process(vllm_config):
+    """Else vLLM starts another Python for it."""
+    from vllm import ModelRegistry
+
+    config = vllm_config()
+    policy = build_policy(config)
+    vllm_compat.import_vllm(policy.device)
+    vllm_compat.load_model_class(policy.source)
+    (architecture,) = AutoConfig.from_pretrained(policy.source).architectures
+    entry = ModelRegistry.models[architecture]
+    assert type(entry).__name__ == "_RegisteredModel"
+    assert entry.model_cls.__name__ == architecture
+    vllm_compat.load_model_class(policy.source)  # once more: nothing to do
+    assert ModelRegistry.models[architecture] == entry
+
+
+def test_warm_up_is_by_our_requests_and_only_meanwhile():
+    from vllm import SamplingParams
+
+    ours, usual = SamplingParams(temperature=0.7, seed=1), SamplingParams.for_sampler_warmup()
+    with pytest.raises(KeyboardInterrupt), vllm_compat.warmed_up_with(ours):
+        asked = SamplingParams.for_sampler_warmup()
+        assert asked == ours and asked is not ours
+        raise KeyboardInterrupt
+    assert SamplingParams.for_sampler_warmup() == usual != ours
