@@ -27,7 +27,6 @@ from grpo.rewards import (
     event_loop,
     exact_match,
     integer,
-    resolve_reward,
     score,
     soft_xml,
     strict_xml,
@@ -704,24 +703,6 @@ def test_signatures_that_cannot_be_called_by_name():
 
     assert "never sees what it should score" in error_of({blind: 1.0})
     assert "by position only" in error_of({positional: 1.0})
-
-
-def test_strings_find_functions_and_installed_plugins(tmp_path, monkeypatch):
-    module = types.ModuleType("my_rewards")
-    module.shouting = lambda completion: float(completion.isupper())
-    monkeypatch.setitem(sys.modules, "my_rewards", module)
-    assert resolve_reward("my_rewards:shouting") is module.shouting
-    assert scored({"my_rewards:shouting": 1.0})[0].parts.keys() == {"shouting"}
-
-    installed = tmp_path / "plugin-1.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[grpo.rewards]\nloud = my_rewards:shouting\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert resolve_reward("loud") is module.shouting
-    assert scored({"loud": 1.0})[0].parts.keys() == {"loud"}
-    with pytest.raises(UserError, match=r"Did you mean `loud`\?"):
-        resolve_reward("lowd")
 
 
 def test_log_metric_comes_back_from_score():

@@ -15,15 +15,17 @@ from grpo.rewards.integer import integer
 from grpo.rewards.length import cosine, length, overlong, short_when_right
 from grpo.rewards.mathematics import math
 from grpo.rewards.number import number, strict_number
+from grpo.rewards.options import reward
 from grpo.rewards.repetition import repetition, repetition_penalty
 from grpo.rewards.tags import tags, think_answer, think_format
 from grpo.rewards.text import exact_match, similarity
 from grpo.rewards.xml_format import XML_FORMAT, extract_answer, soft_xml, strict_xml, xml_count
 
 if TYPE_CHECKING:
-    from grpo.rewards.scoring import Reward, Scorer, build_rewards, resolve_reward, score
+    from grpo.rewards.names import resolve_reward
+    from grpo.rewards.scoring import Reward, Scorer, build_rewards, score
 
-_IN_SCORING = ("Reward", "Scorer", "build_rewards", "resolve_reward", "score")
+_LATE = {"resolve_reward": "names"} | dict.fromkeys(("Reward", "Scorer", "build_rewards", "score"), "scoring")
 
 __all__ = [
     "XML_FORMAT",
@@ -45,6 +47,7 @@ __all__ = [
     "repetition",
     "repetition_penalty",
     "resolve_reward",
+    "reward",
     "same_answer",
     "score",
     "short_when_right",
@@ -60,6 +63,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _IN_SCORING:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(import_module("grpo.rewards.scoring"), name)
+    return getattr(import_module(f"grpo.rewards.{_LATE[name]}"), name)

@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from types import MethodType
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from grpo.rewards.samples import (
     Samples,
     Source,
     column_source,
+    only,
     where,
     where_batch,
     where_one,
@@ -67,12 +69,19 @@ _NAMES_A_BATCH = {"prompts", "completions", "completion_ids"}
 
 
 def starter(
-    name: str, function: Callable, columns: Iterable[str], chat: bool, probe: Samples | None, way: Way
+    name: str,
+    function: Callable,
+    columns: Iterable[str],
+    chat: bool,
+    probe: Samples | None,
+    way: Way,
+    group_by_group: bool = False,
 ) -> Start:
     """Decide how `function` is called, so that scoring has nothing left to decide.
 
     In a chat task a batch function gets TRL's chat form, `[[{"role": "assistant", "content": ...}], ...]`,
-    unless calling it on `probe` shows that it wants strings.
+    unless calling it on `probe` shows that it wants strings. group_by_group: a batch function is called with one group
+    at a time.
     """
     parameters = _parameters(name, function)
     sources_of_columns: dict[str, Source] = {column: column_source(column) for column in columns}
@@ -84,7 +93,7 @@ def starter(
     if "completion" in parameters:
         return start_with(_calls_of_each, fit_one, OF_ONE_COMPLETION)
     _check_names_a_batch(name, parameters)
-    start_batch = partial(start_with, _call_of_all, fit_list)
+    start_batch = partial(start_with, _calls_of_groups if group_by_group else _call_of_all, fit_list)
     if not chat:
         return start_batch(OF_TEXTS)
     if probe is None:
@@ -186,6 +195,13 @@ def _calls_of_each(sources: dict[str, Source], samples: Samples) -> Iterator[Cal
 def _call_of_all(sources: dict[str, Source], samples: Samples) -> Iterator[Call]:
     members = range(len(samples.completions))
     yield Call(members, where_batch(samples, members), {key: source(samples) for key, source in sources.items()})
+
+
+def _calls_of_groups(sources: dict[str, Source], samples: Samples) -> Iterator[Call]:
+    for _, members in groupby(range(len(samples.group)), key=samples.group.__getitem__):
+        own = list(members)
+        [call] = _call_of_all(sources, only(samples, own))
+        yield Call(own, call.where, call.arguments)
 
 
 # ---- which form of a batch a reward wants

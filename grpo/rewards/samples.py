@@ -10,7 +10,7 @@ import datetime
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -32,6 +32,7 @@ class Samples:
 
     prompts: list[Prompt]  # S
     completions: list[Completion]  # S
+    group: list[int]  # S, which of the groups that are scored together each belongs to
     logged: dict[str, list[float]] = field(default_factory=dict)
 
     @property
@@ -48,7 +49,14 @@ def samples_of(groups: list[Group]) -> Samples:
     return Samples(
         prompts=[group.prompt for group in groups for _ in group.completions],
         completions=[completion for group in groups for completion in group.completions],
+        group=[number for number, group in enumerate(groups) for _ in group.completions],
     )
+
+
+def only(samples: Samples, indices: Sequence[int]) -> Samples:
+    """Some of the completions; what is logged is logged for all."""
+    picked = {name: [getattr(samples, name)[i] for i in indices] for name in ("prompts", "completions", "group")}
+    return replace(samples, **picked)
 
 
 def where(samples: Samples, scored: Sequence[int]) -> str:

@@ -6,11 +6,9 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import entry_points
 from itertools import chain
 from numbers import Real
 from operator import attrgetter
@@ -19,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.errors import UserError, nearest, user_code
-from grpo.rewards.calling import Start, Way, is_async, starter
-from grpo.rewards.event_loop import CONCURRENCY, way_async
+from grpo.errors import UserError
+from grpo.rewards.calling import Calls, Fit, Start, Way, is_async, starter
+from grpo.rewards.event_loop import way_async
 from grpo.rewards.failures import NONE_MAY_FAIL, Ledger, Tolerance
 from grpo.rewards.here import way_here
+from grpo.rewards.names import name_of, reward_of
+from grpo.rewards.options import Options, options_of
+from grpo.rewards.retries import retrying
 from grpo.rewards.samples import Samples, samples_of
 from grpo.rewards.values import paid, parts_of, shown
 from grpo.types import Completion, Group, Prompt
 
-ENTRY_POINTS = "grpo.rewards"
 _TAKEN = ("mean", "std")  # `reward/mean` and `reward/std` are metrics of the weighted sum: see train.step_metrics
 
 
@@ -76,24 +76,34 @@ def build_rewards(
     probe    a prompt and its gold completion, on which a TRL-style function of a chat task is tried, to find
              out whether it reads chat messages or strings; without it, chat messages
     tokenizer, group_size  of the run, so that the probe looks like what the model says
-    timeout  seconds that one call of a reward may take; None for no limit
-
-    A string names an installed reward (entry-point group `grpo.rewards`) or `package.module:function`.
+    timeout  seconds that one call of a reward may take that does not say it itself; None for no limit
     """
     columns = list(columns)
     samples = probe and probe_samples(*probe, tokenizer, group_size)
     built = []
     for key, weight in rewards.items():
-        function = resolve_reward(key) if isinstance(key, str) else key
-        name = key.rpartition(":")[2] if isinstance(key, str) else _name_of(function)
-        start = starter(name, function, columns, chat, samples, _way(function, timeout))
-        built.append(Reward(name, _checked_weight(name, weight), start, is_async(function)))
+        function = reward_of(key)
+        name, options = name_of(key), options_of(function)
+        way = _way(function, options, timeout)
+        start = starter(name, function, columns, chat, samples, way, options.batch == "group")
+        weight = _checked_weight(name, weight)
+        built.append(Reward(name, weight, start, is_async(function), may_fail=options.on_failure == "missing"))
     _check_together(built)
     return built
 
 
-def _way(function: Callable, timeout: float | None) -> Way:
-    return partial(way_async, timeout, CONCURRENCY) if is_async(function) else partial(way_here, timeout)
+def _way(function: Callable, options: Options, timeout: float | None) -> Way:
+    """Where and how it runs, by what it says of itself and what the run says."""
+    limit = timeout if options.time_limit is None else options.time_limit or None
+    if is_async(function):
+        way: Way = partial(way_async, limit, options.concurrency)
+    else:
+        way = partial(way_here, limit)
+    return partial(_with_retries, way, options) if options.retries else way
+
+
+def _with_retries(way: Way, options: Options, name: str, function: Callable, fits: Fit, calls: Calls) -> Start:
+    return retrying(way(name, function, fits, calls), options.retries, options.backoff)
 
 
 def score(groups: list[Group], rewards: list[Reward], tolerance: Tolerance = NONE_MAY_FAIL) -> dict[str, float]:
@@ -166,51 +176,6 @@ def cut_off(completion: Completion, tokenizer: Any = None) -> Completion:
     else:
         text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Completion(tokens, [0.0] * len(tokens), text, finish="length", policy_version=0)
-
-
-def resolve_reward(name: str) -> Callable:
-    """`package.module:function`, or the name under which an installed package offers a reward."""
-    module_name, colon, attribute = name.partition(":")
-    if not colon:
-        return _installed_reward(name)
-    with user_code(
-        lambda raised: (
-            f"Reward `{name}`: importing {module_name} raised {raised}. The name before the colon must be a module "
-            "that Python can import from here: check its spelling, mend it, or install its package."
-        )
-    ):
-        module = importlib.import_module(module_name)
-    if attribute not in vars(module):
-        functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise UserError(
-            f"Reward `{name}`: {module_name} has no `{attribute}`.{nearest(attribute, functions)} "
-            f"It has: {', '.join(functions) or 'no functions'}."
-        )
-    return vars(module)[attribute]
-
-
-def _installed_reward(name: str) -> Callable:
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    if name not in installed:
-        raise UserError(
-            f"No installed package offers a reward `{name}`.{nearest(name, installed)} "
-            f"Installed: {', '.join(sorted(installed)) or 'none'}. "
-            "A reward of your own is named `package.module:function`."
-        )
-    with user_code(lambda raised: f"Loading the installed reward `{name}` raised {raised}. Mend its package."):
-        return installed[name].load()
-
-
-def _name_of(function: Callable) -> str:
-    # Its own, as a decorator or the user has set it; a partial object has else that of its function, and an object that
-    # is callable that of its class.
-    name = getattr(function, "__name__", None)
-    if name is None and isinstance(function, partial):
-        return _name_of(function.func)
-    name = type(function).__name__ if name is None else name
-    if not (isinstance(name, str) and name.isidentifier()):
-        raise UserError(f"A reward is called {name}. Its name is its metric's name: write it with `def`.")
-    return name
 
 
 def _checked_weight(name: str, weight: Any) -> float:

@@ -1,0 +1,111 @@
+"""Names: a reward that is named instead of given, and what a reward is called. Knows nothing of how one is called.
+
+"package.module:function"     what Python imports from here
+"correctness"                 what an installed package offers under the entry-point group `grpo.rewards`; those
+                              that ship are offered so too
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from grpo.errors import UserError, nearest, user_code
+from grpo.rewards.values import shown
+
+ENTRY_POINTS = "grpo.rewards"
+
+
+def reward_of(key: Any) -> Callable:
+    """The function that a task means by a key of its `rewards`.
+
+    Raises:
+        UserError: it names nothing that is here, or is neither a name nor a function.
+    """
+    function = resolve_reward(key) if isinstance(key, str) else key
+    if not callable(function):
+        told = f"`{key}` names {shown(function)}" if isinstance(key, str) else f"A reward of the task is {shown(key)}"
+        raise UserError(
+            f"{told}, which is no function. A reward is a function, the name of an installed one, or "
+            "`package.module:function`."
+        )
+    return function
+
+
+def name_of(key: Any) -> str:
+    """What a reward of a task is called: the last part of its name, or the function's own.
+
+    A function's own is what a decorator or the user has set; a partial object has else that of its function, and an
+    object that is callable that of its class.
+
+    Raises:
+        UserError: that is no word.
+    """
+    if isinstance(key, str):
+        return re.sub(r"[^\w-]+", "_", key.rpartition(":")[2].rpartition(".")[2])
+    name = getattr(key, "__name__", None)
+    if name is None and isinstance(key, partial):
+        return name_of(key.func)
+    name = type(key).__name__ if name is None else name
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise UserError(f"A reward is called {name}. Its name is its metric's name: write it with `def`.")
+    return name
+
+
+def resolve_reward(name: str) -> Callable:
+    """`package.module:function`, or the name under which an installed package offers a reward.
+
+    Raises:
+        UserError: there is no such thing here, or it cannot be imported.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        return _installed_reward(name)
+    if not module_name or not attribute:
+        raise UserError(f"Reward `{name}`: there must be a module before the colon and a function after it.")
+    with user_code(
+        lambda raised: (
+            f"Reward `{name}`: importing {module_name} raised {raised}. The name before the colon must be a module "
+            "that Python can import from here: check its spelling, mend it, or install its package."
+        )
+    ):
+        module = importlib.import_module(module_name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            functions = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+            raise UserError(
+                f"Reward `{name}`: {module_name} has no `{attribute}`.{nearest(attribute, functions)} "
+                f"It has: {', '.join(functions) or 'no functions'}."
+            )
+        found = getattr(found, part)
+    return found
+
+
+def installed_rewards() -> dict[str, list[EntryPoint]]:
+    """Who offers a reward under each name, by name: one each, unless two packages offer the same."""
+    offered: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.value not in [other.value for other in offered.get(point.name, [])]:
+            offered.setdefault(point.name, []).append(point)
+    return dict(sorted(offered.items()))
+
+
+def _installed_reward(name: str) -> Callable:
+    installed = installed_rewards()
+    if name not in installed:
+        dotted = " Between module and function stands a colon." if "." in name else ""
+        raise UserError(
+            f"No installed package offers a reward `{name}`.{nearest(name, installed)}{dotted} "
+            f"Installed: {', '.join(installed) or 'none'}. "
+            "A reward of your own is named `package.module:function`."
+        )
+    if len(installed[name]) > 1:
+        values = " and ".join(sorted(f"`{point.value}`" for point in installed[name]))
+        raise UserError(f"Several installed packages offer a reward `{name}`: {values}. Name the one you mean so.")
+    with user_code(lambda raised: f"Loading the installed reward `{name}` raised {raised}. Mend its package."):
+        return installed[name][0].load()
