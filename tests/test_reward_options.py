@@ -35,9 +35,7 @@ def test_a_marked_function_is_the_function_that_it_was():
     assert marked("") == 1.0
     assert pickle.loads(pickle.dumps(marked)) is marked
     assert options_of(marked) == Options(time_limit=5, retries=2)
-    assert (
-        reward(test_a_marked_function_is_the_function_that_it_was) is test_a_marked_function_is_the_function_that_it_was
-    )
+    assert reward(group_of) is group_of
 
 
 def test_what_wraps_or_holds_a_marked_function_has_its_options():
@@ -84,9 +82,9 @@ def test_options_that_are_none_are_told(options, told):
 
 
 def test_what_cannot_be_marked_is_told():
-    with pytest.raises(UserError, match="which is no function. Its options are given by name"):
+    with pytest.raises(UserError, match=r"which is no function. Its options are given by name"):
         reward(10)
-    with pytest.raises(UserError, match="takes no attributes. Wrap it"):
+    with pytest.raises(UserError, match=r"takes no attributes. Wrap it"):
         reward(retries=1)(len)
 
 
@@ -112,7 +110,7 @@ def test_the_first_failure_of_a_reward_that_says_so_ends_the_run():
     def careful(completion):
         return 1 / (completion != "b")
 
-    with pytest.raises(UserError, match="`careful` raised ZeroDivisionError .* completion 'b'"):
+    with pytest.raises(UserError, match=r"`careful` raised ZeroDivisionError .* completion 'b'"):
         scored(careful, group_of(*"abcdefghij" * 3))
 
 
