@@ -65,8 +65,10 @@ def test_a_reward_keeps_the_range_that_it_states(name):
         assert value in (low, high) if stated[2] == "or" else low <= value <= high
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"similarity", "code"}))  # quadratic; a process of its own
-def test_a_million_characters_are_scored(name):
+@pytest.mark.parametrize(
+    "name", sorted(set(NAMES) - {"similarity", "code", "code_share"})
+)  # quadratic; a process of its own
+def test_a_text_without_an_end_is_scored(name):
     for text in (
         "1",
         "1,",
@@ -82,4 +84,4 @@ def test_a_million_characters_are_scored(name):
         " ",
         "answer is\n",
     ):
-        assert abs(call(name, text * (1_000_000 // len(text)))) <= 2.0
+        assert abs(call(name, text * (200_000 // len(text)))) <= 2.0

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from grpo.rewards.choice import choice
+from grpo.rewards.coding import code, code_share
 from grpo.rewards.correctness import correctness, final_answer, parse_number, same_answer
 from grpo.rewards.integer import integer
 from grpo.rewards.length import cosine, length, overlong, short_when_right
@@ -33,6 +34,8 @@ __all__ = [
     "Scorer",
     "build_rewards",
     "choice",
+    "code",
+    "code_share",
     "correctness",
     "cosine",
     "exact_match",
