@@ -89,7 +89,8 @@ class Options:
     """
 
     task: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TASK.py")] = ""
-    """The task file, such as tasks/gsm8k.py. With --resume or --eval RUN it may be left out."""
+    """The task file, such as tasks/gsm8k.py, or the name of one that ships: gsm8k. With --resume or --eval RUN it may
+    be left out."""
     check: tyro.conf.FlagCreatePairsOff[bool] = False
     """Try the data and the rewards on every gold answer, then stop. Loads no model."""
     resume: str | None = None

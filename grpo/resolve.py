@@ -19,7 +19,7 @@ from grpo.errors import UserError
 from grpo.folder import Origin, Saved, fingerprint_of, is_run, run_of, saved_run
 from grpo.recipes import RECIPES
 from grpo.sources import hub_name, is_local, whole_path
-from grpo.task import Task, load_task
+from grpo.task import Task, load_task, shipped_tasks, task_file
 
 HUB_TIMEOUT = 3.0  # seconds
 
@@ -52,11 +52,14 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     options, flags = parse(argv)
     here = _here()
     options, flags = _from(here, options, flags)
+    data = whole_path(flags["data"]) if flags.get("data") else ""  # now: a task file may go to another folder
     options = _settled(options, flags)
     saved = saved_run(options.resume or options.eval)
     if options.resume and not saved:
         raise UserError(_no_run(options.resume))
     task, task_path = _task(options, saved)
+    if data and not task.made_up:
+        flags = flags | {"data": data}
     if options.resume and saved:
         _check_same_run(saved, task, task_path, options.resume, flags)
     if saved:
@@ -85,12 +88,13 @@ def _here() -> Path:
 def _from(here: Path, options: Options, flags: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
     """The same with whole paths where folders are meant: a task file, or a reward in the middle of a run, may change
     the folder that the process is in."""
+    if options.task and "\0" not in options.task:
+        options = dataclasses.replace(options, task=task_file(options.task))
     runs = {name: path for name in ("task", "resume", "eval") if (path := getattr(options, name)) and _is(here / path)}
     model = {"model": flags["model"]} if flags.get("model") and _is(here / flags["model"]) else {}
     new = {"run_dir": flags["run_dir"]} if flags.get("run_dir") else {}
-    data = {"data": whole_path(flags["data"])} if flags.get("data") else {}
     options = dataclasses.replace(options, **{name: os.path.abspath(here / path) for name, path in runs.items()})
-    return options, flags | data | {name: os.path.abspath(here / path) for name, path in (model | new).items()}
+    return options, flags | {name: os.path.abspath(here / path) for name, path in (model | new).items()}
 
 
 def _is(path: Path) -> bool:
@@ -106,7 +110,8 @@ def _embedded_where_missing(task: Task, config: Config, layers: Layers) -> tuple
     with_embedded: Layers = {"embedded": task.embedded, **layers}
     _check_either(config, with_embedded, layers)  # before something slow is asked
     asked = _over(config, layers)
-    missing = [] if "model" in layers["flag"] else what_is_missing(asked["model"], asked["data"] or task.data)
+    data = "embedded" if task.made_up else asked["data"] or task.data
+    missing = [] if "model" in layers["flag"] else what_is_missing(asked["model"], data)
     return missing, with_embedded if missing or asked["model"] == "embedded" else layers
 
 
@@ -175,7 +180,10 @@ def _task(options: Options, saved: Saved | None) -> tuple[Task, str]:
             f"{options.eval} is no run: neither metrics.jsonl nor a checkpoint nor a run's config.json is in it. If "
             f"it is a model, give the task file that asks it too: `python -m grpo.run TASK.py --eval {options.eval}`."
         )
-    raise UserError("Give a task file, such as `python -m grpo.run tasks/gsm8k.py`. --help lists the flags.")
+    raise UserError(
+        "Give a task file, such as `python -m grpo.run tasks/gsm8k.py`, or the name of one that ships: "
+        f"{', '.join(shipped_tasks())}. --help lists the flags."
+    )
 
 
 def _check_task_file(saved: Saved) -> None:
@@ -253,7 +261,7 @@ def _absolute(config: Config, task: Task) -> dict[str, str]:
     """Folders of data and of a model by their whole paths, so that the run goes on from any other folder too."""
     data = config.data or task.data
     model = {"model": str(Path(config.model).resolve())} if _is_folder(config.model) else {}
-    return model | ({"data": whole_path(data)} if whole_path(data) != data else {})
+    return model | ({"data": whole_path(data)} if not task.made_up and whole_path(data) != data else {})
 
 
 def _is_folder(model: str) -> bool:

@@ -55,6 +55,7 @@ class Task:
     held_out  for data that has no test split: so many prompts of the training split are kept out of training and asked
               in its place, chosen by what they ask, so that they are the same in every run; 0: the score is of training
               prompts, and says so
+    made_up   the rows are made up: `data` names what is to be made, and nothing on a disk or on the hub
     continue_final_message    where the last chat message is the assistant's, the completion goes on with it
     chat_template_kwargs      what the model's chat template reads beside the messages, such as enable_thinking, or
                               row -> that; --chat-template-kwargs goes over it
@@ -75,6 +76,7 @@ class Task:
     embedded: dict[str, Any] = field(default_factory=dict)
     answer: Callable[[str], str | None] = extract_answer
     held_out: int | None = None
+    made_up: bool = False
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | Callable[[Row], dict[str, Any]] = field(default_factory=dict)
     tools: Sequence[Callable | dict] | Callable[[Row], Sequence[Callable | dict]] = ()
@@ -194,6 +196,10 @@ def _faults(task: Task) -> list[tuple[bool, str]]:
             f"`continue_final_message` is {task.continue_final_message!r}. It must be True or False.",
         ),
         (
+            not isinstance(task.made_up, bool),
+            f"`made_up` is {task.made_up!r}. It must be True or False.",
+        ),
+        (
             not callable(task.chat_template_kwargs) and bool(fault := fault_of_kwargs(task.chat_template_kwargs)),
             f"`chat_template_kwargs` {fault}.",
         ),
@@ -282,22 +288,38 @@ def _fault_of_template(gold: Any) -> str:
     return f"where a field has no name: {hint}" if unnamed else ""
 
 
+def shipped_tasks() -> dict[str, Path]:
+    """Name -> file of the tasks that ship: in an installed package, or in the repository that it is run from."""
+    package = Path(__file__).parent
+    folder = package / "tasks" if (package / "tasks").is_dir() else package.parent / "tasks"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))} if (folder / "gsm8k.py").is_file() else {}
+
+
+def task_file(said: str) -> str:
+    """The file that a command line means: one at that path, else the task of that name that ships.
+
+    A folder is no task file, so gsm8k is the task also beside a folder of that name.
+    """
+    return said if Path(said).is_file() else str(shipped_tasks().get(said, said))
+
+
 def load_task(path: str | Path) -> Task:
-    """The object called `task` in the Python file at `path`.
+    """The object called `task` in the Python file at `path`, or of the task of that name that ships.
 
     Raises:
         UserError: no such file, the file does not run, or it defines no Task.
     """
-    path = Path(path)
+    path = Path(task_file(str(path)))
     if path.is_dir():
         raise UserError(
             f"{path} is a folder, and a task is a Python file, such as tasks/gsm8k.py. A run goes on with "
             f"--resume {path}, and --eval {path} scores it."
         )
     if not path.is_file():
-        shipped = sorted(str(p) for p in Path("tasks").glob("*.py"))
-        hint = f"Here are: {', '.join(shipped)}." if shipped else "It may lie anywhere; README.md shows a whole one."
-        raise UserError(f"There is no task file {path}. {hint}")
+        raise UserError(
+            f"There is no task file {path}.{nearest(path.stem, shipped_tasks())} It may lie anywhere; these ship, and "
+            f"go by their names: {', '.join(shipped_tasks()) or 'none'}."
+        )
     spec = importlib.util.spec_from_file_location(_module_name(path), path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file. A task file's name ends in .py, such as tasks/gsm8k.py.")
@@ -329,7 +351,8 @@ def _module_name(path: Path) -> str:
 def _make_importable(path: Path) -> None:
     """What lies beside a task file is imported as beside a script, from wherever the command is given; and a process
     that a reward starts anew (multiprocessing's "spawn", macOS's default) finds the functions of the task file."""
-    if str(path.parent) not in sys.path:
+    shipped = path in {file.resolve() for file in shipped_tasks().values()}
+    if not shipped and str(path.parent) not in sys.path:  # beside a shipped one lies math.py, which is not Python's own
         sys.path.insert(0, str(path.parent))
     os.environ[TASK_FILE] = str(path)
 

@@ -2,21 +2,28 @@
 
 import inspect
 import json
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from grpo.errors import UserError
+from grpo.resolve import resolve
+from grpo.run import main
 from grpo.task import load_task
 
 TASKS = Path(__file__).parents[1] / "tasks"
-NAMES = ("gsm8k", "countdown", "reverse")
+NAMES = ("gsm8k", "countdown", "reverse", "math")
 MAXIMA = {
     "gsm8k": {"correctness": 2.0, "integer": 0.5, "strict_xml": 0.5, "soft_xml": 0.5, "xml_count": 0.5},
     "countdown": {"reaches_target": 1.0, "soft_xml": 0.5},
+    "math": {"math": 1.0},
     "reverse": {"reversed_letters": 1.0, "right_start": 0.5, "soft_xml": 0.5},
 }
 
@@ -70,6 +77,116 @@ def test_gsm8k_reads_the_columns_of_the_hub(tmp_path):
     }
     assert marks(task, task.gold_text(row), row) == MAXIMA["gsm8k"]
     assert marks(task, task.gold_text({**row, "answer": "1081"}), row)["correctness"] == 0.0
+
+
+def test_math_takes_the_answer_from_the_solution_where_the_data_has_no_column_for_it(tmp_path):
+    rows = [
+        {"problem": "a", "solution": r"So $\boxed{\frac{1}{2}}$."},
+        {"problem": "b", "solution": r"So $x=\boxed{3}$.", "answer": "3"},
+        {"problem": "c", "answer": r"(-\infty, 2) \cup (2, 3]"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("math")
+    for row, answer in zip(task.rows("train", str(tmp_path)), (r"\frac{1}{2}", "3", rows[2]["answer"]), strict=True):
+        assert row["answer"] == answer == task.vote(task.gold_text(row))
+        assert marks(task, task.gold_text(row), row) == MAXIMA["math"]
+        assert marks(task, task.gold_text({**row, "answer": "17"}), row) == {"math": 0.0}
+
+
+# ---- Reasoning Gym
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["spell_backward:max_word_len=5", "chain_sum:size=9", "graph_color", "rubiks_cube", "figlet_font", "mini_sudoku"],
+)
+def test_a_generator_of_reasoning_gym_is_scored_by_its_own_score(data):
+    gym = pytest.importorskip("reasoning_gym")
+    task = load_task("reasoning_gym")
+    train, test = (list(islice(task.rows(split, data), 10)) for split in ("train", "test"))
+    assert not {row["question"] for row in train} & {row["question"] for row in test}
+    assert train == list(islice(task.rows("train", data), 10))
+    assert (len(train), len(test)) == ((9, 1) if "size=9" in data else (10, 10))
+    generator = gym.create_dataset(data.partition(":")[0])
+    for row in train + test:
+        assert marks(task, task.gold_text(row), row) == {"solved": 1.0, "soft_xml": 0.5}
+        for other in ("0", train[0]["answer"], ""):
+            entry = {"question": row["question"], "answer": row["answer"], "metadata": row["metadata"]}
+            expected = generator.score_answer(other, entry) if other else 0.0
+            assert marks(task, answered(other), row)["solved"] == expected
+    if "max_word_len" in data:
+        assert max(len(row["answer"]) for row in train + test) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("spellbackward", r"no generator 'spellbackward'\. Did you mean `spell_backward`"),
+        ("chain_sum:max_term=3", r"unexpected keyword .* parameters are: min_terms=2, max_terms=6"),
+        ("chain_sum:max_terms=1", r"max_terms must be >= min_terms"),
+        ("chain_sum:3", "cannot be read"),
+        ("chain_sum:max_terms=__import__('os')", "cannot be read"),
+        ("rush_hour", "gives no right answer for rush_hour"),
+    ],
+)
+def test_a_generator_that_is_none_is_told(data, told):
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(UserError, match=told):
+        next(iter(load_task("reasoning_gym").rows("train", data)))
+
+
+def test_what_is_made_up_is_looked_for_neither_here_nor_on_the_hub(tmp_path, monkeypatch):
+    """A folder of the generator's name is none of its business, and the hub is not asked."""
+    (tmp_path / "chain_sum").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, resolved = resolve(["reasoning_gym", "--data", "chain_sum"])
+    assert resolved.config.data == "chain_sum"
+    assert not any("data set" in what for what in resolved.missing)
+
+
+# ---- by name, from anywhere
+
+
+def test_a_task_that_ships_goes_by_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gsm8k").mkdir()  # as people call the folder of its data
+    monkeypatch.chdir(tmp_path)
+    _, resolved = resolve(["gsm8k"])
+    assert Path(resolved.task_path).samefile(TASKS / "gsm8k.py")
+    (tmp_path / "reverse.py").write_text((TASKS / "gsm8k.py").read_text())
+    assert resolve(["reverse.py"])[1].task.name == "gsm8k"
+    assert main(["gsm8kk"]) == 2
+    assert "Did you mean `gsm8k`? It may lie anywhere; these ship" in capsys.readouterr().err
+
+
+def test_a_task_that_ships_hides_no_module_of_python():
+    """tasks/math.py beside it is not Python's `math`, nor tasks/code.py its `code`."""
+    program = (
+        "import sys; from grpo.task import load_task; load_task('gsm8k'); sys.modules.pop('code', 0); import code; "
+        "print(code.__file__, [path for path in sys.path if path.endswith('tasks')])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "tasks" not in done.stdout.split()[0] and done.stdout.endswith("[]\n")
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_tasks(tmp_path):
+    """Built from a copy, so that nothing is left here; unpacked, the command runs from another folder."""
+    source, built, installed = (tmp_path / name for name in ("source", "built", "installed"))
+    for name in ("grpo", "kernels", "tasks"):
+        shutil.copytree(TASKS.parent / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(TASKS.parent / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(built), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    [wheel] = built.iterdir()
+    zipfile.ZipFile(wheel).extractall(installed)
+    for file in TASKS.glob("*.py"):
+        assert (installed / "grpo" / "tasks" / file.name).read_bytes() == file.read_bytes()
+    command = [sys.executable, "-m", "grpo.run", "reverse", "--check", "--model", "embedded"]
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "The task is ready" in done.stdout
 
 
 def test_a_task_file_is_loaded_without_torch():
