@@ -172,10 +172,11 @@ def test_what_a_program_starts_ends_with_it():
     assert confined_processes(901) == []
 
 
-def test_a_program_ends_with_a_parent_that_is_killed():
+def test_a_program_ends_with_a_parent_that_is_killed(tmp_path):
     inside = "import time; time.sleep(60)"
     asks = f"run_python({inside!r}, limits=Limits(seconds=50, memory_mib=902))"
-    parent = subprocess.Popen([sys.executable, "-c", f"from grpo.rewards.sandbox import Limits, run_python; {asks}"])
+    command = [sys.executable, "-c", f"from grpo.rewards.sandbox import Limits, run_python; {asks}"]
+    parent = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)})
     while not (running := confined_processes(902)):
         assert parent.poll() is None
     handles = [os.pidfd_open(process) for process in running]

@@ -17,6 +17,7 @@ import ctypes
 import json
 import os
 import resource
+import select
 import signal
 import struct
 import sys
@@ -45,13 +46,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 def main(settings: dict[str, Any]) -> None:
     """Confine this process as far as it goes, then run the program in the folder."""
     spaces = _leave_namespaces()
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends when who started it does
+    _end_with_parent()
+    if os.getppid() != settings["parent"]:  # it has ended already
+        return
     if "processes" in spaces:
         _go_on_as_first_process()
     folder = settings["folder"]
     private = "mounts" in spaces and _mount_memory(folder, settings["files_mib"])
     _give_up_capabilities()
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _end_with_parent()
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     os.chdir(folder)
     program = os.read(settings["program"], 1 << 26)
@@ -84,10 +87,21 @@ def _leave_namespaces() -> list[str]:
 
 def _go_on_as_first_process() -> None:
     """In a new PID namespace a child is its first process; the parent waits, and ends as it ends."""
+    lives, held = os.pipe()
     child = os.fork()
     if child:
+        os.close(lives)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(status if status >= 0 else 128 - status)
+    _end_with_parent()
+    os.close(held)
+    if select.select([lives], [], [], 0)[0]:  # nobody holds the other end: the parent has ended already
+        os._exit(1)
+    os.close(lives)
+
+
+def _end_with_parent() -> None:
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _mount_memory(folder: str, files_mib: int) -> bool:

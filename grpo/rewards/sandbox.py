@@ -81,6 +81,7 @@ def protections() -> dict[str, bool]:
 
 def _command(folder: str, source: IO[bytes], report: IO[bytes], limits: Limits, name: str) -> list[str]:
     settings = {
+        "parent": os.getpid(),
         "folder": folder,
         "program": source.fileno(),
         "report": report.fileno(),
