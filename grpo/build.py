@@ -49,6 +49,7 @@ from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import is_installed
 from grpo.seeds import Purpose, mix_seed
+from grpo.start import begin, keep
 from grpo.stream import PromptStream
 from grpo.task import Task
 from grpo.threads import choose
@@ -289,6 +290,7 @@ def build_run(
     policy = build_policy(
         config, questions.tokenizer, questions.longest_sequence, note, progressed, measured_on, checkpoint
     )
+    begin(config, policy, folder, checkpoint, note)
     threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
@@ -312,6 +314,8 @@ def build_run(
     loss = build_loss(config)
     if policy.device.type in REHEARSED:
         rehearse(config, policy, engine, loss, questions, note)
+    if config.adapter and not checkpoint:
+        progress.start = keep(folder, policy)
     goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):

@@ -46,6 +46,7 @@ class Progress:
     """How far a run is: everything of its state that is not a tensor."""
 
     run: str = ""  # the id of the run, as config.json has it
+    start: str = ""  # fingerprint of the adapter that the run began from
     held_out: str = ""  # fingerprint of what the scores below are of: prompts, samples, measure
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out
@@ -84,18 +85,18 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
         for name, content in files.items():
-            _write(draft / name, content)
+            write_synced(draft / name, content)
         state = {
             "format": FORMAT,
             "progress": asdict(progress),
             "files": {n: _fingerprint(c) for n, c in files.items()},
             "sha256": NO_DIGEST,
         }
-        _write(draft / STATE, _signed(state))
-        _sync_folder(draft)
+        write_synced(draft / STATE, _signed(state))
+        sync_folder(draft)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        _sync_folder(checkpoints)
+        sync_folder(checkpoints)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -128,6 +129,21 @@ def load_trained(folder: Path, policy: Policy, note: Callable[[str], object] = p
     Raises:
         UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
     """
+    progress = check_files(folder)
+    if without := load_adapter(policy, folder):
+        note(
+            f"note: the adapter in {folder} has nothing for {len(without)} of the model's linear layers, such as "
+            f"{without[0]}: they compute what the base computes."
+        )
+    return progress
+
+
+def check_files(folder: Path) -> Progress:
+    """Every file of a checkpoint is what was written; returns the progress.
+
+    Raises:
+        UserError: the folder is no checkpoint of ours, or a file of it is missing, truncated or altered.
+    """
     progress, files = read_state(folder)
     for name, expected in files.items():
         path = folder / name
@@ -136,11 +152,6 @@ def load_trained(folder: Path, policy: Policy, note: Callable[[str], object] = p
                 f"{path} is missing or damaged: it is not what the checkpoint recorded ({expected['bytes']} bytes). "
                 f"{_try_another(folder)}"
             )
-    if without := load_adapter(policy, folder):
-        note(
-            f"note: the adapter in {folder} has nothing for {len(without)} of the model's linear layers, such as "
-            f"{without[0]}: they compute what the base computes."
-        )
     return progress
 
 
@@ -230,14 +241,16 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file; when this returns it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """When this returns the names in the folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

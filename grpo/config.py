@@ -90,6 +90,11 @@ class ModelConfig(Part):
     """Rank r of the LoRA adapter on every linear layer but the head. RL needs little: 1 to 32."""
     lora_alpha: float = 32.0
     """The adapter is scaled by alpha / rank."""
+    adapter: str = ""
+    """A LoRA adapter in PEFT's format that the run begins from, with its rank and alpha: a folder, a run or one of its
+    checkpoints, or a name on the hub. Empty: one that is nothing at first."""
+    reference: Literal["base", "start"] = "base"
+    """What the KL divergence is from: the base model alone, or with the adapter that the run began from (start)."""
     recompute: Literal["auto", "none", "layer", "offload"] = "auto"
     """Activations of the backward pass: keep all (none), recompute each layer (layer), its input in the host's memory
     meanwhile (offload). auto: on a GPU what fits, layer by layer; on a CPU none."""
@@ -106,6 +111,11 @@ class ModelConfig(Part):
                 self.quantization == "dynamic" and self.base != "nf4",
                 f"quantization dynamic is of a base in NF4, and base is {self.base}. Use base nf4, or quantization "
                 "uniform.",
+            ),
+            (
+                self.reference == "start" and not self.adapter,
+                "reference start is the adapter that the run begins from, and adapter names none. Give one, or use "
+                "reference base: without one they are the same.",
             ),
             # Its share of the rank is a number of float32, and neither 0 nor infinite there.
             *self.between(1e-6, 1e6, "lora_alpha"),
@@ -193,11 +203,11 @@ class LossConfig(Part):
     cispo_cap: float = 5.0
     """cispo: the largest importance weight."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence from the base model (adapter off) in the loss."""
+    """Weight of the KL divergence from the reference policy (--reference) in the loss."""
     kl_estimator: Literal["weighted", "k1", "k2", "k3"] = "weighted"
-    """Of KL(policy || base). weighted: k3 times the importance ratio, right in value and gradient (DeepSeek-V3.2). k2:
-    half the squared log ratio, right in its gradient. k3: its gradient is that of KL(base || policy). k1: the log
-    ratio, whose expected gradient is 0 (Schulman 2020; docs/algorithm.md)."""
+    """Of KL(policy || reference). weighted: k3 times the importance ratio, right in value and gradient
+    (DeepSeek-V3.2). k2: half the squared log ratio, right in its gradient. k3: its gradient is that of KL(reference ||
+    policy). k1: the log ratio, whose expected gradient is 0 (Schulman 2020; docs/algorithm.md)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     top_entropy: float = 1.0

@@ -5,6 +5,7 @@ runs/<task>-<time>/
     metrics.jsonl, completions.jsonl, prompts.jsonl ...               what grpo/record writes
     checkpoints/step-000010/   what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
     starts.jsonl               each start: its command, versions, device
+    start_adapter/             the adapter that the run began from, if it did
     left-1/                    what was recorded before a run without a checkpoint started over
 """
 
@@ -34,7 +35,8 @@ STATE = "state.json"  # of a checkpoint, written last
 CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
-Origin = Literal["default", "task", "embedded", "recipe", "flag"]  # of a value of a run
+START = "start_adapter"  # the folder in a run's of the adapter that it began from
+Origin = Literal["default", "task", "embedded", "recipe", "flag", "adapter"]  # of a value of a run
 RECORDED = (
     *("metrics.jsonl", "prompts.jsonl", "completions.jsonl", "held_out.jsonl", "tokens.jsonl"),
     *("curves.png", "report.html", "tensorboard", "wandb", "trackio", "mlflow"),
@@ -82,6 +84,7 @@ def check_new(config: Config) -> None:
 
 def remove_unused(folder: Path) -> None:
     """Take away the folder of a run that could not be built: its name would be taken."""
+    shutil.rmtree(folder / START, ignore_errors=True)
     with suppress(OSError):
         (folder / CONFIG_FILE).unlink()
     with suppress(OSError):

@@ -6,7 +6,7 @@
 
 Notation, per sampled token t of completion i:
     p = policy_logprobs (with gradient)      o = old_logprobs, the policy that sampled, by the trainer's own numerics
-    q = sampler_logprobs, by the engine's    f = reference_logprobs, adapter off        A = advantage
+    q = sampler_logprobs, by the engine's    f = reference_logprobs, of --reference     A = advantage
 
     loss = sum_t weight_t * ( keep_t * correction_t * objective(p - o, A) + kl_coef * KL_t - entropy_coef * H_t )
 
@@ -44,7 +44,7 @@ class Scorer(Protocol):
         ...
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """log p with the adapter off, [N]."""
+        """log p under the reference policy, [N]."""
         ...
 
 

@@ -91,10 +91,10 @@ def _from(here: Path, options: Options, flags: dict[str, Any]) -> tuple[Options,
     if options.task and "\0" not in options.task:
         options = dataclasses.replace(options, task=task_file(options.task))
     runs = {name: path for name in ("task", "resume", "eval") if (path := getattr(options, name)) and _is(here / path)}
-    model = {"model": flags["model"]} if flags.get("model") and _is(here / flags["model"]) else {}
+    named = {name: flags[name] for name in ("model", "adapter") if flags.get(name) and _is(here / flags[name])}
     new = {"run_dir": flags["run_dir"]} if flags.get("run_dir") else {}
     options = dataclasses.replace(options, **{name: os.path.abspath(here / path) for name, path in runs.items()})
-    return options, flags | {name: os.path.abspath(here / path) for name, path in (model | new).items()}
+    return options, flags | {name: os.path.abspath(here / path) for name, path in (named | new).items()}
 
 
 def _is(path: Path) -> bool:
@@ -107,7 +107,8 @@ Layers = dict[Origin, dict[str, Any]]  # origin -> values, the later over the ea
 def _embedded_where_missing(task: Task, config: Config, layers: Layers) -> tuple[list[str], Layers]:
     """What the task's own model and data lack here, and the layers with the embedded default where they lack something,
     or where that is asked for."""
-    with_embedded: Layers = {"embedded": task.embedded, **layers}
+    of_another: dict[str, Any] = {"adapter": "", "reference": "base"} if config.adapter else {}  # of the task's model
+    with_embedded: Layers = {"embedded": of_another | task.embedded, **layers}
     _check_either(config, with_embedded, layers)  # before something slow is asked
     asked = _over(config, layers)
     data = "embedded" if task.made_up else asked["data"] or task.data
@@ -240,6 +241,12 @@ def _check_adapter(saved: Saved, flags: dict[str, Any]) -> None:
     Raises:
         UserError: flags ask for others.
     """
+    if flags.get("adapter", saved.config.adapter) != saved.config.adapter:
+        began = f"began from {saved.config.adapter}" if saved.config.adapter else "began from no adapter"
+        raise UserError(
+            f"--adapter is {flags['adapter']}, but the run in {saved.folder} {began}, and goes on with what it has "
+            "trained. Leave --adapter out, or start a new run."
+        )
     for name in ("lora_rank", "lora_alpha"):
         kept = getattr(saved.config, name)
         if flags.get(name, kept) != kept:
@@ -258,14 +265,15 @@ def _no_run(path: str) -> str:
 
 
 def _absolute(config: Config, task: Task) -> dict[str, str]:
-    """Folders of data and of a model by their whole paths, so that the run goes on from any other folder too."""
+    """Folders of data, of a model and of an adapter by their whole paths, so that the run goes on from anywhere."""
     data = config.data or task.data
-    model = {"model": str(Path(config.model).resolve())} if _is_folder(config.model) else {}
-    return model | ({"data": whole_path(data)} if not task.made_up and whole_path(data) != data else {})
+    named = {"model": config.model, "adapter": config.adapter}
+    folders = {name: str(Path(path).resolve()) for name, path in named.items() if path and _is_folder(path)}
+    return folders | ({"data": whole_path(data)} if not task.made_up and whole_path(data) != data else {})
 
 
-def _is_folder(model: str) -> bool:
-    return model != "embedded" and Path(model).is_dir()
+def _is_folder(name: str) -> bool:
+    return name != "embedded" and Path(name).is_dir()
 
 
 def what_is_missing(model: str, data: str) -> list[str]:

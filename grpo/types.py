@@ -123,7 +123,7 @@ class Batch:
     weights: Tensor  # [N] float32, 0 where the token has no part in the loss
     # Filled by the passes that the loss asks for before its optimizer steps; empty otherwise.
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
-    reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, adapter off
+    reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32
     in_top: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] bool, of the share of highest entropy
 
     @property

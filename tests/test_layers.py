@@ -49,7 +49,7 @@ LAYERS = (
     {
         "rollout": ("grpo.rollout.*",),
         "memory": ("grpo.memory",),
-        "checkpoint": ("grpo.checkpoint",),
+        "checkpoint": ("grpo.checkpoint", "grpo.start"),
         "questions": ("grpo.questions",),
         "resolve": ("grpo.resolve",),
     },

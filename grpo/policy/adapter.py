@@ -1,8 +1,16 @@
-"""The adapter in PEFT's files and names: saved here it opens in `PeftModel`, and the other way round."""
+"""The adapter in PEFT's files and names: saved here it opens in `PeftModel`, and the other way round.
+
+adapter_files(policy)           the files of the adapter as it is
+load_adapter(policy, folder)    the policy computes with the adapter in a folder what PEFT computes
+describe(folder)                the rank and the scale of the adapter in a folder, before there is a model
+"""
 
 from __future__ import annotations
 
 import json
+import pickle
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +21,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.policy.adapter_settings import AdapterSettings, read_settings
+from grpo.policy.adapter_settings import REMEDY, AdapterSettings, read_settings
 from grpo.policy.policy import Policy
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.8 in place of the first
+
+# Tensors of a head or an embedding, by the names that models give them.
+BEYOND = re.compile(r"\.(lm_head|embed_out|embed_tokens|wte|word_embeddings|embed_in)\.|lora_embedding_")
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # Hugging Face name of a linear -> A [r, K], B [M, r]
 
@@ -60,8 +72,8 @@ def load_adapter(policy: Policy, folder: Path) -> list[str]:
     """Take over an adapter in PEFT's format, so that the policy computes what PEFT computes with it.
 
     A linear without an adapter in the files gets B zero; returns the names of those. The store has one scale, that of
-    the first linear; another linear's scale goes into its B. Where one's rank is lower than the others', the rows of A
-    beyond it stay as they are, against columns of B that are zero. Nothing is changed before all is checked.
+    the linears which no pattern names; another's goes into its B. Where one's rank is lower than the others', the rows
+    of A beyond it stay as they are, against columns of B that are zero. Nothing is changed before all is checked.
 
     Raises:
         UserError: the files are missing or damaged, belong to another model or rank, or are not plain LoRA.
@@ -72,7 +84,7 @@ def load_adapter(policy: Policy, folder: Path) -> list[str]:
     theirs = _by_linear(tensors, settings, ours, folder)
     _check_shapes(theirs, settings, ours, folder)
     rank = policy.store.rank
-    alpha = settings.alpha_over(rank, next(iter(theirs)))
+    alpha = settings.alpha_over(rank)
     for name, (a, b) in ours.items():
         if name in theirs:
             their_a, their_b = theirs[name]
@@ -86,11 +98,34 @@ def load_adapter(policy: Policy, folder: Path) -> list[str]:
     return [name for name in ours if name not in theirs]
 
 
+@dataclass(frozen=True)
+class Described:
+    """What is known of an adapter without its model."""
+
+    rank: int  # the largest of its linears'
+    alpha: float  # alpha / rank is the scale of the linears that no pattern names
+    base: str  # the model that it was trained over, by its name or folder then; may be empty
+
+
+def describe(folder: Path) -> Described:
+    """The adapter in a folder.
+
+    Raises:
+        UserError: its files are missing or damaged, or it is not plain LoRA.
+    """
+    settings = read_settings(folder / SETTINGS)
+    ranks = [len(tensor) for name, tensor in _read_tensors(folder).items() if name.endswith(".lora_A.weight")]
+    if not ranks:
+        raise UserError(f"The adapter in {folder} holds no factors of any linear layer. Choose another.")
+    return Described(max(ranks), settings.alpha_over(max(ranks)), settings.base)
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file by PEFT's names, in float32."""
     try:
-        tensors = {name: tensor.float() for name, tensor in load((folder / WEIGHTS).read_bytes()).items()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        found = _unpickled(folder / PICKLED) if _is_pickled(folder) else load((folder / WEIGHTS).read_bytes())
+        tensors = {name: tensor.float() for name, tensor in found.items()}
+    except (OSError, SafetensorError, ValueError, KeyError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(f"The adapter in {folder} cannot be read: {error}. Choose another checkpoint.") from error
     broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
     if broken:
@@ -101,10 +136,27 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_pickled(folder: Path) -> bool:
+    return (folder / PICKLED).is_file() and not (folder / WEIGHTS).exists()
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of torch.save, of which nothing but tensors is read: no code that came with it is run."""
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path.name} does not hold tensors by name")
+    return found
+
+
 def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, folder: Path) -> Factors:
     """The factors of each linear that has an adapter in the files, which are whole and hold nothing else."""
     linears = {tensor_name(name, x): name for name in ours for x in "AB"}
     surplus = sorted(tensors.keys() - linears.keys())
+    if beyond := sorted({name for name in surplus if BEYOND.search(name)}):
+        raise UserError(
+            f"The adapter in {folder} has the head or the embedding too ({beyond[0]}), by its target_modules or as it "
+            f"was saved, and neither is trained here. {REMEDY}"
+        )
     if surplus:
         raise UserError(
             f"The adapter in {folder} has {len(surplus)} tensors that go with no linear layer of this model, such as "

@@ -50,14 +50,16 @@ class AdapterSettings:
     rslora: bool  # the scale is alpha / sqrt r: Kalajdzievski 2023, arXiv 2312.03732
     rank_pattern: Mapping[str, int]  # expression for the end of names -> rank
     alpha_pattern: Mapping[str, float]
+    base: str  # the model that it was trained over, by its name or folder then; may be empty
     targets: Any  # the names of linears or their ends, or an expression for whole names; () where more fields decide
 
     def rank_of(self, linear: str) -> int:
         """r of this linear."""
         return _first_match(self.rank_pattern, linear, self.rank)
 
-    def alpha_over(self, rank: int, linear: str) -> float:
-        """The alpha for which alpha / rank is this linear's scale: its own where that is its rank."""
+    def alpha_over(self, rank: int, linear: str = "") -> float:
+        """The alpha for which alpha / rank is this linear's scale: its own where that is its rank. Without a linear
+        that of those which no pattern names."""
         own, alpha = self.rank_of(linear), _first_match(self.alpha_pattern, linear, self.alpha)
         return alpha * (rank / math.sqrt(own) if self.rslora else rank / own)
 
@@ -95,6 +97,7 @@ def read_settings(path: Path) -> AdapterSettings:
         rslora=fields.get("use_rslora") or False,
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
+        base=str(fields.get("base_model_name_or_path") or ""),
         targets=() if fields.get("exclude_modules") or fields.get("layers_to_transform") else fields["target_modules"],
     )
 

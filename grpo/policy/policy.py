@@ -41,6 +41,12 @@ class Policy:
         self.version = 0
         self.optimizer = build_optimizer(self.store.parameters(), config)
         self.fit = Fitting(batch_limit(config))
+        self.reference = self.store.reference  # inside of it the model is the reference policy
+
+    def refer_to_start(self) -> None:
+        """From now on the reference policy is this one, as it is now."""
+        self.store.keep_start()
+        self.reference = self.store.started
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +72,8 @@ class Policy:
         return _aligned(logprobs, sampled, batch), _aligned(entropy, sampled, batch)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
-        """log p under the base model, adapter off, [N], no gradient."""
-        with self.store.reference():
+        """log p under the reference policy, [N], no gradient."""
+        with self.reference():
             return self.read(batch)[0]
 
     @torch.no_grad()

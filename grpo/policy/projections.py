@@ -136,6 +136,7 @@ class ProjectionStore:
         self.projections: dict[str, Projection] = {}
         self.scale = torch.ones(1)
         self.alpha = 1.0
+        self._start: list[Tensor] = []
 
     def __getitem__(self, name: str) -> Projection:
         return self.projections[name]
@@ -184,6 +185,25 @@ class ProjectionStore:
         finally:
             self.scale.fill_(self.alpha / self.rank)
 
+    def keep_start(self) -> None:
+        """Remember the adapter as it is now, in the dtype of the computation: `started` is the policy with it."""
+        self._start = [mirror.clone() for mirror in self._mirrors()]
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Inside, every projection has the adapter that was kept. It stands where the trained one stands, so that it is
+        multiplied by in the same way, and the masters are what it is replaced by again."""
+        masters = [master.detach() for master in self.parameters()]
+        trained = [m.clone() for m in masters] if self.compute_dtype == torch.float32 else masters
+        torch._foreach_copy_(self._mirrors(), self._start)  # pyright: ignore[reportPrivateImportUsage]
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._mirrors(), trained)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _mirrors(self) -> list[Tensor]:
+        return [mirror for projection in self.projections.values() for mirror in projection.mirrors]
+
     def parameters(self) -> list[nn.Parameter]:
         """The float32 masters, in a fixed order."""
         return [master for projection in self.projections.values() for master in projection.masters()]
@@ -191,8 +211,7 @@ class ProjectionStore:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the masters to their mirrors; a no-op in float32, where they are the same memory."""
-        mirrors = [mirror for projection in self.projections.values() for mirror in projection.mirrors]
-        torch._foreach_copy_(mirrors, [p.detach() for p in self.parameters()])  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(self._mirrors(), [p.detach() for p in self.parameters()])  # pyright: ignore[reportPrivateImportUsage]
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(Hugging Face module name, A [r, K], B [M, r]) of every linear: views of the masters."""

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.panel import Panel
 from rich.table import Table
 
 from grpo.config import field_names
-from grpo.folder import CONFIG_FILE
+from grpo.folder import CONFIG_FILE, Origin
 from grpo.resolve import Resolved
+from grpo.start import fields_of
 from grpo.terminal import console, plain, say
+
+
+def over_its_adapter(resolved: Resolved) -> Resolved:
+    """The same with the rank and the alpha of the adapter that a run is to begin from, if it is.
+
+    Raises:
+        UserError: there is no such adapter, it cannot be computed here, or a flag asks for another rank or alpha.
+    """
+    if not resolved.config.adapter:
+        return resolved
+    flags = [name for name, origin in resolved.origins.items() if origin == "flag"]
+    fields = fields_of(resolved.config, flags)
+    origin: Origin = "adapter"
+    origins = dict.fromkeys(("lora_rank", "lora_alpha"), origin) | {name: resolved.origins[name] for name in flags}
+    return replace(resolved, config=replace(resolved.config, **fields), origins=resolved.origins | origins)
 
 
 def announce(resolved: Resolved) -> None:

@@ -8,12 +8,13 @@ from grpo.questions import build_questions, preflight_rewards
 from grpo.resolve import Resolved
 from grpo.rewards.preflight import preflight_table
 from grpo.terminal import console, say, working
-from grpo.verbs.announce import announce
+from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.as_read import show_prompts
 
 
 def check(resolved: Resolved) -> int:
     """--check: prompts as the model reads them, and every gold answer of both splits through every reward."""
+    resolved = over_its_adapter(resolved)
     announce(resolved)
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)

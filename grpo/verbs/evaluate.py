@@ -1,4 +1,4 @@
-"""--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
+"""--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model, alone or with --adapter."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from grpo.guards import memory_in_words
 from grpo.policy.quantization import PROMPTS
 from grpo.questions import build_questions
 from grpo.resolve import Resolved
+from grpo.start import begin
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
-from grpo.verbs.announce import announce
+from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.opening import opening
 
 
 def evaluate(resolved: Resolved, target: str) -> int:
-    """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model without adapter."""
+    """--eval: held-out scores of a run's best checkpoint, of one checkpoint, or of a model."""
+    checkpoint = _checkpoint(target)
+    resolved = resolved if checkpoint else over_its_adapter(resolved)
     announce(resolved)
     config = replace(resolved.config, optimizer="adamw")  # none is used, and bitsandbytes need not be here
-    checkpoint = _checkpoint(target)
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
     with memory_in_words(config), restored_threads():
@@ -32,6 +34,8 @@ def evaluate(resolved: Resolved, target: str) -> int:
                 config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],
                 checkpoint,
             )  # fmt: skip
+        if not checkpoint:
+            begin(config, policy, None, None, say)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
             load_trained(checkpoint, policy, say)

@@ -20,7 +20,8 @@ def opening(config: Config, policy: Policy, engine: Engine, folder: Path | None 
     what_it_is = f" ({EMBEDDED})" if config.model == "embedded" else ""
     yield f"model: {config.model}{what_it_is}, base weights in {config.base}, on {device_in_words(policy.device)}"
     trainable = sum(parameter.numel() for parameter in policy.store.parameters())
-    yield f"adapter: LoRA of rank {config.lora_rank}, {trainable:,} trainable parameters"
+    begun = f", begun from {config.adapter}" if config.adapter else ""
+    yield f"adapter: LoRA of rank {config.lora_rank}, {trainable:,} trainable parameters{begun}"
     yield f"engine: {engine_in_words(engine)}"
     if folder:
         yield f"run folder: {folder}"

@@ -39,15 +39,16 @@ from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.train import Run, evaluate, is_unsaved, save, train
-from grpo.verbs.announce import announce
+from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.opening import device_in_words, engine_in_words, opening
 
 
 def start(options: Options, resolved: Resolved, command: str) -> int:
     """Train, from the start or from a checkpoint. command: as it was given, for the records."""
     check_installed(resolved.config.log)
-    announce(resolved)
     saved = saved_run(options.resume)
+    resolved = resolved if saved else over_its_adapter(resolved)
+    announce(resolved)
     if saved and saved.task_sha256 != resolved.task_sha256:
         say(
             f"note: {resolved.task_path} is not the file that the run was started with. Its scores go on as one: "
