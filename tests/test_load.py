@@ -81,14 +81,15 @@ def test_read_piece_by_piece_it_is_the_model_that_is_read_whole(base, name, chec
     assert (ours.stop_tokens, ours.conv1d) == (theirs.stop_tokens, theirs.conv1d)
 
 
-def test_shards_and_another_dtype(checkpoint, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_shards_and_another_dtype(dtype, checkpoint, tmp_path):
     kept = load(checkpoint("qwen3"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=dtype)
     model.save_pretrained(tmp_path / "shards", max_shard_size="50kB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     ours = load(tmp_path / "shards")
     assert_same(ours, load(pickled(tmp_path / "shards", tmp_path / "pickled")))
-    assert torch.equal(ours.store["1.down"].base, kept.store["1.down"].base.bfloat16().float())
+    assert torch.equal(ours.store["1.down"].base, kept.store["1.down"].base.to(dtype).float())
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -241,6 +242,17 @@ def test_weights_that_are_too_many(folder):
     assert "such as model.layers.1.input_layernorm.weight" in message
     configure(folder, num_hidden_layers=2, attention_bias=False)
     assert "has 8 weights that its config.json does not ask for" in error_of(folder)
+
+
+@pytest.mark.parametrize("more", ["qweight", "weight_packed", "weight_scale_inv"])
+def test_a_quantised_checkpoint_whose_config_is_silent(more, folder):
+    """GPTQ's and AWQ's weights have other names; an FP8 weight has its own, and a scale that must not be left out."""
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    value = weights.pop(name) if more != "weight_scale_inv" else weights[name].to(torch.float8_e4m3fn)
+    weights |= {f"{name.removesuffix('weight')}{more}": torch.ones(2, 2)} | ({name: value} if "scale" in more else {})
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert f"is quantised, by the names of its weights (model.layers.0.mlp.up_proj.{more})" in error_of(folder)
 
 
 def test_what_a_checkpoint_keeps_besides_its_layers_is_no_fault(folder):

@@ -51,6 +51,9 @@ ADAPTER = "adapter_config.json"
 # What old checkpoints keep in their layers although the model computes it: masks, positions and rotary frequencies.
 COMPUTED = re.compile(r"(rotary_emb\.\w+|masked_bias|attn\.bias|attention\.bias|position_ids|_extra_state)$")
 
+# What quantised checkpoints call a weight's packed values and their scales: GPTQ and AWQ, compressed-tensors, FP8.
+QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_scale_2)$")
+
 UNLIMITED_CONTEXT = 2**20  # tokens
 
 
@@ -313,6 +316,12 @@ def _settle_tables(model: Any) -> None:
 def _check_complete(name: str, model: Any, report: dict[str, Any]) -> None:
     """Every parameter came from the checkpoint, and every weight of its layers has a module: transformers draws the
     others at random, leaves out what is too many, and goes on."""
+    if packed := sorted(key for key in report["unexpected_keys"] if QUANTISED.search(key)):
+        raise UserError(
+            f"The checkpoint of {name} is quantised, by the names of its weights ({packed[0]}), though its config.json "
+            "does not say how. Use the checkpoint that it was made from (--base nf4 quantises it on loading), or one "
+            "in bitsandbytes' NF4 (as a rule its name ends in -bnb-4bit)."
+        )
     missing = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
     if missing:
         raise UserError(
