@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from grpo.config import Config
-from grpo.policy.fused import FUSED
+from grpo.policy.form import LINEARS
 from grpo.policy.load import load_model, load_tokenizer, model_source
 from grpo.policy.projections import join_nf4
 from grpo.policy.quantization import PROMPTS, best_within
@@ -80,7 +80,7 @@ class Rounded:
         self.linears = {
             f"{index}.{name}": [layer.get_submodule(part) for part in parts]
             for index, layer in enumerate(self.model.model.layers)
-            for name, parts in FUSED.items()
+            for name, (parts, *_) in LINEARS.items()
         }
         self.weights = {name: [linear.weight.data for linear in found] for name, found in self.linears.items()}
         self.exact = self.logprobs()

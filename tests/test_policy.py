@@ -8,10 +8,11 @@ from tiny_models import CPU, FUSED, GENERIC, build_policy, one_batch, randomise,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.loss import build_loss
-from grpo.policy import load_model
+from grpo.policy import load, load_model
 from grpo.policy.adapter import adapter_files
-from grpo.policy.fused import FusedModel, recognise
+from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
+from grpo.policy.recognition import NotRecognisedError, recognise
 
 
 def save_adapter(policy, folder):
@@ -27,13 +28,19 @@ def peft_model(policy, base, folder):
 
 
 def reference_model(config):
-    return transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    """With the one attention of transformers that computes soft caps."""
+    how = {"dtype": torch.float32, "attn_implementation": "eager"}
+    return transformers.AutoModelForCausalLM.from_pretrained(config.model, **how).eval()
 
 
 @pytest.mark.parametrize("name", [*FUSED, *GENERIC])
 def test_architectures_are_told_apart_by_what_they_compute(name, tiny_config):
-    model = load_model(tiny_config(name), CPU, 64).model
+    notes = []
+    model = load_model(tiny_config(name), CPU, 64, note=notes.append).model
     assert isinstance(model, FusedModel if name in FUSED else GenericModel)
+    [note] = notes
+    assert note.startswith("layers: fused, over packed" if name in FUSED else "layers: those of transformers' ")
+    assert len(note) < 300
 
 
 @pytest.mark.parametrize("name", [*FUSED, *GENERIC])
@@ -41,7 +48,11 @@ def test_they_are_told_apart_in_bf16_and_with_freshly_initialised_weights_too(na
     """Where a layer adds little to its input, and rounding is coarse, a wrong layer must not pass for the right one."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config((FUSED | GENERIC)[name](), dtype=torch.bfloat16).eval()
-    assert recognise(model, longest=64) == (name in FUSED)
+    if name in FUSED:
+        assert len(recognise(model, longest=64).layers) == model.config.num_hidden_layers
+    else:
+        with pytest.raises(NotRecognisedError):
+            recognise(model, longest=64)
 
 
 @pytest.mark.parametrize("name", [*FUSED, *GENERIC])
@@ -67,6 +78,22 @@ def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups
         ):
             assert_same_gradient(a_grad, gradients[linear + ".lora_A"])
             assert_same_gradient(projection.lora_b[part].grad, gradients[linear + ".lora_B"])
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window", "glm4"])
+def test_where_nothing_is_recognised_the_numbers_are_the_same(name, tiny_config, groups, monkeypatch, capsys):
+    config = tiny_config(name)
+    batch = one_batch(groups, config)
+    expected = build_policy(config).logprobs(batch)[0]
+
+    def never(model, longest):
+        raise NotRecognisedError("this is a test")
+
+    monkeypatch.setattr(load, "recognise", never)
+    policy = build_policy(config)
+    assert isinstance(policy.model, GenericModel)
+    torch.testing.assert_close(policy.logprobs(batch)[0], expected, atol=1e-5, rtol=1e-5)
+    assert capsys.readouterr().out.count("layers: ") == 2  # before and now
 
 
 def assert_same_gradient(ours, theirs):

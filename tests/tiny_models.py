@@ -22,6 +22,8 @@ SIZES = dict(
     pad_token_id=0,
 )
 
+NO_HEAD_SIZE = {name: value for name, value in SIZES.items() if name != "head_dim"}
+
 # Architectures by name: those that FusedModel must recognise, and some that it must not.
 FUSED = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True),
@@ -37,26 +39,45 @@ FUSED = {
         },
     ),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
-    "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
+    "qwen2": lambda: transformers.Qwen2Config(**NO_HEAD_SIZE),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "mistral-window": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
+    "qwen2-window": lambda: transformers.Qwen2Config(
+        **NO_HEAD_SIZE, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "gemma": lambda: transformers.GemmaConfig(**SIZES),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES, final_logit_softcapping=5.0, attn_logit_softcapping=3.0, query_pre_attn_scalar=23, sliding_window=8
+    ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **(SIZES | dict(num_hidden_layers=3)),
+        sliding_window=8,
+        query_pre_attn_scalar=23,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+        },
+    ),
+    "phi3": lambda: transformers.Phi3Config(**NO_HEAD_SIZE, sliding_window=8),
+    "glm": lambda: transformers.GlmConfig(**SIZES),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, attention_bias=True),
+    "stablelm": lambda: transformers.StableLmConfig(**NO_HEAD_SIZE, use_qkv_bias=True),
+    "olmo2": lambda: transformers.Olmo2Config(**NO_HEAD_SIZE),
 }
 GENERIC = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=1
     ),
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES, final_logit_softcapping=5.0, sliding_window=8),
-    "mistral-window": lambda: transformers.MistralConfig(**SIZES, sliding_window=8),
-    "granite": lambda: transformers.GraniteConfig(
-        **{k: v for k, v in SIZES.items() if k != "head_dim"},
-        residual_multiplier=0.5,
-        embedding_multiplier=3.0,
-    ),
+    "granite": lambda: transformers.GraniteConfig(**NO_HEAD_SIZE, residual_multiplier=0.5, embedding_multiplier=3.0),
+    "starcoder2": lambda: transformers.Starcoder2Config(**NO_HEAD_SIZE, sliding_window=8),
 }
 
 
 def write_checkpoint(folder, config):
     """A random model of this configuration, with weights large enough for its probabilities to differ."""
     torch.manual_seed(0)
+    of_norms = torch.Generator().manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,6 +85,8 @@ def write_checkpoint(folder, config):
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
+            elif "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=of_norms), alpha=0.1)
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, bos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)
     return folder

@@ -6,12 +6,15 @@ Axes: N packed tokens, H query heads, K key/value heads, E head size, S sequence
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
+from grpo_kernels.attention import masked_attention
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig
+
+from grpo.policy.form import Scores
 
 
 def kv_bytes_per_token(source: str, dtype: torch.dtype) -> int:
@@ -35,11 +38,13 @@ class KeyValueCache:
     lengths [S] counts the tokens already there; `append` writes a token for each sequence at its own position.
     """
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, reach: Mapping[int | None, int]):
+        """reach: of each window that its layers have, None among them, how many tokens it is."""
         self.keys: list[Tensor] = [torch.empty(0)] * num_layers  # each [S, K, L, E]
         self.values: list[Tensor] = [torch.empty(0)] * num_layers
         self.lengths: list[int] = []
-        self._mask = torch.empty(0)
+        self._reach = reach
+        self._masks: dict[int | None, Tensor] = {}  # added to scores
         self._place = torch.empty(0)
 
     def fill(
@@ -60,20 +65,22 @@ class KeyValueCache:
         device = self.keys[0].device
         self._place = torch.tensor(self.lengths, device=device)
         self.lengths = [length + 1 for length in self.lengths]
-        seen = torch.arange(max(self.lengths), device=device)[None] <= self._place[:, None]
-        self._mask = torch.zeros(seen.shape, dtype=self.keys[0].dtype, device=device).masked_fill(~seen, -math.inf)
+        back = self._place[:, None] - torch.arange(max(self.lengths), device=device)[None]  # how far a key lies back
+        nothing = torch.zeros(back.shape, dtype=self.keys[0].dtype, device=device)
+        hidden = nothing.masked_fill(back < 0, -math.inf)
+        self._masks = {w: hidden.masked_fill(back >= reach, -math.inf) for w, reach in self._reach.items()}
 
-    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def append(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """Attention of one new token a sequence: q [S, H, E], k and v [S, K, E] -> [S, H, E]."""
         rows = torch.arange(len(self.lengths), device=q.device)
         self.keys[layer][rows, :, self._place] = k
         self.values[layer][rows, :, self._place] = v
-        longest = self._mask.shape[1]
+        mask = self._masks[scores.window][:, None, None]
+        longest = mask.shape[-1]
         keys, values = self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
         # The query heads that share a key/value head become rows of one product instead of copies of the keys.
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])
-        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask[:, None, None], scale=scale)
-        return out.reshape(q.shape)
+        return masked_attention(grouped, keys, values, mask, scores.scale, scores.softcap).reshape(q.shape)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all sequences but these."""

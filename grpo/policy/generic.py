@@ -33,6 +33,8 @@ class GenericModel(nn.Module):
     def __init__(self, model: Any, recompute: bool):
         super().__init__()
         self.model = model
+        if getattr(model.config, "attn_logit_softcapping", None) is not None:
+            model.set_attn_implementation("eager")  # the others leave the cap out without a word
         self.head, self.softcap = _find_head(model)
         # Hugging Face recomputes in train mode only, in which dropout is on, routers are noisy and some layers read the
         # weights of their linears past their forward. The policy that is trained must be the policy that sampled: it

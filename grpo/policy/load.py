@@ -31,12 +31,14 @@ from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
+from grpo.policy.form import LINEARS, ModelForm
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
 from grpo.policy.linears import Linear, NF4Linear, adopt_quantized, is_quantized, weight_of
 from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
 from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle, value_of
 from grpo.policy.quantization import Choice, choose
+from grpo.policy.recognition import NotRecognisedError, recognise
 from grpo.policy.rope import check_rope
 from grpo.policy.stop import stop_tokens
 
@@ -161,16 +163,16 @@ def load_model(
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     _settle_tables(model)
-    recognised = fused.recognise(model, longest)
+    form = _form_of(model, longest, note)
     if config.quantization == "dynamic":
-        _check_dynamic(config.model, model, recognised, dense or [])
+        form = _check_dynamic(config.model, model, form, dense or [])
         dtypes = (dtype, kept_dtype("bf16", dtype))
-        chosen = partial(choose, model, build, prompts, device, dtypes, config.dynamic_allowance)
+        chosen = partial(choose, model, form, build, prompts, device, dtypes, config.dynamic_allowance)
         build = partial(build, dense=_dense(chosen, dense, note))
-    if recognised:
-        store = fused.fuse(model, build)
+    if form:
+        store = fused.fuse(model, form, build)
         settle(model, device)
-        ours: Model = FusedModel(model, store, recompute).to(device)
+        ours: Model = FusedModel(model, form, store, recompute).to(device)
     else:
         store = generic.fuse(model, build)
         settle(model, device)
@@ -179,6 +181,20 @@ def load_model(
     progressed(1, 1)
     gc.collect()
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
+
+
+def _form_of(model: Any, longest: int, note: Callable[[str], object]) -> ModelForm | None:
+    """What the model computes, if that is known. The user is told which way its layers are run."""
+    try:
+        form = recognise(model, longest)
+    except NotRecognisedError as why:
+        note(
+            f"layers: those of transformers' {type(model).__name__}, a sequence and a linear at a time, which is "
+            f"slower than fused layers over packed sequences ({why})"
+        )
+        return None
+    note(f"layers: fused, over packed sequences ({len(form.layers)} of {type(model).__name__})")
+    return form
 
 
 def _dense(chosen: Callable[[], Choice], before: Sequence[str] | None, note: Callable[[str], object]) -> Sequence[str]:
@@ -192,9 +208,9 @@ def _dense(chosen: Callable[[], Choice], before: Sequence[str] | None, note: Cal
     return choice.dense
 
 
-def _check_dynamic(name: str, model: Any, recognised: bool, dense: Sequence[str]) -> None:
+def _check_dynamic(name: str, model: Any, form: ModelForm | None, dense: Sequence[str]) -> ModelForm:
     """There is something to choose from, and what was chosen before is there."""
-    if not recognised:
+    if form is None:
         raise UserError(
             f"--quantization dynamic is for models whose layers are recognised (Llama, Mistral, Qwen2, Qwen3 and their "
             f"kin); {name} is a {type(model).__name__}. Use --quantization uniform."
@@ -204,12 +220,13 @@ def _check_dynamic(name: str, model: Any, recognised: bool, dense: Sequence[str]
             f"The checkpoint {name} is in NF4 already, so nothing of it can stay in 16 bits. Use --quantization "
             "uniform, or the checkpoint that it was made from."
         )
-    known = {f"{index}.{part}" for index in range(len(model.model.layers)) for part in fused.FUSED}
+    known = {f"{index}.{part}" for index in range(len(form.layers)) for part in LINEARS}
     if unknown := sorted(set(dense) - known):
         raise UserError(
             f"The run kept {', '.join(unknown)} in 16 bits, which {name} does not have. Give the model that it began "
             "with."
         )
+    return form
 
 
 def compute_dtype(base: str, device: torch.device) -> torch.dtype:

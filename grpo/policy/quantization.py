@@ -23,9 +23,11 @@ from grpo_kernels import head_product
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
-from grpo.policy.fused import FUSED, FusedModel, fuse
+from grpo.policy.form import ModelForm
+from grpo.policy.fused import FusedModel, fuse
 from grpo.policy.projections import Projection, join_dense
 from grpo.policy.promises import read_copy, settle, value_of
+from grpo.policy.recognition import rotary_angles, run_layer
 
 PROMPTS, PROMPT_TOKENS = 16, 512  # that are looked at, and tokens of each
 LOGITS = 2**25  # that are compared at most, in float32: with a large vocabulary not those of every token
@@ -54,13 +56,14 @@ class Choice:
 @torch.no_grad()
 def choose(
     model: Any,
+    form: ModelForm,
     build: Build,
     prompts: Sequence[list[int]],
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype],
     allowance: float,
 ) -> Choice:
-    """Choose for a Hugging Face model that is recognised, whose linears are afterwards as they were.
+    """Choose for a Hugging Face model of this form, whose linears are afterwards as they were.
 
     build: the projections, all in NF4. prompts: tokens [P] of each. dtypes: that of the computation, and the 16 bits.
     allowance: bytes that may be taken more, as a share of those of all projections in NF4.
@@ -68,18 +71,18 @@ def choose(
     computed, kept = dtypes
     prompts = [tokens[:PROMPT_TOKENS] for tokens in prompts[:PROMPTS]]
     rows = spread(sum(map(len, prompts)), max(1, LOGITS // model.lm_head.weight.shape[0]))
-    states = exact_states(model, prompts, device)[rows]
+    states = exact_states(model, form, prompts, device)[rows]
     linears = {
         f"{index}.{name}": [(linear := layer.get_submodule(part), linear.weight) for part in parts]
-        for index, layer in enumerate(model.model.layers)
-        for name, parts in FUSED.items()
+        for index, (layer, of_layer) in enumerate(zip(model.model.layers, form.layers, strict=True))
+        for name, parts in of_layer.linears.items()
     }
-    store = fuse(model, build)
+    store = fuse(model, form, build)
     settle(model, device)
-    rounded = FusedModel(model, store, recompute=False).to(device)
+    rounded = FusedModel(model, form, store, recompute=False).to(device)
     for linear, weight in chain(*linears.values()):
         linear.weight = weight
-    exact = head_product(states.to(device, computed), rounded.head).log_softmax(-1)
+    exact = next_token(rounded, states.to(device, computed))
     diverges = partial(divergence, rounded, prompts, rows, exact)
     before, gains, costs = diverges(), {}, {}
     for name, projection in store.projections.items():
@@ -99,18 +102,16 @@ def spread(count: int, most: int) -> Tensor:
     return torch.arange(count)[:: -(-count // most)]
 
 
-def exact_states(model: Any, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
+def exact_states(model: Any, form: ModelForm, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
     """What the head reads of all prompts, [N, D]: by Hugging Face's layers in float32, of which one is read at a
     time."""
     body = model.model
     states = [body.embed_tokens(torch.tensor([tokens])).float() for tokens in prompts]
-    angles = [body.rotary_emb(x, torch.arange(x.shape[1])[None]) for x in states]
-    states = [x.to(device) for x in states]
-    for promised in body.layers:
+    for promised, of_layer in zip(body.layers, form.layers, strict=True):
         layer = read_copy(promised).to(device)
-        for number, (x, (cos, sin)) in enumerate(zip(states, angles, strict=True)):
-            made = layer(x, attention_mask=None, position_embeddings=(cos.to(device), sin.to(device)))
-            states[number] = made if isinstance(made, Tensor) else made[0]
+        for number, x in enumerate(states):
+            cos, sin = rotary_angles(body, of_layer, torch.empty(*x.shape[:2], 0))
+            states[number] = run_layer(layer, of_layer, x.to(device), (cos.to(device), sin.to(device)))
     return read_copy(body.norm).to(device)(torch.cat(states, dim=1)[0])
 
 
@@ -121,8 +122,14 @@ def divergence(model: FusedModel, prompts: Sequence[list[int]], rows: Tensor, ex
     tokens = torch.tensor(list(chain(*prompts)), device=device)
     layout = GroupLayout.of([len(prompt) for prompt in prompts], device=device)
     states, _ = model.prefill(tokens, layout, [1 for _ in prompts], 1)
-    found = head_product(states[rows.to(device)], model.head).log_softmax(-1)
+    found = next_token(model, states[rows.to(device)])
     return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+
+def next_token(model: FusedModel, states: Tensor) -> Tensor:
+    """log p of every token after these final hidden states [R, D], float32 [R, V]."""
+    logits = head_product(states, model.head)
+    return (logits if model.softcap is None else model.softcap * torch.tanh(logits / model.softcap)).log_softmax(-1)
 
 
 def in_16_bits(linears: list[tuple[Any, Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -150,18 +150,23 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, s
         )
     else:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        out = capped_attention(q, k, v, mask, scale, softcap)
+        hidden = torch.zeros(mask.shape, device=q.device).masked_fill(~mask, -torch.inf)
+        out = masked_attention(q, k, v, hidden, scale, softcap)
     return out[0].transpose(0, 1)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """SDPA whose scores s are made c tanh(s / c): q [B, Hq, T, E], k and v [B, Hk, S, E] with Hk dividing Hq, mask
-    [..., T, S] true where a pair is allowed -> [B, Hq, T, E]."""
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Attention by torch alone: q [B, Hq, T, E], k and v [B, Hk, S, E] with Hk dividing Hq, mask [T, S] or [B, 1, T, S]
+    added to the scores, after these are capped -> [B, Hq, T, E]."""
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, Hk, Hq / Hk, T, E]
     k, v = k[:, :, None], v[:, :, None]
-    scores = (grouped @ k.transpose(-1, -2)).float() * scale if q.dtype != torch.float64 else grouped @ k.mT * scale
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1).to(v.dtype) @ v).flatten(1, 2)
+    scores = (grouped @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    capped = softcap * torch.tanh(scores / softcap) + mask.unsqueeze(-3)
+    return (capped.softmax(-1).to(v.dtype) @ v).flatten(1, 2)
 
 
 # Gathered keys, as autograd and torch.compile see them. `longest` is that of prompts and completions, and of the lists.

@@ -1,0 +1,91 @@
+"""Form: what a decoder-only transformer computes beside its linears, as data. Knows nothing of weights.
+
+A layer is two blocks, attention and a gated MLP, each added to what it reads, with norms before or after each:
+
+    a = x + after_attention(o(attend(rotate(q, k), v)))        q, k, v = qkv(before_attention(x))
+    y = a + after_mlp(down(activation(gate) * up))             gate, up = gate_up(before_mlp(a))
+
+Which of the four norms there are, what kind they are, what is normed of queries and keys, how these are rotated and
+what is done to their products is all in which architectures differ. `recognition.py` finds it out for a Hugging Face
+model, `fused.py` computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# What a norm makes of x; the kinds are told apart by what they compute.
+NormKind = Literal["rms", "rms of 1 + weight", "layer"]
+
+# A layer's projections, and the Hugging Face linears whose rows each holds in order: one of these.
+LINEARS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.qkv_proj",)),
+    "o": (("self_attn.o_proj",),),
+    "gate_up": (("mlp.gate_proj", "mlp.up_proj"), ("mlp.gate_up_proj",)),
+    "down": (("mlp.down_proj",),),
+}
+
+# A layer's norms, and their Hugging Face names: one of these. The same name means another place in another family.
+BLOCK_NORMS: tuple[dict[str, str], ...] = (
+    {"before_attention": "input_layernorm", "before_mlp": "post_attention_layernorm"},
+    {"before_attention": "input_layernorm", "before_mlp": "pre_feedforward_layernorm"},
+    {
+        "before_attention": "input_layernorm",
+        "after_attention": "post_attention_layernorm",
+        "before_mlp": "pre_feedforward_layernorm",
+        "after_mlp": "post_feedforward_layernorm",
+    },
+    {
+        "before_attention": "input_layernorm",
+        "after_attention": "post_self_attn_layernorm",
+        "before_mlp": "post_attention_layernorm",
+        "after_mlp": "post_mlp_layernorm",
+    },
+    {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"},
+)
+
+# Norms of queries and keys: of each head for itself, or of all heads together.
+HEAD_NORMS = {"of_query_heads": "self_attn.q_norm", "of_key_heads": "self_attn.k_norm"}
+ROW_NORMS = {"of_queries": "self_attn.q_norm", "of_keys": "self_attn.k_norm"}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What attention makes of the products of queries and keys: times scale, capped, seen within a window."""
+
+    scale: float
+    window: int | None = None  # tokens, the query's own among them
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class NormForm:
+    """A norm of a layer."""
+
+    name: str  # of the Hugging Face module, within the layer
+    kind: NormKind
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """One decoder layer."""
+
+    linears: Mapping[str, tuple[str, ...]]  # projection -> Hugging Face names within the layer
+    norms: Mapping[str, NormForm]  # place -> norm; no place, no norm
+    head_size: int
+    query_size: int  # rows of the queries, of all heads
+    key_size: int  # of the keys, and of the values
+    scores: Scores
+    rotary: str | None  # what the model's rotary embedding is asked for; None where it is the same in all layers
+    interleaved: bool  # whether the elements of a rotated pair are beside each other
+
+
+@dataclass(frozen=True)
+class ModelForm:
+    """A whole model: embedding, layers, last norm, head."""
+
+    layers: tuple[LayerForm, ...]
+    norm: NormKind
+    softcap: float | None  # of the logits
