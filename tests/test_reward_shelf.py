@@ -14,7 +14,10 @@ import grpo.rewards
 ROOT = Path(__file__).parents[1]
 NAMES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["grpo.rewards"]
 REWARDS = {name: getattr(grpo.rewards, name) for name in NAMES}
-MODULES = sorted({function.__module__ for function in REWARDS.values()} | {"grpo.rewards.gold", "grpo.rewards.stated"})
+MODULES = sorted(
+    {function.__module__ for function in REWARDS.values()}
+    | {"grpo.rewards.gold", "grpo.rewards.judge", "grpo.rewards.stated"}
+)
 
 TEXTS = [
     "",

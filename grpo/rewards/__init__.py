@@ -13,6 +13,7 @@ from grpo.rewards.choice import choice
 from grpo.rewards.coding import code, code_share
 from grpo.rewards.correctness import correctness, final_answer, parse_number, same_answer
 from grpo.rewards.integer import integer
+from grpo.rewards.judge import judge
 from grpo.rewards.length import cosine, length, overlong, short_when_right
 from grpo.rewards.mathematics import math
 from grpo.rewards.number import number, strict_number
@@ -42,6 +43,7 @@ __all__ = [
     "extract_answer",
     "final_answer",
     "integer",
+    "judge",
     "length",
     "math",
     "number",
