@@ -1,11 +1,13 @@
 """Metrics: every number that a run writes down, once: its name, what it means, its unit, where it should be.
 
-Knows nothing of how one is computed. The step line's columns are made from this table, and docs/metrics.md is written
-from it (scripts/write_metrics_table.py). In a name, <...> stands for what a run puts there: a reward, k, a stage.
+Knows nothing of how one is computed. The step line's columns are made from this table, the report's table of a run's
+health too, and docs/metrics.md is written from it (scripts/write_metrics_table.py). In a name, <...> stands for what a
+run puts there: a reward, k, a stage.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +32,16 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Health:
+    """Where a metric is when all is well, in numbers, and what to think where it is not."""
+
+    outside: str  # what that means
+    remedy: str  # what to do about it
+    low: float = -math.inf
+    high: float = math.inf
+
+
+@dataclass(frozen=True)
 class Metric:
     """A row of the table."""
 
@@ -42,12 +54,90 @@ class Metric:
     column: Column | None = None
 
     @property
+    def health(self) -> Health | None:
+        """None where no number says that a run is well."""
+        return _HEALTH.get(self.name)
+
+    @property
     def pattern(self) -> re.Pattern[str]:
         """What the names match that a run writes this metric under."""
         ends = "(/low|/high)?" if self.interval else ""
         words = (_STANDS_FOR.get(word, re.escape(word)) for word in re.split("(<[^>]+>)", self.name))
         return re.compile("".join(words) + ends, re.DOTALL)
 
+
+_ABOVE_0 = 1e-9
+
+_HEALTH = {
+    "reward/std": Health(
+        "Every completion of a step earned the same: there is nothing to compare, and nothing is learnt.",
+        "If all are right, take harder rows; if none is, easier ones, a reward that pays for part of the way, or a "
+        "larger --group-size.",
+        low=_ABOVE_0,
+    ),
+    "eval/truncated": Health(
+        "Held-out answers are cut off before they are done: the score is too low.",
+        "Raise --max-completion-tokens, or ask for shorter answers.",
+        high=0.1,
+    ),
+    "completion/truncated": Health(
+        "Completions are cut off before their answer, and are left out of the loss.",
+        "Raise --max-completion-tokens, ask for shorter answers, or see whether the model ends its answers at all.",
+        high=0.1,
+    ),
+    "groups/zero_variance": Health(
+        "Most groups are all right or all wrong, and teach nothing.",
+        "Early in a run: other rows, a larger --group-size, or --dynamic-sampling. Late: the task is solved.",
+        high=0.8,
+    ),
+    "groups/trained": Health(
+        "A step had nothing to learn from.",
+        "See reward/std and completion/truncated for why.",
+        low=1,
+    ),
+    "policy/entropy": Health(
+        "The policy has one answer to everything: it explores no more, and groups become equal.",
+        "Where the score still has to rise: a lower --learning-rate, --clip-high 0.28 or more, a little "
+        "--entropy-coef. Where all is solved it is what to expect.",
+        low=0.01,
+    ),
+    "policy/clip_fraction": Health(
+        "The update leaves the range in which the rollout speaks for the policy.",
+        "Lower --learning-rate, --epochs or --mini-batches.",
+        high=0.2,
+    ),
+    "policy/kept": Health(
+        "A mask drops most of the tokens from the loss.",
+        "Look at --off-policy-mask and --top-entropy; mismatch/kl says how far sampler and trainer are apart.",
+        low=0.1,
+    ),
+    "mismatch/kl": Health(
+        "The engine's numbers are far from the policy's: what is learnt from is not what the policy would say.",
+        "Keep --correction on. --engine torch samples with the policy's own numerics; please report the model.",
+        high=1e-2,
+    ),
+    "mismatch/gap": Health(
+        "Single tokens' log-probabilities differ by a tenth and more between engine and policy.",
+        "As for mismatch/kl.",
+        high=0.1,
+    ),
+    "mismatch/correction": Health(
+        "The correction of the engine's numerics changes the weights of tokens much.",
+        "As for mismatch/kl.",
+        low=0.8,
+        high=1.25,
+    ),
+    "optim/grad_norm": Health(
+        "A step had no gradient: nothing was learnt in it.",
+        "See groups/zero_variance: equal rewards teach nothing.",
+        low=_ABOVE_0,
+    ),
+    "sync/unproved": Health(
+        "For many updates the engine was not seen to follow the policy, because the policy hardly moved.",
+        "Usually the gradient is 0: see optim/grad_norm.",
+        high=20,
+    ),
+}
 
 # In the order in which the step line shows those that have a column.
 METRICS = (
@@ -88,7 +178,7 @@ METRICS = (
     Metric("policy/clip_fraction", "Share of sampled tokens whose ratio the objective clips; 0 with one optimizer step "
            "a rollout.", "share", "below 20%"),
     Metric("policy/kept", "Share of sampled tokens that `--off-policy-mask` and `--top-entropy` leave in the loss.",
-           "share"),
+           "share", "above 10%"),
     Metric("policy/split_batches", "Batches that the memory did not hold and that were computed in two halves: the "
            "result is the same, and later batches are no larger than the halves.", "batches", "0 but for a first step"),
     Metric("mismatch/kl", "KL divergence from sampler to trainer, estimated on the sampled tokens (k3): how far the "
@@ -107,7 +197,7 @@ METRICS = (
     Metric("sync/moved", "How far the engine's log-probabilities of the canary moved with the update.",
            "nats a token", "above 0 where something was trained"),
     Metric("sync/unproved", "Updates since the canary last showed that the engine follows the policy.", "updates",
-           optional=True),
+           "at most 20", optional=True),
     Metric("speed/tokens_per_second", "Sampled tokens over the time of the whole step.", "tokens/s",
            column=Column("tokens /s", ",.0f", 7, 22)),
     Metric("speed/rollout_tokens_per_second", "Sampled tokens over the time of the rollout alone.", "tokens/s"),

@@ -22,7 +22,7 @@ DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 # Flags of programs that are not in this repository, where the documents use them.
-OTHER_PROGRAMS = {"--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
+OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
 TOPS = ("grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
 MODULES = {module.name for module in pkgutil.iter_modules(grpo.__path__)}
@@ -122,7 +122,7 @@ def test_names_of_code_in_the_documents_exist(document):
     """`module.name` and `grpo.module.name`, where the first word is a module of ours."""
     for span in spans_of(document):
         match = re.fullmatch(r"((?:grpo|grpo_kernels)(?:\.\w+)+|\w+\.\w+)(\(.*\))?", span)
-        if not match or match[1].endswith((".py", ".json", ".jsonl", ".png", ".md", ".run", ".safetensors")):
+        if not match or match[1].endswith((".py", ".json", ".jsonl", ".png", ".html", ".md", ".run", ".safetensors")):
             continue
         first, *names = match[1].split(".")
         if first in MODULES:

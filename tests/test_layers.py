@@ -53,7 +53,7 @@ LAYERS = (
         "questions": ("grpo.questions",),
         "resolve": ("grpo.resolve",),
     },
-    {"evaluate": ("grpo.evaluate",)},
+    {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",)},
     {"loop": ("grpo.train",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},

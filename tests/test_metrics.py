@@ -1,6 +1,8 @@
 """The table of metrics says what runs write: nothing more, nothing less."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 from toy_task import SMALL, TASK
 
-from grpo.metrics import METRICS, find
+from grpo.config import field_names
+from grpo.metrics import _HEALTH, METRICS, find
 from grpo.run import main
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +68,18 @@ def test_the_table_stands_in_the_document():
     command = [sys.executable, str(ROOT / "scripts" / "write_metrics_table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_healthy_is_said_in_words_and_in_numbers():
+    checked = [metric for metric in METRICS if metric.health]
+    assert {metric.name for metric in checked} == set(_HEALTH)
+    for metric in checked:
+        assert metric.healthy, metric.name
+        assert -math.inf < metric.health.low or metric.health.high < math.inf
+        assert metric.health.low < metric.health.high
+        assert metric.health.outside.endswith(".") and metric.health.remedy.endswith(".")
+        # A share or a number in the words is the number.
+        for share in re.findall(r"(?:below|above) (\d+)%", metric.healthy):
+            assert int(share) / 100 in (metric.health.low, metric.health.high)
+    flags = re.findall(r"--[a-z-]+", " ".join(metric.health.remedy for metric in checked))
+    assert {flag[2:].replace("-", "_") for flag in flags} <= set(field_names())

@@ -59,6 +59,7 @@ def test_a_run_leaves_everything_it_promises(task_file, tmp_path, capsys):
     assert len(completions) == 7 * 2 * 4
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((folder / "tensorboard").glob("events*"))
+    assert "7 of 7" in re.sub("<[^>]*>", "", (folder / "report.html").read_text())
     names = {path.name for path in list_checkpoints(folder)}
     assert "step-000007" in names
     assert len(names) <= 2  # the last and, if it is another, the best

@@ -34,6 +34,7 @@ from grpo.guards import Asked, command_to_go_on, files_in_words, memory_in_words
 from grpo.questions import Questions, build_questions, preflight_rewards
 from grpo.record.starts import write_start
 from grpo.record.trackers import About, build_trackers, check_installed
+from grpo.report import ReportSink
 from grpo.resolve import Resolved
 from grpo.task import Task
 from grpo.terminal import say, working
@@ -133,7 +134,8 @@ def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questio
     }
     write_start(run.folder, about)
     tracked = About(run.folder, task.name, saved.id, dataclasses.asdict(run.config))
-    for sink in build_trackers(run.config.log, tracked, run.recorder.message):
+    report = ReportSink(run.folder, run.recorder.message)
+    for sink in [*build_trackers(run.config.log, tracked, run.recorder.message), report]:
         run.recorder.add(sink)
 
 
