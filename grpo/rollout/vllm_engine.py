@@ -6,7 +6,7 @@
     release    the KV cache's memory goes back to PyTorch for the update; the next call takes it again
     sync       the link brings what it must, cached prefixes are dropped, the canary proves it again
 
-What belongs to vLLM's inside is in vllm_compat.py and vllm_memory.py.
+What belongs to vLLM's inside is in vllm_compat.py, vllm_memory.py and vllm_sampled.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
 from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
 from grpo.policy.fused import FusedModel
-from grpo.rollout import vllm_compat
+from grpo.rollout import vllm_compat, vllm_sampled
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import completion_of
 from grpo.rollout.vllm_memory import find_kv_memory
@@ -101,6 +101,7 @@ class VllmEngine:
                 vllm_compat.load_model_class(policy.source)
                 self.llm = vllm.LLM(**self.link.arguments, **self._arguments(longest))
             self.on_stream = vllm_compat.OwnStream(self.device, vllm_compat.current_stream(self.device))
+        self.undo = vllm_sampled.install()
         try:
             self.link.attach(self.llm)
             self.run = vllm_compat.choose_run(self.llm)
@@ -151,6 +152,7 @@ class VllmEngine:
     def close(self) -> None:
         """See Engine.close. Nothing may refer to vLLM's memory any more when it is freed."""
         with vllm_compat.process_unchanged(self.device), self.on_stream():
+            self.undo()
             for name in ("run", "kv_memory", "link"):
                 self.__dict__.pop(name, None)
             vllm_compat.shut_down(self.__dict__.pop("llm"))

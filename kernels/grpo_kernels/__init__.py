@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_kernels.nf4_product import nf4_linear
     from grpo_kernels.norms import add_rms_norm, rms_norm
     from grpo_kernels.rotary import rope
+    from grpo_kernels.sampled import token_logprobs
 
 _FILES = {
     "attention": ("group_attention",),
@@ -32,6 +33,7 @@ _FILES = {
     "nf4_product": ("nf4_linear",),
     "norms": ("add_rms_norm", "rms_norm"),
     "rotary": ("rope",),
+    "sampled": ("token_logprobs",),
     "gates": ("swiglu",),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
@@ -54,6 +56,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "token_logprobs",
 ]
 
 

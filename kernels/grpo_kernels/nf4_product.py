@@ -333,7 +333,7 @@ def _launch_linear(
         rows, words, scales, nested_absmax if nested else absmax, offset if nested else absmax,
         dynamic_levels_on(x.device), levels_on(x.device), x if bias is None else bias.contiguous(), narrow_rows, a_rows,
         out, partial, arrived, num_x_rows, num_rows, num_a_rows, num_columns, x.stride(0), out.stride(0),
-        DESCRIBED=described, NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.warps == 4, HAS_BIAS=bias is not None,
+        DESCRIBED=described, NESTED=nested, SHUFFLE=ptx, TOGETHER=ptx and tiling.together, HAS_BIAS=bias is not None,
         HAS_A=a is not None, SPLITS=tiling.splits,
         BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, BLOCK_K=tiling.block_k,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32", STAGES=tiling.stages,
@@ -371,6 +371,7 @@ class _Tiling:
     stages: int
     splits: int
     registers: int | None = None  # the most of a thread; None leaves it to the compiler
+    together: bool = False  # a step's products are issued together and waited for once (_PASS)
 
 
 @functools.cache
@@ -382,6 +383,7 @@ def _described_tiling(num_x_rows: int, num_rows: int, num_columns: int, nested: 
     With few rows of x, reading weights and turning them into numbers takes the time, and three or four programs share a
     multiprocessor. With more, reading x does, which wide tiles read less often.
     """
+    together = True
     is_wide = num_rows * num_columns >= WIDE
     block_m = max(16, next_power_of_2(num_x_rows))
     block_m = min(block_m, 256 if is_wide else 128)
@@ -390,16 +392,19 @@ def _described_tiling(num_x_rows: int, num_rows: int, num_columns: int, nested: 
         block_n, block_k, warps, stages, programs = 64, 256, 4, 5 if nested else 3, 4 if block_m == 16 else 3
     elif block_m == 64 and nested:
         block_n, block_k, warps, stages, programs = 64, 256, 4, 3, 3
-    elif block_m == 64 and is_wide:
-        block_n, block_k, warps, stages, programs = 128, 256, 8, 3, 1
+    elif block_m == 64:
+        block_n, block_k, warps, stages, programs = 128 if is_wide else 64, 256, 8 if is_wide else 4, 3, 1
+        together = False
     elif block_m <= 128:
-        block_n, block_k, warps, stages, programs = 64, 128, 4, 3, 3 if block_m == 64 else 2
+        block_n, block_k, warps, stages, programs = 64, 128, 4, 3, 2
     else:
         block_n, block_k, warps, stages, programs = 128, 128, 8, 3, 1
+        together = False
     tiles = cdiv(num_rows, block_n) * cdiv(num_x_rows, block_m)
     shortest = 512 if block_m <= 32 else 1024
     splits = _power_of_2(programs * num_multiprocessors(device) // tiles, num_columns // shortest)
-    return _Tiling(block_m, block_n, block_k, warps, stages, splits, registers=128 if block_m == 16 else None)
+    registers = 128 if block_m == 16 else None
+    return _Tiling(block_m, block_n, block_k, warps, stages, splits, registers, together)
 
 
 @functools.cache
@@ -424,7 +429,7 @@ def _addressed_tiling(
     tiles = cdiv(num_rows, block_n) * cdiv(num_x_rows, block_m)
     shortest = 256 if block_m == 16 else 1024
     splits = _power_of_2(programs * num_multiprocessors(device) // tiles, num_columns // shortest)
-    return _Tiling(block_m, block_n, 128, warps, stages, splits)
+    return _Tiling(block_m, block_n, 128, warps, stages, splits, together=warps == 4)
 
 
 def _power_of_2(*limits: int) -> int:
