@@ -124,7 +124,7 @@ def find_splits(data: str, name: str, notes: dict[str, None], hub_arguments: Map
         return {"train": partial(read_file, path)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_to_disk(path)
-    return _of_folder(path, configuration, name, notes)
+    return _of_folder(path.resolve(), configuration, name, notes)
 
 
 def choose_split(splits: Mapping[str, Any], wanted: str, source: str, reading: Reading) -> str:

@@ -83,7 +83,7 @@ class Task:
     max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if fault := _fault_of_name(self.name):
+        if fault := fault_of_name(self.name):
             raise UserError(
                 f"A task's `name` is {self.name!r}, {fault}. A run's folder is named after it: use letters, digits, "
                 "- and _."
@@ -230,7 +230,7 @@ def fault_of_tools(tools: Any) -> str:
     return "" if wrong is None else f"has {reprlib.repr(wrong)}, which is neither a function nor a JSON schema (a dict)"
 
 
-def _fault_of_name(name: Any) -> str:
+def fault_of_name(name: Any) -> str:
     """Why a name makes no folder of a run, in words; empty if it does."""
     if not isinstance(name, str):
         return "which is no text"

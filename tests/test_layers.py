@@ -52,6 +52,7 @@ LAYERS = (
         "checkpoint": ("grpo.checkpoint", "grpo.start"),
         "questions": ("grpo.questions",),
         "resolve": ("grpo.resolve",),
+        "new": ("grpo.guess", "grpo.scaffold", "grpo.new"),
     },
     {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",)},
     {"loop": ("grpo.train",)},
