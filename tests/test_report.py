@@ -8,6 +8,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -22,6 +23,7 @@ from grpo.report.page import render, write_report
 from grpo.report.reading import Reading, Thinned
 from grpo.report.sink import ReportSink
 
+ROOT = Path(__file__).parents[1]
 VOID = {"meta", "input", "br", "img", "link", "base"}
 
 
@@ -430,3 +432,9 @@ def test_a_folder_that_is_none_is_told(tmp_path):
     with pytest.raises(UserError, match="is no run's folder"):
         Reading(tmp_path)
     write_report([Reading(make_run(tmp_path / "run", steps=1))], tmp_path / "x.html")
+
+
+def test_the_example_is_small_and_of_a_run_that_learnt():
+    html = (ROOT / "docs" / "example-report.html").read_text()
+    assert len(html.encode()) < 2_000_000
+    assert "It learnt." in html and len(Page(html).scripts) == 1

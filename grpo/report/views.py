@@ -135,8 +135,10 @@ def run_view(index: int, reading: Reading, budget: float = 1.0) -> RunView:
     cut = Cutter(int((answers + HELD_OUT_SHOWN * EVALUATIONS_SHOWN) / budget))
     judged = suspicions(reading)
     config, origins = (_dict(reading.config.get(name)) for name in ("config", "origins"))
+    # Where it lies is of this machine alone, and a page is passed on.
+    config = {name: value for name, value in config.items() if name != "run_dir"}
     done = 1 + max((step for step in reading.metrics.get("reward/mean", {})), default=-1)
-    changed = {name: str(origin) for name, origin in origins.items() if origin != "default"}
+    changed = {name: str(origin) for name, origin in origins.items() if origin != "default" and name != "run_dir"}
     return RunView(
         index=index,
         name=reading.folder.resolve().name,
