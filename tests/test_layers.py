@@ -58,7 +58,7 @@ LAYERS = (
     {"loop": ("grpo.train",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},
-    {"command": ("grpo.run",)},
+    {"command": ("grpo.run",), "command of the rewards": ("grpo.rewards.__main__",)},
     {"what a task file imports": ("grpo",)},
 )
 
@@ -93,13 +93,11 @@ def imported(source: str, known: set[str]) -> set[str]:
 
 
 def room_of(module: str) -> tuple[int, str] | None:
-    """Layer and room of a module, by its name or its package's."""
-    for height, layer in enumerate(LAYERS):
-        for room, names in layer.items():
-            for name in names:
-                if module == name or (name.endswith(".*") and f"{module}.".startswith(name[:-1])):
-                    return height, room
-    return None
+    """Layer and room of a module, by its name, else by its package's."""
+    rooms = [(height, room, name) for height, layer in enumerate(LAYERS) for room in layer for name in layer[room]]
+    own = [(height, room) for height, room, name in rooms if module == name]
+    of_package = [(h, room) for h, room, name in rooms if name[-2:] == ".*" and f"{module}.".startswith(name[:-1])]
+    return next(iter(own + of_package), None)
 
 
 def test_every_module_has_a_room():

@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from grpo.errors import UserError, nearest, user_code
+from grpo.rewards.shipped import SHIPPED
 from grpo.rewards.values import shown
 
 ENTRY_POINTS = "grpo.rewards"
@@ -89,7 +90,8 @@ def resolve_reward(name: str) -> Callable:
 def installed_rewards() -> dict[str, list[EntryPoint]]:
     """Who offers a reward under each name, by name: one each, unless two packages offer the same."""
     offered: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=ENTRY_POINTS):
+    shipped = (EntryPoint(name, f"grpo.rewards:{name}", ENTRY_POINTS) for name in SHIPPED)
+    for point in (*entry_points(group=ENTRY_POINTS), *shipped):
         if point.value not in [other.value for other in offered.get(point.name, [])]:
             offered.setdefault(point.name, []).append(point)
     return dict(sorted(offered.items()))
