@@ -349,6 +349,9 @@ class RunConfig(Part):
     folder, and to a server only where their own variables say so (WANDB_MODE=online, MLFLOW_TRACKING_URI)."""
     reward_timeout: float = 60.0
     """Seconds that one call of a reward may take before it counts as failed; 0: no limit."""
+    reward_workers: int = -1
+    """Processes in which rewards are called at the same time, where one that hangs is ended alone. 0: the run's own;
+    -1: so many as suit the machine, for those rewards that were slow before the run."""
     max_reward_failures: float = 0.1
     """Share of the completions scored in a step that rewards may fail on: those are left out of their groups and of the
     loss, and counted. Above it the run stops. 0: none may; else a single one always may."""
@@ -365,6 +368,7 @@ class RunConfig(Part):
             ),
             *self.between(0, LONGEST_TIMER, "reward_timeout"),
             *self.between(0, 1, "max_reward_failures"),
+            *self.between(-1, 256, "reward_workers"),
             *self.between(0, 1024, "threads"),
             *self.between(0, 2**32 - 1, "seed"),
             *(

@@ -130,7 +130,7 @@ def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[G
         parts.setdefault(name, []).append(part)
     return {
         "reward/mean": float(scored.mean()),
-        "reward/std": float(scored.std()),
+        "reward/std": float(scored.std(correction=min(1, len(scored) - 1))),
         **{f"reward/{name}": float(torch.cat(part).nanmean()) for name, part in parts.items()},
         "completion/length": sampled_tokens(groups) / len(rewards),
         "completion/truncated": truncated_share(groups),

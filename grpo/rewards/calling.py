@@ -11,8 +11,8 @@ A batch function is called with lists of S: `prompts`, `completions`, `completio
 names (all columns if it takes **kwargs), and with TRL's `trainer_state` (None), `log_metric`, `log_extra`.
 
     Calls     Samples -> the calls of a scoring: which completions each scores, and with what arguments
-    a way     where they run: in this process (grpo/rewards/here.py), in the event loop (event_loop.py). It takes a
-              function and its Calls, and makes a Start
+    a way     where they run: in this process (grpo/rewards/here.py), in worker processes (workers.py), in the event
+              loop (event_loop.py). It takes a function and its Calls, and makes a Start
     Start     Samples -> Finish: what waits or runs elsewhere is under way when it returns
     Finish    gives the outcome of one call after the other, in order: its completions, and a score or Missing for each
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 from grpo.errors import UserError, nearest
 from grpo.rewards.samples import (
@@ -40,7 +40,7 @@ from grpo.rewards.samples import (
     where_batch,
     where_one,
 )
-from grpo.rewards.values import Missing, Score, fit, fit_list, shown
+from grpo.rewards.values import Missing, Score, fit_list, fit_one, shown
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,23 @@ Finish = Callable[[], Iterator[Outcome]]
 Start = Callable[[Samples], Finish]
 
 
-class Way(Protocol):
-    """Where and how the calls of a reward run."""
+@dataclass(frozen=True)
+class Callee:
+    """A reward as a way takes it: what is called, with what, and what its results are taken for."""
 
-    def __call__(self, name: str, function: Callable, fits: Fit, calls: Calls) -> Start: ...
+    name: str
+    function: Callable
+    fits: Fit
+    calls: Calls
+
+
+Way = Callable[[Callee], Start]  # where and how the calls of a reward run
 
 
 _NAMES_A_BATCH = {"prompts", "completions", "completion_ids"}
 
 
-def starter(
+def callee_of(
     name: str,
     function: Callable,
     columns: Iterable[str],
@@ -76,34 +83,29 @@ def starter(
     probe: Samples | None,
     way: Way,
     group_by_group: bool = False,
-) -> Start:
+) -> Callee:
     """Decide how `function` is called, so that scoring has nothing left to decide.
 
     In a chat task a batch function gets TRL's chat form, `[[{"role": "assistant", "content": ...}], ...]`,
-    unless calling it on `probe` shows that it wants strings. group_by_group: a batch function is called with one group
-    at a time.
+    unless calling it on `probe` in this way shows that it wants strings. group_by_group: a batch function is called
+    with one group at a time.
     """
     parameters = _parameters(name, function)
     sources_of_columns: dict[str, Source] = {column: column_source(column) for column in columns}
 
-    def start_with(calls: Callable, fits: Fit, form: dict[str, Source]) -> Start:
+    def with_form(calls: Callable, fits: Fit, form: dict[str, Source]) -> Callee:
         sources = _choose_sources(name, parameters, sources_of_columns | form)
-        return way(name, function, fits, partial(calls, sources))
+        return Callee(name, function, fits, partial(calls, sources))
 
     if "completion" in parameters:
-        return start_with(_calls_of_each, fit_one, OF_ONE_COMPLETION)
+        return with_form(_calls_of_each, fit_one, OF_ONE_COMPLETION)
     _check_names_a_batch(name, parameters)
-    start_batch = partial(start_with, _calls_of_groups if group_by_group else _call_of_all, fit_list)
+    of_batch = partial(with_form, _calls_of_groups if group_by_group else _call_of_all, fit_list)
     if not chat:
-        return start_batch(OF_TEXTS)
+        return of_batch(OF_TEXTS)
     if probe is None:
-        return start_batch(OF_CHATS)
-    return start_batch(_form_that_works(name, start_batch, probe))
-
-
-def fit_one(returned: Any, count: int) -> list[Score | Missing]:
-    """What a function of one completion returned."""
-    return [fit(returned)]
+        return of_batch(OF_CHATS)
+    return of_batch(_form_that_works(of_batch, way, probe))
 
 
 def error_of(name: str, samples: Samples, members: Sequence[int], missing: Missing) -> UserError:
@@ -229,18 +231,18 @@ class _WatchedMessage(dict[str, str]):
         return super().items()
 
 
-def _form_that_works(name: str, start_with: Callable[[dict[str, Source]], Start], probe: Samples) -> dict[str, Source]:
+def _form_that_works(of_batch: Callable[[dict[str, Source]], Callee], way: Way, probe: Samples) -> dict[str, Source]:
     """Chat messages if the function reads them, else strings if it runs on those.
 
     Running is not enough: `"</answer>" in completion` runs on a list of messages too, and is false there.
     """
     messages = [_WatchedMessage(role="assistant", content=completion.text) for completion in probe.completions]
     watched = OF_CHATS | {"completions": lambda samples: [[message] for message in messages]}
-    chat_error = _error_of(name, start_with(watched), probe)
+    chat_error = _error_of(of_batch(watched), way, probe)
     reads_chats = any(message.was_read for message in messages)
     if reads_chats and chat_error is None:
         return OF_CHATS
-    text_error = _error_of(name, start_with(OF_TEXTS), probe)
+    text_error = _error_of(of_batch(OF_TEXTS), way, probe)
     if text_error is None:
         return OF_TEXTS
     if chat_error is None:
@@ -248,12 +250,12 @@ def _form_that_works(name: str, start_with: Callable[[dict[str, Source]], Start]
     raise chat_error if reads_chats else text_error
 
 
-def _error_of(name: str, start: Start, samples: Samples) -> UserError | None:
+def _error_of(callee: Callee, way: Way, samples: Samples) -> UserError | None:
     try:
-        for members, scores in start(samples)():
+        for members, scores in way(callee)(samples)():
             for missing in scores:
                 if isinstance(missing, Missing):
-                    return error_of(name, samples, members, missing)
+                    return error_of(callee.name, samples, members, missing)
     except UserError as error:
         return error
     return None

@@ -17,13 +17,11 @@ from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards.attempt import missing_for
-from grpo.rewards.calling import Call, Calls, Finish, Fit, Outcome, Start
-from grpo.rewards.here import living_watchdog, time_limit
+from grpo.rewards.calling import Call, Callee, Finish, Outcome, Start
+from grpo.rewards.here import living_watchdog
 from grpo.rewards.samples import Samples, where
 from grpo.rewards.values import Missing, Score
 from grpo.watchdog import Limit
-
-CONCURRENCY = 64  # calls of one reward at the same time
 
 AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]  # the time that one call may take
 Result = Callable[[str, Future[list[Outcome]]], list[Outcome]]  # what it is in words, what is waited for -> its result
@@ -32,19 +30,19 @@ _LOOK = 0.5  # seconds between two looks at whether the loop still runs
 _PATIENCE = 2.0  # seconds that the loop gets to stop a late call by itself, which tells its row
 
 
-def way_async(timeout: float | None, concurrency: int, name: str, function: Callable, fits: Fit, calls: Calls) -> Start:
-    """timeout: seconds that one call may take, None for no limit. concurrency: calls at the same time."""
-    if timeout is None:
-        return partial(_start, partial(_call_all, nullcontext, concurrency, function, fits), _result, name, calls)
+def way_async(limit: Limit | None, concurrency: int, callee: Callee) -> Start:
+    """limit: of one call; None for none. concurrency: calls at the same time."""
+    if limit is None:
+        return partial(_start, partial(_call_all, nullcontext, concurrency, callee), _result, callee)
     living_watchdog()
-    limit, deadlines = time_limit(timeout), {}
-    call_all = partial(_call_all, partial(_deadline, limit, deadlines), concurrency, function, fits)
-    return partial(_start, call_all, partial(_result_in_time, limit, deadlines), name, calls)
+    deadlines: dict[object, float] = {}
+    call_all = partial(_call_all, partial(_deadline, limit, deadlines), concurrency, callee)
+    return partial(_start, call_all, partial(_result_in_time, limit, deadlines), callee)
 
 
-def _start(call_all: Callable, result: Callable, name: str, calls: Calls, samples: Samples) -> Finish:
-    future = asyncio.run_coroutine_threadsafe(call_all(calls(samples)), _living_loop())
-    return partial(_finish, result, name, samples, future)
+def _start(call_all: Callable, result: Callable, callee: Callee, samples: Samples) -> Finish:
+    future = asyncio.run_coroutine_threadsafe(call_all(samples), _living_loop())
+    return partial(_finish, result, callee.name, samples, future)
 
 
 def _finish(result: Callable, name: str, samples: Samples, future: Future[list[Outcome]]) -> Iterator[Outcome]:
@@ -56,23 +54,21 @@ def _finish(result: Callable, name: str, samples: Samples, future: Future[list[O
     yield from outcomes
 
 
-async def _call_all(
-    limit: AsyncLimit, concurrency: int, function: Callable, fits: Fit, calls: Iterator[Call]
-) -> list[Outcome]:
+async def _call_all(limit: AsyncLimit, concurrency: int, callee: Callee, samples: Samples) -> list[Outcome]:
     places = asyncio.Semaphore(concurrency)
 
     async def call_one(call: Call) -> Outcome:
         async with places:
-            return call.members, await _attempt(limit, function, fits, call)
+            return call.members, await _attempt(limit, callee, call)
 
-    return await asyncio.gather(*map(call_one, calls))
+    return await asyncio.gather(*map(call_one, callee.calls(samples)))
 
 
-async def _attempt(limit: AsyncLimit, function: Callable, fits: Fit, call: Call) -> list[Score | Missing]:
+async def _attempt(limit: AsyncLimit, callee: Callee, call: Call) -> list[Score | Missing]:
     """As attempt.py has it. A KeyboardInterrupt in this thread is no Ctrl-C, and would end the loop."""
     try:
         async with limit():
-            return fits(await function(**call.arguments), len(call.members))
+            return callee.fits(await callee.function(**call.arguments), len(call.members))
     except BaseException as error:
         return [missing_for(error)] * len(call.members)
 

@@ -5,58 +5,66 @@ Knows nothing of signatures or of what a failure means.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any
 
 from grpo.errors import UserError
 from grpo.rewards.attempt import attempt
-from grpo.rewards.calling import Calls, Finish, Fit, Outcome, Start
+from grpo.rewards.calling import Callee, Finish, Outcome, Start
 from grpo.rewards.samples import Samples
 from grpo.watchdog import Limit, Watchdog, watchdog
 
 Run = Callable[[str, Callable, dict[str, Any]], Any]  # what it is in words, a function and its arguments -> its result
 
 
-def way_here(timeout: float | None, name: str, function: Callable, fits: Fit, calls: Calls) -> Start:
-    """timeout: seconds that one call may take; None for no limit."""
-    begin = (lambda: _unwatched) if timeout is None else _watched(timeout)
-    return partial(_start, begin, name, partial(_fitted, function, fits), calls)
+@dataclass
+class Pace:
+    """How long calls have taken so far."""
+
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=512))  # a completion, of the last calls
+
+    def of_a_completion(self) -> float:
+        """Seconds, the median, which a first call that loads something does not move; 0 where nothing was called."""
+        return median(self.seconds) if self.seconds else 0.0
 
 
-def _start(begin: Callable[[], Run], name: str, function: Callable, calls: Calls, samples: Samples) -> Finish:
-    return partial(_finish, begin, name, function, calls, samples)
+def way_here(limit: Limit | None, pace: Pace, callee: Callee) -> Start:
+    """limit: of one call; None for none. pace: is told how long each takes."""
+    begin = (lambda: _unwatched) if limit is None else _watched(limit)
+    return partial(_start, begin, pace, callee)
 
 
-def _finish(
-    begin: Callable[[], Run], name: str, function: Callable, calls: Calls, samples: Samples
-) -> Iterator[Outcome]:
-    run = begin()
-    for call in calls(samples):
-        what = f"reward `{name}` on {call.where}"
+def _start(begin: Callable[[], Run], pace: Pace, callee: Callee, samples: Samples) -> Finish:
+    return partial(_finish, begin, pace, callee, samples)
+
+
+def _finish(begin: Callable[[], Run], pace: Pace, callee: Callee, samples: Samples) -> Iterator[Outcome]:
+    run, function = begin(), partial(_fitted, callee)
+    for call in callee.calls(samples):
+        what = f"reward `{callee.name}` on {call.where}"
         arguments = {"arguments": call.arguments, "count": len(call.members)}
-        yield call.members, attempt(partial(run, what, function, arguments), call.members)
+        began = time.monotonic()
+        scores = attempt(partial(run, what, function, arguments), call.members)
+        pace.seconds.append((time.monotonic() - began) / len(call.members))
+        yield call.members, scores
 
 
-def _fitted(function: Callable, fits: Fit, arguments: dict[str, Any], count: int) -> list[Any]:
-    return fits(function(**arguments), count)  # a generator computes while it is listed
+def _fitted(callee: Callee, arguments: dict[str, Any], count: int) -> list[Any]:
+    return callee.fits(callee.function(**arguments), count)  # a generator computes while it is listed
 
 
 def _unwatched(what: str, function: Callable, arguments: dict[str, Any]) -> Any:
     return function(**arguments)
 
 
-def _watched(timeout: float) -> Callable[[], Run]:
+def _watched(limit: Limit) -> Callable[[], Run]:
     living_watchdog()  # that it cannot be had is told before the run
-    limit = time_limit(timeout)
     return lambda: partial(living_watchdog().call, limit)
-
-
-def time_limit(seconds: float) -> Limit:
-    """What a call of a reward gets."""
-    return Limit(
-        seconds, "the --reward-timeout", "A time-out is never scored 0: mend the reward, or give it more time."
-    )
 
 
 def living_watchdog() -> Watchdog:

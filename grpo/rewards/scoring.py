@@ -7,7 +7,7 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from numbers import Real
@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.rewards.calling import Calls, Fit, Start, Way, is_async, starter
+from grpo.rewards.calling import Callee, Start, Way, callee_of, is_async
 from grpo.rewards.event_loop import way_async
 from grpo.rewards.failures import NONE_MAY_FAIL, Ledger, Tolerance
-from grpo.rewards.here import way_here
+from grpo.rewards.here import Pace, way_here
 from grpo.rewards.names import name_of, reward_of
 from grpo.rewards.options import Options, options_of
 from grpo.rewards.retries import retrying
 from grpo.rewards.samples import Samples, samples_of
 from grpo.rewards.values import paid, parts_of, shown
 from grpo.types import Completion, Group, Prompt
+from grpo.watchdog import Limit
 
 _TAKEN = ("mean", "std")  # `reward/mean` and `reward/std` are metrics of the weighted sum: see train.step_metrics
 
@@ -40,7 +41,20 @@ class Reward:
     weight: float
     start: Start
     is_async: bool
-    may_fail: bool = True  # within what is tolerated
+    callee: Callee
+    options: Options
+    limit: Limit | None  # of one call
+    pace: Pace  # of its calls in this process
+    probe: Samples | None  # something to call it on
+
+    @property
+    def may_fail(self) -> bool:
+        """Within what is tolerated."""
+        return self.options.on_failure == "missing"
+
+    def called(self, way: Way) -> Reward:
+        """The same reward, whose calls run in another way."""
+        return replace(self, start=_with_retries(self.options, way)(self.callee))
 
 
 @dataclass(frozen=True)
@@ -84,26 +98,32 @@ def build_rewards(
     for key, weight in rewards.items():
         function = reward_of(key)
         name, options = name_of(key), options_of(function)
-        way = _way(function, options, timeout)
-        start = starter(name, function, columns, chat, samples, way, options.batch == "group")
+        limit, pace = _limit(options, timeout), Pace()
+        if is_async(function):
+            way: Way = partial(way_async, limit, options.concurrency)
+        else:
+            way = partial(way_here, limit, pace)
+        way = _with_retries(options, way)
+        callee = callee_of(name, function, columns, chat, samples, way, options.batch == "group")
         weight = _checked_weight(name, weight)
-        built.append(Reward(name, weight, start, is_async(function), may_fail=options.on_failure == "missing"))
+        built.append(Reward(name, weight, way(callee), is_async(function), callee, options, limit, pace, samples))
     _check_together(built)
     return built
 
 
-def _way(function: Callable, options: Options, timeout: float | None) -> Way:
-    """Where and how it runs, by what it says of itself and what the run says."""
-    limit = timeout if options.time_limit is None else options.time_limit or None
-    if is_async(function):
-        way: Way = partial(way_async, limit, options.concurrency)
-    else:
-        way = partial(way_here, limit)
-    return partial(_with_retries, way, options) if options.retries else way
+def _limit(options: Options, timeout: float | None) -> Limit | None:
+    """The time of one call, by what the reward says of itself, else by what the run says."""
+    name, seconds = "the --reward-timeout", timeout
+    if options.time_limit is not None:
+        name, seconds = "its time_limit", options.time_limit
+    remedy = "A time-out is never scored 0: mend the reward, or give it more time."
+    return Limit(seconds, name, remedy) if seconds else None
 
 
-def _with_retries(way: Way, options: Options, name: str, function: Callable, fits: Fit, calls: Calls) -> Start:
-    return retrying(way(name, function, fits, calls), options.retries, options.backoff)
+def _with_retries(options: Options, way: Way) -> Way:
+    if not options.retries:
+        return way
+    return lambda callee: retrying(way(callee), options.retries, options.backoff)
 
 
 def score(groups: list[Group], rewards: list[Reward], tolerance: Tolerance = NONE_MAY_FAIL) -> dict[str, float]:

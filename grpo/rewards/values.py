@@ -1,6 +1,7 @@
 """Values: what a reward may return, and what it is taken for. Knows nothing of how rewards are called.
 
     fit(value)             one value -> a score: a number, None (does not apply), numbers by name, or Missing
+    fit_one(value, 1)      what a function of one completion returned -> one, in a list
     fit_list(value, S)     what a function of the batch returned -> S of them
 
 As in TRL, a batch is anything that gives S values in order, and a value is None or whatever Python makes a number of;
@@ -64,6 +65,11 @@ def fit(value: Any) -> Score | Missing:
         return _fit(value)
     except Unfit as unfit:
         return unfit.missing()
+
+
+def fit_one(returned: Any, count: int) -> list[Score | Missing]:
+    """What a function of one completion returned; count: 1."""
+    return [fit(returned)]
 
 
 def fit_list(returned: Any, count: int) -> list[Score | Missing]:

@@ -13,6 +13,7 @@ from grpo.guards import memory_in_words
 from grpo.policy.quantization import PROMPTS
 from grpo.questions import build_questions
 from grpo.resolve import Resolved
+from grpo.rewards.staff import staffed
 from grpo.start import begin
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -28,7 +29,8 @@ def evaluate(resolved: Resolved, target: str) -> int:
     config = replace(resolved.config, optimizer="adamw")  # none is used, and bitsandbytes need not be here
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
-    with memory_in_words(config), restored_threads():
+    at_work = staffed(questions.rewards, config.reward_workers, len(questions.test) * config.eval_samples, None, say)
+    with memory_in_words(config), restored_threads(), at_work as questions.rewards:
         with working("model") as progressed:
             policy = build_policy(
                 config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],

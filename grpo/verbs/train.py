@@ -36,6 +36,7 @@ from grpo.record.starts import write_start
 from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
+from grpo.rewards.staff import staffed
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -69,7 +70,10 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
     as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
     watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
-        with memory_in_words(resolved.config, folder):
+        config = resolved.config
+        completions = config.prompts_per_step * config.group_size
+        at_work = staffed(questions.rewards, config.reward_workers, completions, folder / "rewards.log", say)
+        with memory_in_words(config, folder), at_work as questions.rewards:
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
             _record_start(run, resolved, as_saved, questions, command)
             with run.recorder, stops_gently(run, run.recorder.message) as asked:

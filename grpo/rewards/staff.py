@@ -1,0 +1,127 @@
+"""Staff: which rewards are called in worker processes, and how many of those there are. Decided before the first step.
+
+Knows nothing of how a process is spoken to. Async rewards stay: they wait, and share one event loop. So do those that a
+worker could not find or be sent what they ask for, those that say so (`@reward(workers=0)`), and, where nobody asks for
+workers, fast ones: to send a call elsewhere takes longer than they do.
+
+A scoring begins when its rollout is over: an engine hands over whole rollouts, and the loop has no second one inside.
+Then all rewards that have workers, and all async ones, are under way while those of this process are called.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+from grpo.errors import in_words
+from grpo.rewards.scoring import Reward
+from grpo.rewards.worker import Setup
+from grpo.rewards.workers import Pool, memory_of_one, portable, sources_of, way_workers
+
+SLOW = 0.5  # seconds of a step that a reward takes, from which on it is called elsewhere
+_MOST = 8  # workers, where nobody says how many
+_LARGEST = 1 << 20  # bytes of a function that is moved unasked: a larger one holds a model
+
+
+@contextmanager
+def staffed(
+    rewards: list[Reward], asked: int, completions: int, log: Path | None, note: Callable[[str], object]
+) -> Iterator[list[Reward]]:
+    """Inside, the rewards, with workers for those that get some.
+
+    asked: --reward-workers. completions: of a step. log: what rewards print in workers. note: is told who is called
+    where.
+    """
+    functions = _to_move(rewards, asked, completions, note)
+    if not functions:
+        yield rewards
+        return
+    moved = [reward for reward in rewards if reward.name in functions]
+    sources = sources_of([reward.callee.function for reward in moved])
+    setup = Setup(functions, sources, os.getcwd(), memory_of_one(), str(log.absolute()) if log else "", os.getpid())
+    pool = Pool(_size(moved, asked), setup)
+    try:
+        yield [_with_workers(reward, pool, note) if reward in moved else reward for reward in rewards]
+    finally:
+        pool.close()
+
+
+def _to_move(rewards: list[Reward], asked: int, completions: int, note: Callable[[str], object]) -> dict[str, bytes]:
+    """The functions to be called in workers, pickled; `note` is told why others are not where one might expect it."""
+    functions = {}
+    for reward in rewards:
+        if not _wants(reward, asked, completions):
+            continue
+        try:
+            function = portable(reward.callee.function)
+            _try_to_send(reward)
+            if asked < 0 and not reward.options.workers:
+                _check_light(function)
+            functions[reward.name] = function
+        except ValueError as fault:
+            note(f"note: reward `{reward.name}` is called in the run's own process: {fault}.")
+    return functions
+
+
+def _wants(reward: Reward, asked: int, completions: int) -> bool:
+    if reward.is_async or asked == 0 or reward.options.workers == 0:
+        return False
+    return asked > 0 or bool(reward.options.workers) or reward.pace.of_a_completion() * completions > SLOW
+
+
+def _try_to_send(reward: Reward) -> None:
+    """Pickle what it is called with.
+
+    Raises:
+        ValueError: that cannot be.
+    """
+    for call in reward.callee.calls(reward.probe) if reward.probe else ():
+        for name, value in call.arguments.items():
+            try:
+                pickle.dumps(value)
+            except Exception as error:
+                raise ValueError(f"its argument `{name}` cannot be sent to another: {in_words(error)}") from error
+
+
+def _check_light(function: bytes) -> None:
+    """Whether a slow reward may be moved that nobody has asked to move.
+
+    Raises:
+        ValueError: something speaks against it.
+    """
+    if len(function) > _LARGEST:
+        raise ValueError(
+            f"it holds {len(function) / 2**20:.0f} MiB, which each worker would hold too (--reward-workers N moves it)"
+        )
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        raise ValueError(
+            "the task uses the GPU, of which each worker would take some memory (--reward-workers N moves it)"
+        )
+
+
+def _size(moved: list[Reward], asked: int) -> int:
+    wanted = max(reward.options.workers or 0 for reward in moved)
+    return asked if asked > 0 else max(wanted, min(_MOST, num_cores() - 1), 1)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    with suppress(AttributeError):  # macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _with_workers(reward: Reward, pool: Pool, note: Callable[[str], object]) -> Reward:
+    """The reward in workers, if they have found it."""
+    if fault := pool.faults[reward.name]:
+        note(f"note: reward `{reward.name}` is called in the run's own process: a worker that imports it gets {fault}.")
+        return reward
+    width = min(reward.options.workers or pool.size, pool.size)
+    note(f"reward `{reward.name}` is called in {width} worker process{'es' * (width > 1)}")
+    return reward.called(partial(way_workers, pool, reward.limit, width))
