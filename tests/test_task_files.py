@@ -93,6 +93,29 @@ def test_math_takes_the_answer_from_the_solution_where_the_data_has_no_column_fo
         assert marks(task, task.gold_text({**row, "answer": "17"}), row) == {"math": 0.0}
 
 
+def test_code_reads_the_columns_of_mbpp_and_its_own(tmp_path):
+    rows = [
+        {"text": "Add.", "code": "def add(a, b):\r\n  return a + math.floor(b)",
+         "test_list": ["assert add(1, 2.5) == 3"], "test_setup_code": "import math"},
+        {"prompt": "Add.", "solution": "def add(a, b):\n  return a + b", "tests": "assert add(1, 2) == 3"},
+        {"prompt": "Double it.", "solution": "print(2 * int(input()))", "tests": [{"input": "4", "output": "8"}]},
+    ]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("code")
+    made = list(task.rows("train", str(tmp_path)))
+    assert "pass this test: assert add(1, 2.5) == 3" in task.prompt(made[0])[-1]["content"]
+    for row in [*made, *islice(task.rows("train", "embedded"), 3)]:
+        assert marks(task, task.gold_text(row), row) == {"code": 1.0}
+        assert marks(task, "```python\ndef add(a, b): return 4\n```", row) == {"code": 0.0}
+
+
+def test_exercises_are_in_one_split():
+    train, test = (
+        {row["question"] for row in load_task("code").rows(split, "embedded")} for split in ("train", "test")
+    )
+    assert len(train) == len(test) == 400 and not train & test
+
+
 # ---- Reasoning Gym
 
 
