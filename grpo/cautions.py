@@ -58,8 +58,7 @@ def _dropped_text(asker: Asker, prompt: Prompt) -> str:
 def _date_in_template(asker: Asker, prompt: Prompt) -> str:
     if prompt.messages is None or asker.template.makes_tokens:  # whose own template has no date
         return ""
-    another_day = asker.render(prompt.index, prompt.fields, prompt.messages, strftime_now=lambda form: "another day")
-    if another_day == prompt.text:
+    if asker.render(prompt.index, prompt.fields, prompt.messages, another_day=True) == prompt.text:
         return ""
     return (
         "The model's chat template writes today's date into every prompt: a run that is resumed or evaluated on "

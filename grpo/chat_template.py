@@ -22,6 +22,9 @@ TEMPLATE_LIMIT = Limit(
     60.0, "the longest that it may take", "Get the model anew, or let `prompt` of the task file return text."
 )
 
+# In front of a template: the date that it asks for is another. What follows it keeps its first new line.
+ANOTHER_DAY = "{% macro strftime_now(form) %}another day{% endmacro %}{{ '' }}"
+
 Rendered = str | list[int]
 
 
@@ -41,8 +44,11 @@ class ChatTemplate:
         """Whether this model is asked with messages at all."""
         return self.makes_tokens or bool(self.tokenizer.chat_template)
 
-    def render(self, index: int, messages: list[Message], variables: dict[str, Any]) -> Rendered:
-        """The messages of row `index` as the model reads them. variables: what the template reads beside them.
+    def render(
+        self, index: int, messages: list[Message], variables: dict[str, Any], another_day: bool = False
+    ) -> Rendered:
+        """The messages of row `index` as the model reads them, on this day or another one. variables: what the template
+        reads beside them.
 
         Where the last message is the assistant's the completion goes on with it. Where the template refuses a system
         message, as Gemma's does, the system text comes in front of the first message of the user, which is what such
@@ -54,6 +60,7 @@ class ChatTemplate:
         # A field that is None is one that the message does not have; a template would take it for one that it has.
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         goes_on = messages[-1]["role"] == "assistant"
+        own = self.tokenizer.get_chat_template(None, variables.get("tools")) if another_day else ""
         render = partial(
             self.tokenizer.apply_chat_template,
             tokenize=self.makes_tokens,
@@ -61,6 +68,7 @@ class ChatTemplate:
             add_generation_prompt=not goes_on,
             continue_final_message=goes_on,
             **variables,
+            **({"chat_template": ANOTHER_DAY + own} if another_day else {}),
         )
         in_time = partial(_watched, f"the model's chat template on row {index}", render)
         try:

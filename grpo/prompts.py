@@ -105,17 +105,15 @@ class Asker:
             for (index, row, content), text, of_prompt in zip(asked, texts, tokens, strict=True)
         ]
 
-    def render(self, index: int, row: Row, content: Content, **variables: Any) -> Any:
+    def render(self, index: int, row: Row, content: Content, another_day: bool = False) -> Any:
         """What the model reads of one row: a text; or tokens, if the chat template makes these itself.
-
-        variables: of the chat template, over those that the task and the configuration give it.
 
         Raises:
             UserError: the chat template refuses the messages, or what the task gives it is not as it must be.
         """
         if isinstance(content, str):
             return content
-        return self.template.render(index, content, self.given(index, row) | variables)
+        return self.template.render(index, content, self.given(index, row), another_day)
 
     def given(self, index: int, row: Row) -> dict[str, Any]:
         """What the chat template reads of a row beside its messages.

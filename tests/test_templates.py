@@ -374,3 +374,28 @@ def test_rows_that_are_too_long_are_left_out_and_counted(monkeypatch):
 def test_a_limit_is_a_number_of_tokens(most):
     with pytest.raises(UserError, match=r"`max_prompt_tokens` is .*a number of tokens, 1 or more, or None"):
         asker_of("qwen3", max_prompt_tokens=most)
+
+
+# ---- a tokenizer that makes tokens of messages itself
+
+
+def test_tokens_of_a_template_that_is_code_are_its_own():
+    """As mistral-common's are: no text has its special tokens, so the text's tokens would be others."""
+    plain = tokenizer_of("mistral")
+
+    class Own(type(plain)):
+        def apply_chat_template(self, conversation, tokenize=True, return_dict=True, add_generation_prompt=False,
+                                continue_final_message=False, tools=None):  # fmt: skip
+            if not tokenize:
+                return "".join(f"{message['content']}</s>" for message in conversation)
+            said = [self(message["content"], add_special_tokens=False)["input_ids"] for message in conversation]
+            return [self.bos_token_id, *(token for tokens in said for token in [*tokens, 7])]
+
+    plain.__class__ = Own
+    plain.chat_template = None
+    asker = Asker(asker_of("mistral").task, plain, 400, 5000)
+    [prompt] = asked(asker)
+    assert prompt.tokens == plain.apply_chat_template(CHAT)
+    assert prompt.text == plain.decode(prompt.tokens) and prompt.text.startswith("<s>Be brief.")
+    assert list(cautions(asker, [prompt])) == []
+    assert stop_tokens(7, plain, 5000) == [7, plain.eos_token_id]
