@@ -14,17 +14,27 @@ import pytest
 
 import grpo
 from grpo.config import field_names
+from grpo.rewards.__main__ import Options as RewardOptions
 from grpo.run import main
 from grpo.task import Task
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "tasks/README.md", "kernels/README.md", "benchmarks/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "tasks/README.md",
+    "examples/reward_plugin/README.md",
+    "kernels/README.md",
+    "benchmarks/README.md",
+]
 DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 # Flags of programs that are not in this repository, where the documents use them.
 OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
-TOPS = ("grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
+REWARD_FLAGS = {f"--{name}" for name in RewardOptions.__dataclass_fields__}  # of python -m grpo.rewards
+
+TOPS = ("examples", "grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
 MODULES = {module.name for module in pkgutil.iter_modules(grpo.__path__)}
 
 SUBJECTS = ["Kernels", "Rollout", "Policy", "Learning", "Engineering"]
@@ -93,7 +103,7 @@ def test_flags_in_the_documents_exist(document, flags):
         program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
         own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_with_siblings(program[1]))) if program else set()
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
-        unknown = used - (own if program else flags | OTHER_PROGRAMS)
+        unknown = used - (own if program else flags | OTHER_PROGRAMS | REWARD_FLAGS)
         assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
 
 
