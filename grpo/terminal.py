@@ -42,7 +42,7 @@ def leave_a_broken_pipe() -> None:
 
 # Without a terminal there is no width to keep to. Brackets are brackets and :bug: is a word: names may have them.
 console = Terminal(
-    highlight=False, markup=False, emoji=False, width=shutil.get_terminal_size(fallback=(150, 24)).columns
+    highlight=False, markup=False, emoji=False, width=shutil.get_terminal_size(fallback=(160, 24)).columns
 )
 
 

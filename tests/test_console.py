@@ -2,18 +2,19 @@
 
 import io
 import math
+import re
 
 import pytest
 from recorded import NAMES, group_of, metrics_of, scores_of
 from rich.cells import cell_len
 
 from grpo.record import Console
-from grpo.record.console import columns_for, columns_that_fit
+from grpo.record.console import TIME_LEFT, columns_for, columns_that_fit
 from grpo.record.curves import labels
 from grpo.record.names import in_lines
 
 
-@pytest.mark.parametrize("width", [200, 150, 120, 80, 60, 40])
+@pytest.mark.parametrize("width", [200, 160, 150, 120, 100, 80, 60, 40])
 def test_the_step_lines_are_aligned_and_fit_the_width(monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
     out = io.StringIO()
@@ -25,7 +26,7 @@ def test_the_step_lines_are_aligned_and_fit_the_width(monkeypatch, width):
     lines = out.getvalue().splitlines()
     assert len(lines) == 2 + 6
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert len(lines[0]) <= min(width, 150)
+    assert len(lines[0]) <= min(width, 160)
     # Under each title's last letter stands each number's last digit.
     ends = [at for at in range(len(lines[1])) if lines[1][at] != " " and lines[1][at + 1 : at + 2] in ("", " ")]
     for line in lines[2:]:
@@ -33,7 +34,7 @@ def test_the_step_lines_are_aligned_and_fit_the_width(monkeypatch, width):
             assert line[at] != " " and line[at + 1 : at + 2] in ("", " ")
     assert lines[2].split()[:2] == ["1/1000", "0.100"]
     assert lines[-1].split()[:2] == ["11/1000", "1.000"]
-    assert set(lines[-1].split()[2:]) <= {"-"}
+    assert {number for number in lines[-1].split()[2:] if not re.fullmatch(r"\d+s", number)} <= {"-"}
 
 
 def test_a_narrow_line_keeps_what_matters_most():
@@ -56,7 +57,8 @@ LONG = [
 ]
 
 
-WHOLE_WORDS = """step mean reward held-out pass@1 length cut off zero var. entropy nats mismatch KL gradient norm
+WHOLE_WORDS = """step time left
+mean reward held-out pass@1 length cut off zero var. entropy nats mismatch KL gradient norm
 learning rate tokens /s memory GiB reversed letters exact match mathematical equivalence penalty for repeating ..
 question asked tone 答えは正し. with marks [31mred [bold]loud[. cost $a$ $b"""
 
@@ -190,3 +192,44 @@ def test_a_log_file_that_holds_ascii_only_stops_no_run():
     console.close()
     out.flush()
     assert b"? ?" in out.buffer.getvalue()
+
+
+def test_without_a_terminal_a_step_is_a_plain_line_that_says_the_time_left(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    clock = iter([0.0, 30.0, 60.0, 90.0])
+    monkeypatch.setattr("grpo.record.console.time.monotonic", lambda: next(clock))
+    out = io.StringIO()
+    console = Console(500, 0, "toy", NAMES, file=out)
+    for step in range(3):
+        console.step(step, metrics_of(step))
+    first, second, *lines = out.getvalue().splitlines()
+    assert (first.split()[-1], second.split()[-1]) == ("time", "left")
+    assert [line.split()[-1] for line in lines] == ["4h10m", "4h09m", "4h08m"]
+    assert "memory" in first and "\r" not in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0, "0s"), (99.4, "99s"), (100, "2m"), (5999, "100m"), (6000, "1h40m"), (1e6, "277h47m")]
+)
+def test_the_time_left_is_told_shortly(seconds, told):
+    assert TIME_LEFT.cell({"time/left": seconds}).strip() == told
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_color_means_none_and_a_held_out_score_fits(monkeypatch, width):
+    for variable, value in {"TTY_INTERACTIVE": "1", "TTY_COMPATIBLE": "1", "NO_COLOR": "1", "COLUMNS": width}.items():
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = io.StringIO()
+    console = Console(50, 0, "toy", ["tone"], file=out)
+    console.start()
+    console.sample(0, group_of(0))
+    console.step(0, metrics_of(0))
+    console.evaluation(0, scores_of(0) | {"eval/pass@4/low": 0.4, "eval/pass@4/high": 0.6, "eval/majority@4": 0.5})
+    console.close()
+    shown = out.getvalue()
+    codes = {code for codes in re.findall("\x1b\\[([0-9;]*)m", shown) for code in codes.split(";")}
+    assert codes <= {"", "0", "1", "2", "3"}  # bold, dim, italic
+    told = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").splitlines()
+    assert all(cell_len(line) <= width for line in told)
+    assert sum("95%:" in line for line in told) == (1 if width == 160 else 2)

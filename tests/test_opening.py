@@ -13,6 +13,8 @@ from grpo.run import main
 FIRST_LINES = """model: embedded \\(the tiny one .*, base weights in float32, on cpu
 adapter: LoRA of rank 4, [\\d,]+ trainable parameters
 engine: PyTorch
+task: toy \\(.*toy.py\\)
+plan: 1 steps of 2 prompts x 4 completions of at most 7 tokens; 4 held-out prompts x 2 every 4 steps; a checkpoint
 run folder: {folder}
 """
 

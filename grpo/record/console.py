@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import time
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -34,8 +36,9 @@ from grpo.terminal import Terminal, plain
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
+STEPS_OF_SPEED = 30  # whose time says how long a step takes
 STEPS_BETWEEN_SAMPLES = 10
-_WIDEST = 150
+_WIDEST = 160
 _SPEED_OVER_SECONDS = 1800.0  # the time left is judged by the steps of the last half hour
 _WIDEST_TITLE, _COMFORTABLE_TITLE = 12, 9  # cells of a title's line
 _FIRST_REWARDS = 5  # that stay longer than the other numbers when the terminal is narrow; further ones go first
@@ -68,6 +71,21 @@ class Shown:
 
     def _fits(self, text: str) -> bool:
         return len(text) <= self.width
+
+
+@dataclass(frozen=True)
+class TimeLeft(Shown):
+    """The time that the steps to come will take."""
+
+    def cell(self, metrics: Mapping[str, float]) -> str:
+        """ "2h05m", "7m", "48s"."""
+        seconds = metrics.get(self.metric, 0.0)
+        minutes = round(seconds / 60)
+        texts = (f"{seconds:.0f}s", f"{minutes}m", f"{minutes // 60}h{minutes % 60:02}m")
+        return texts[bisect_right((100, 6000), seconds)].rjust(self.width)
+
+
+TIME_LEFT = TimeLeft(("time", "left"), "time/left", Column("time left", "", 6, 19))
 
 
 def columns_for(reward_names: Sequence[str], headline: str = HEADLINES[0]) -> list[Shown]:
@@ -118,7 +136,9 @@ class Console(Sink):
         file: IO[str] | None = None,
     ):
         self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
-        self._columns = columns_for(reward_names, headline)
+        # With a terminal the bar says how long it will take.
+        self._columns = columns_for(reward_names, headline) + [TIME_LEFT] * (not self._terminal.is_interactive)
+        self._times = deque([time.monotonic()], maxlen=STEPS_OF_SPEED)
         self._shown: list[Shown] = []
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
         self._total_steps = total_steps
@@ -156,8 +176,11 @@ class Console(Sink):
         if self._lines % LINES_BETWEEN_HEADERS == 0:
             self._header()
         self._lines += 1
+        self._times.append(time.monotonic())
+        a_step = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
+        shown = {**self._held_out, **metrics, TIME_LEFT.metric: a_step * (self._total_steps - step - 1)}
         label = f"{step + 1}/{self._total_steps}".rjust(self._step_width)
-        self._line(label, [column.cell({**self._held_out, **metrics}) for column in self._shown])
+        self._line(label, [column.cell(shown) for column in self._shown])
         self._progress.update(self._bar, completed=step + 1)
 
     def stage(self, name: str) -> None:
@@ -174,8 +197,10 @@ class Console(Sink):
         self._held_out = dict(scores)
         names = [name for name in scores if "@" in name and not name.endswith(("/low", "/high"))]
         names = names or [HEADLINES[-1]]
-        told = "   ".join(_score_in_words(name, scores) for name in names)
-        self.message(f"held-out after {step} steps:  {told}", style="bold")
+        told = [_score_in_words(name, scores) for name in names]
+        line = f"held-out after {step} steps:  {'   '.join(told)}"
+        fits = cell_len(line) <= _width()
+        self.message(line if fits else "\n  ".join([f"held-out after {step} steps:", *told]), style="bold")
 
     def message(self, text: str, style: str = "") -> None:
         """A line, as it is but for what a terminal would take as an order."""

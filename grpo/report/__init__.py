@@ -7,7 +7,8 @@ Nothing in it was written by us but the template: completions, prompts and names
 escaped wherever they stand. Knows nothing of how a run is trained.
 """
 
+from grpo.report.judging import paired_line
 from grpo.report.page import write_report
-from grpo.report.sink import ReportSink
+from grpo.report.sink import REPORT, ReportSink
 
-__all__ = ["ReportSink", "write_report"]
+__all__ = ["REPORT", "ReportSink", "paired_line", "write_report"]

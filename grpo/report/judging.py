@@ -6,9 +6,10 @@ Pure functions, which know nothing of pages.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -107,11 +108,33 @@ def verdict(reading: Reading) -> Verdict:
     ]
     if not scores:
         return Verdict(headline, None, None, None, None, "unknown")
-    first, last, best = scores[0], scores[-1], max(scores, key=lambda score: score.value)
+    last, best = scores[-1], max(scores, key=lambda score: score.value)
+    # Other held-out prompts may have been asked in between: then the comparison begins where these were.
+    asked = set(reading.held_out.get(last.step, {}))
+    first = next(score for score in scores if asked <= set(reading.held_out.get(score.step, asked)))
     if len(scores) == 1:
         return Verdict(headline, first, last, best, None, "unknown")
     test = paired(*(held_out_scores(reading, score.step, headline) for score in (first, last)))
     return Verdict(headline, first, last, best, test, _judgement(first, last, test))
+
+
+def paired_line(folder: Path) -> Iterator[str]:
+    """The test of first against last held-out score in a line, where there is one.
+
+    Raises:
+        UserError: it is no run's folder.
+    """
+    reading = Reading(folder)
+    reading.advance()
+    found = verdict(reading)
+    if test := found.paired:
+        scale, form, unit = (100, "+.1f", " points") if found.is_share else (1, "+.3f", "")
+        difference, low, high = (format(scale * value, form) for value in (test.difference, test.low, test.high))
+        p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.3f}"
+        yield (
+            f"paired over {test.prompts} prompts: {difference}{unit} (95%: {low} to {high}), {p}; {test.better} of "
+            f"them did better, {test.worse} worse"
+        )
 
 
 def headline_of(reading: Reading) -> str:

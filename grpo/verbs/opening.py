@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from grpo.config import Config
+from grpo.folder import Saved
 from grpo.policy import Policy
 from grpo.rollout import Engine
 from grpo.rollout.torch_engine import TorchEngine
+from grpo.task import Task
 
 EMBEDDED = "the tiny one that ships with the package: it shows the loop and knows no world"
 
 
-def opening(config: Config, policy: Policy, engine: Engine, folder: Path | None = None) -> Iterator[str]:
-    """A line each; of the rows there is one already, where they were read. folder: of the run, if there is one."""
+def opening(config: Config, policy: Policy, engine: Engine) -> Iterator[str]:
+    """A line each; of the rows there is one already, where they were read."""
     what_it_is = f" ({EMBEDDED})" if config.model == "embedded" else ""
     yield f"model: {config.model}{what_it_is}, base weights in {config.base}, on {device_in_words(policy.device)}"
     trainable = sum(parameter.numel() for parameter in policy.store.parameters())
     begun = f", begun from {config.adapter}" if config.adapter else ""
     yield f"adapter: LoRA of rank {config.lora_rank}, {trainable:,} trainable parameters{begun}"
     yield f"engine: {engine_in_words(engine)}"
-    if folder:
-        yield f"run folder: {folder}"
+
+
+def what_comes(config: Config, task: Task, saved: Saved) -> Iterator[str]:
+    """Of a run: what it is to learn, in how many steps of what size, and where it is written."""
+    yield f"task: {task.name} ({saved.task})"
+    held_out = f"every {config.eval_every} steps" if config.eval_every else "before and after"
+    yield (
+        f"plan: {config.steps:,} steps of {config.prompts_per_step} prompts x {config.group_size} completions of at "
+        f"most {config.max_completion_tokens:,} tokens; {config.eval_prompts} held-out prompts x "
+        f"{config.eval_samples} {held_out}; a checkpoint every {config.save_every} steps"
+    )
+    yield f"run folder: {saved.folder}"
 
 
 def device_in_words(device: torch.device) -> str:

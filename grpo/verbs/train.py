@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shlex
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from grpo.checkpoint import check_run, read_state
 from grpo.command import Options
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.evaluate import comparison
 from grpo.folder import (
     Saved,
     alone_in,
@@ -42,7 +40,8 @@ from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.train import Run, evaluate, is_unsaved, save, train
 from grpo.verbs.announce import announce, over_its_adapter
-from grpo.verbs.opening import device_in_words, engine_in_words, opening
+from grpo.verbs.closing import closing
+from grpo.verbs.opening import device_in_words, engine_in_words, opening, what_comes
 
 
 def start(options: Options, resolved: Resolved, command: str) -> int:
@@ -113,7 +112,9 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
         raise
     write_config(saved)
     run.progress.run = saved.id
-    for line in opening(resolved.config, run.policy, run.engine, saved.folder):
+    for line in opening(resolved.config, run.policy, run.engine):
+        say(line)
+    for line in what_comes(resolved.config, resolved.task, saved):
         say(line)
     return run
 
@@ -170,14 +171,9 @@ def _closing(run: Run, asked: Asked) -> int:
     """The last lines, and the exit code."""
     for warning in run.recorder.warnings():
         say(f"warning: {warning}")
-    if run.progress.step < run.config.steps:
-        say(f"Stopped after step {run.progress.step} of {run.config.steps}; everything is saved. Go on with")
-        say(f"  python -m grpo.run --resume {shlex.quote(str(run.folder))}")
-        return asked.exit_code
-    say(comparison(run.progress.first_scores, run.progress.last_scores))
-    files = {"curves": "curves.png", "completions": "completions.jsonl", "adapter": "checkpoints"}
-    say("   ".join(f"{what}: {run.folder / name}" for what, name in files.items()))
-    return 0
+    for line in closing(run.folder, run.progress, run.config.steps):
+        say(line)
+    return 0 if run.progress.step == run.config.steps else asked.exit_code
 
 
 def _check_steps(config: Config, checkpoint: Path) -> None:

@@ -1,0 +1,54 @@
+"""The last lines of a run: what was learnt, where everything is, and what can be done next.
+
+Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from grpo.checkpoint import Progress
+from grpo.errors import UserError
+from grpo.evaluate import comparison
+from grpo.folder import CHECKPOINTS
+from grpo.report import REPORT, paired_line
+
+PLACES = (("report", REPORT), ("completions", "completions.jsonl"), ("numbers", "metrics.jsonl"))
+NEXT = (
+    ("python -m grpo.run --eval {run}", "held-out scores of its best checkpoint"),
+    ("python -m grpo.run --resume {run} --steps {more}", "twice as long"),
+    ("python -m grpo.report {run} ANOTHER --out FILE", "beside another run"),
+)
+
+
+def closing(folder: Path, progress: Progress, steps: int) -> Iterator[str]:
+    """A line each; of a run of so many steps in that folder, as far as it is."""
+    if progress.step < steps:
+        yield f"Stopped after step {progress.step} of {steps}; everything is saved. Go on with"
+        yield f"  python -m grpo.run --resume {shlex.quote(str(folder))}"
+        return
+    yield comparison(progress.first_scores, progress.last_scores)
+    yield from _tested(folder)
+    adapter = folder / CHECKPOINTS / f"step-{progress.step:06d}"
+    best = folder / CHECKPOINTS / f"step-{progress.best_step:06d}"
+    places = [(what, folder / name) for what, name in PLACES if (folder / name).exists()]
+    places += [("adapter", adapter)] + [("the best", best)] * (best != adapter and best.exists())
+    yield ""
+    for what, path in places:
+        yield f"{what:<11} {path}"
+    yield ""
+    yield "next:"
+    commands = [(form.format(run=shlex.quote(str(folder)), more=2 * steps), what) for form, what in NEXT]
+    width = max(len(command) for command, _ in commands)
+    for command, what in commands:
+        yield f"  {command:<{width}}   # {what}"
+
+
+def _tested(folder: Path) -> Iterator[str]:
+    """The paired test over the held-out prompts; the run is over whether or not its files can be read again."""
+    try:
+        yield from paired_line(folder)
+    except (UserError, OSError):
+        return
