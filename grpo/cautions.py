@@ -37,10 +37,13 @@ def opened_in(prompt: Prompt) -> str:
 
 
 def _not_read(asker: Asker, prompt: Prompt) -> str:
-    if prompt.messages is None:
-        return ""
-    told = [asker.template.ignores(name) for name in asker.given(prompt.index, prompt.fields)]
-    return next(filter(None, told), "")
+    given = asker.given(prompt.index, prompt.fields)
+    if prompt.messages is None and given:
+        return (
+            f"`prompt` of task {asker.task.name} gives text, which goes through no chat template: {', '.join(given)} "
+            "changes nothing. Return chat messages."
+        )
+    return next(filter(None, map(asker.template.ignores, given)), "")
 
 
 def _dropped_text(asker: Asker, prompt: Prompt) -> str:

@@ -124,9 +124,13 @@ def keep(folder: Path, policy: Policy) -> str:
         draft = folder / f".{START}.partial"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        for name, content in adapter_files(policy).items():
-            write_synced(draft / name, content)
-        sync_folder(draft)
+        try:
+            for name, content in adapter_files(policy).items():
+                write_synced(draft / name, content)
+            sync_folder(draft)
+        except OSError:  # the disk is full, say
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         draft.rename(kept)
         sync_folder(folder)
     return _fingerprint(kept)

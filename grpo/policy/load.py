@@ -415,8 +415,8 @@ def _check_no_adapter(name: str, folder: Path) -> None:
             "adapter into its model with PEFT's merge_and_unload and give a folder that holds the merged model alone."
         )
     raise UserError(
-        f"The folder {name} holds an adapter, not a model. Give its model as --model, or go on with a run with "
-        "--resume, or score one with --eval."
+        f"The folder {name} holds an adapter, not a model. Give its model as --model, and the folder as --adapter to "
+        "begin from it; go on with a run with --resume, or score one with --eval."
     )
 
 
