@@ -373,15 +373,61 @@ WRONG = [
     (r"\boxed{\frac{1}{0}}", "42"),
 ]
 
+RIGHT += [
+    (r"\boxed{12:30 \text{ PM}}", "12:30 pm"),
+    (r"\boxed{\text{all real numbers}}", r"\mathbb{R}"),
+    (r"\boxed{(-\infty,\infty)}", r"\mathbb{R}"),
+    (r"\boxed{1 : 4}", "1:4"),
+    (r"\boxed{6\frac{1}{4}\text{ cups}}", "6.25"),
+    (r"\boxed{\angle ABC = 60^\circ}", "60"),
+    (r"\boxed{x^2+y^2=4}", "x^2 + y^2 - 4 = 0"),
+    (r"\boxed{5\text{ and }-5}", r"\pm 5"),
+    (r"\boxed{x=5,-5}", "5, -5"),
+    (r"\boxed{\sec^2 y}", r"\tan^2 y + 1"),
+    (r"\boxed{11,\! 111}", "11111"),
+    (r"\left[\begin{array}{cc}1 & 2 \\ 3 & 4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+]
+
+RIGHT_PLACE = [
+    ("Final Answer: The smallest $n$ is 34.", "34"),
+    ("Final Answer: The area of $ABCD$ is 120. I hope it is correct.", "120"),
+    ("Final Answer: She left 3 hours ago. I hope it is correct.<|im_start|>user\nNow another: 5", "3"),
+    ("So the chance is 2/3.<|im_end|>\n<|im_start|>user", "2/3"),
+    ("A: 18\n\nQ: What is 2 + 3?\nA: 5", "18"),
+    ("The answer is 18.\n\nQuestion: What is 2 + 3?\nThe answer is 5.", "18"),
+    ("Question: What is 2 + 3?\nThe answer is 5.", "5"),
+    ("Thus \\boxed{18}.\n\n## Problem 2: add\n\\boxed{3}", "18"),
+    (r"First $\boxed{255}$ and so on. Final Answer: The final answer is $10,455$. I hope it is correct.", "10455"),
+    (r"$\boxed{12 $ and $13}$", r"\boxed{12\text{ and }13}"),
+    ("Answer: the chance is $\\frac12$, since there are $2$ ways.", "0.5"),
+    ("The answer is\n\\[\n42\n\\]", "42"),
+    (r"\begin{align*} x &= \boxed{42}. \end{align*}", "42"),
+    ("Hence 42 is the answer.", "42"),
+    ("Answer: 42\n\nExplanation: 6*7 = 42 by 2 ways", "42"),
+    (r"\[ \boxed{-2} \quad \text{and} \quad \boxed{1}. \]", "1, -2"),
+    (r"\boxed{1,-2}", r"Thus $\boxed{-2} \quad \text{and} \quad \boxed{1}.$"),
+    (r"\boxed{1,2}", r"$x=\boxed{1}$ or $x=\boxed{2}$"),
+    (r"\boxed{2}", r"First we get $\boxed{1}$, and then by adding $\boxed{2}$."),
+]
+
+WRONG_PLACE = [
+    ("The answer is $1/3.$", "1"),
+    ("The answer is 5 apples and 3 pears", "3"),
+    (r"\boxed{1}", r"$x=\boxed{1}$ or $x=\boxed{2}$"),
+    (r"\boxed{12}", r"\boxed{1} and \boxed{2}"),
+    ("A: 18\n\nQ: What is 2 + 3?\nA: 5", "5"),
+    ("3.5", "35"),
+]
+
 SO = "So we go on, step by step, and see what comes of it. " * 6
 
 
-@pytest.mark.parametrize(("completion", "gold"), RIGHT)
+@pytest.mark.parametrize(("completion", "gold"), RIGHT + RIGHT_PLACE)
 def test_what_says_the_gold_answer_is_right(completion, gold):
     assert math(completion, gold) == 1.0
 
 
-@pytest.mark.parametrize(("completion", "gold"), WRONG)
+@pytest.mark.parametrize(("completion", "gold"), WRONG + WRONG_PLACE)
 def test_what_says_something_else_is_wrong(completion, gold):
     assert math(completion, gold) == 0.0
 

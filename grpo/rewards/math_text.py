@@ -11,6 +11,7 @@ import unicodedata
 from grpo.rewards.stated import behind_hashes, behind_words, boxes, in_answer_tags, visible
 
 _TAIL = 3000  # characters from the end in which formulas and numbers are looked for
+_NOT_BETWEEN = re.compile(r"\\text\s*\{|\\quad|[A-Za-z]\w?\s*=|[\s${}\\;]")  # beside "and" of two boxes
 _SHORT_LINE = 60  # characters of what states an answer, also in words
 _STATES = re.compile(r"[\d$\\]")
 _UNFINISHED = re.compile(r"[^\W\d_]$|[,:;+*/=<>(\[{\\^_&-]$")
@@ -23,7 +24,7 @@ _JOINED = re.compile(r"\s*(?:,|,?\s*(?:and|or)\b|;)\s*")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![\w.])[-+\N{MINUS SIGN}]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s?%?|(?<![\w.\d])-?\.\d+", re.ASCII
 )
-_REST_OF_SENTENCE = re.compile(r"(?:[.;!?]|,?\s(?:because|since|which|where|so|as|when|for)\b).*", re.S)
+_END_OF_SENTENCE = re.compile(r"[.;!?](?=\s|$|\*)|,?\s(?:because|since|which|where|so|as|when|for)\b")
 
 
 def answers(completion: str) -> list[list[str]]:
@@ -37,7 +38,7 @@ def answers(completion: str) -> list[list[str]]:
     if marked := in_answer_tags(text):
         return [*_of_boxes(marked), *_of_line(marked)]
     if boxed := _of_boxes(text):
-        return boxed
+        return _of_final_answer(text) or boxed
     if line := behind_hashes(text):
         return _of_line(line)
     if (line := behind_words(text)) and (len(line) <= _SHORT_LINE or _STATES.search(line[:_SHORT_LINE])):
@@ -46,9 +47,27 @@ def answers(completion: str) -> list[list[str]]:
         return []
     tail = text[-_TAIL:]
     whole = [[text.strip()]] if 0 < len(text.strip()) <= _SHORT else []
-    last = [list(pattern.finditer(tail))[-1:] for pattern in (_FORMULA, _NUMBER_IN_TEXT)]
-    latest = sorted((found for of_kind in last for found in of_kind), key=lambda found: (found.end(), -found.start()))
-    return [*whole, *([_inside(found)] for found in latest[-1:])]
+    return [*whole, *([_inside(found)] for found in _latest(tail))]
+
+
+def gold_of(answer: str) -> str:
+    r"""The answer of a gold text, which may be a whole solution: its boxes, the line behind `####`, or "Answer: n".
+
+    >>> gold_of(r"So $x = \boxed{1}$ or $\boxed{2}$."), gold_of("24 + 48 = 72\n#### 72"), gold_of(r"\frac{1}{2}")
+    ('1, 2', '72', '\\frac{1}{2}')
+    """
+    if boxed := _of_boxes(answer):
+        return ", ".join(boxed[-1] if _are_joined(answer, boxed[-1]) else boxed[0])
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip()
+    return ("\n" in answer and behind_words(answer)) or answer
+
+
+def _are_joined(text: str, boxed: list[str]) -> bool:
+    """Whether nothing but "and", "or" or a comma stands between the last boxes of a text, if these are several."""
+    pieces = text.split("\\boxed")[-len(boxed) : -1]
+    between = (piece[len(content) + 2 :] for piece, content in zip(pieces, boxed, strict=False))
+    return len(boxed) > 1 and all(_NOT_BETWEEN.sub("", each) in (",", "and", "or", ",and", ",or") for each in between)
 
 
 def _is_cut_off(text: str) -> bool:
@@ -69,20 +88,45 @@ def _of_boxes(text: str) -> list[list[str]]:
 
 
 def _of_line(line: str) -> list[list[str]]:
-    """A line that states an answer: the formula that it begins with or else has first, or its words."""
+    """A line that states an answer: the formulas that it begins with, else its words, or what its first sentence has
+    last (the largest $n$ is 34)."""
+    line = line.replace("**", "").replace("__", "").strip(" *_`")
+    plain = line.removesuffix(".") if not line.endswith("..") else line
     found = list(_FORMULA.finditer(line))
-    plain = line.replace("**", "").replace("__", "").strip(" *_`")
-    plain = plain.removesuffix(".") if not plain.endswith("..") else plain
-    readings = [[plain]]
-    if found:
+    if found and found[0].start() == 0:
         together = [found[0]]
         for formula in found[1:]:
             if _JOINED.fullmatch(line[together[-1].end() : formula.start()]):
                 together.append(formula)
-        readings = [[_inside(each) for each in together], *readings]
-    sentence = _REST_OF_SENTENCE.sub("", re.sub(r"(?<=\d)\.(?=\d)", "\0", plain)).replace("\0", ".")
-    numbers = _NUMBER_IN_TEXT.findall(sentence)
-    return [*readings, [sentence], *([numbers[:1]] if len(numbers) == 1 and not found else [])]
+        return [[_inside(each) for each in together], [plain]]
+    sentence = _first_sentence(line, found)
+    last = _latest(sentence)
+    counted = len(_NUMBER_IN_TEXT.findall(sentence)) == 1 or not _NUMBER_IN_TEXT.match(sentence)
+    return [[plain], [sentence], *([_inside(last)] for last in last[:counted])]
+
+
+def _first_sentence(line: str, formulas: list[re.Match[str]]) -> str:
+    masked = line
+    for found in formulas:
+        masked = masked[: found.start()] + "x" * len(found[0]) + masked[found.end() :]
+    ended = _END_OF_SENTENCE.search(masked)
+    return line[: ended.start()] if ended else line
+
+
+def _latest(text: str) -> list[re.Match[str]]:
+    """The last formula or number of a text; none where it has none."""
+    last = [list(pattern.finditer(text))[-1:] for pattern in (_FORMULA, _NUMBER_IN_TEXT)]
+    return sorted((found for of_kind in last for found in of_kind), key=lambda found: (found.end(), -found.start()))[
+        -1:
+    ]
+
+
+def _of_final_answer(text: str) -> list[list[str]]:
+    """What a text says in so many words to be its final answer, behind its last box: the Minerva format."""
+    _, said, line = text[text.rfind("\\boxed") :].rpartition("final answer is")
+    line = line.lstrip(" :*").partition("\n")[0]
+    begins = _FORMULA.match(line) or _NUMBER_IN_TEXT.match(line)
+    return _of_line(line) if said and begins else []
 
 
 def _inside(found: re.Match[str]) -> str:
@@ -126,12 +170,13 @@ _RULES = [
         (r"\\(le|ge|ne)(?:q|slant|qslant)\b", r"\\\1"),
         (r"\\varnothing\b", r"\\emptyset"),
         (r"\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge)\b", ""),
+        (r"(?:\\text\s*\{)?\s*\ball real numbers\s*\}?", r"\\mathbb{R}"),
         (r"(\d*)\.(\d*)\\(?:overline|bar)\s*\{(\d+)\}", _repeating),
         (r"<=|=<", r"\\le "),
         (r">=", r"\\ge "),
         (r"!=", r"\\ne "),
         (r"\*\*", "^"),
-        (r"(?<=\d)(?:\s?\{\s?,\s?\}|\\,|,\\!|\\!|,\s?\\!)(?=\d{3}(?!\d))", ""),
+        (r"(?<=\d)(?:\s?\{\s?,\s?\}|\\,|,\\!|\\!|,\s?\\!\s?)(?=\d{3}(?!\d))", ""),
         (r"\\?\$|[€£₹]|\\(?:pounds|euro|textdollar)\b(?:\{\})?", ""),
         (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])(pi|infty|theta|alpha|beta)(?![A-Za-z])", r"\\\1 "),
@@ -202,6 +247,17 @@ def words_of(text: str) -> str:
     text = _TEXT.sub(lambda found: f" {found[1]} ", text)
     words = re.sub(r"[^\w%+/:.-]+", " ", text.replace("\\", " ")).casefold().split()
     return " ".join(word.strip(".") for word in words if word not in ("the", "a", "an"))
+
+
+def plain_of(text: str) -> str | None:
+    r"""A cleaned answer of words and figures that is no formula, in small letters without spaces; else None.
+
+    >>> plain_of(r"12:30 \text{ PM}"), plain_of("(1, 2)")
+    ('12:30pm', None)
+    """
+    plain = re.sub(r"(?<=[^\W\d_])\.", "", _TEXT.sub(lambda found: found[1], text).casefold())
+    plain = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", plain)  # 4 2 is not 42
+    return plain if re.search(r"[^\W\d_]{2}", plain) and not re.search(r"[\\^_=<>+*{}|()\[\]]", plain) else None
 
 
 def is_words(text: str) -> bool:

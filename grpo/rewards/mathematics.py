@@ -17,10 +17,9 @@ from functools import cache, lru_cache
 from math import inf, log10
 from typing import Any
 
-from grpo.rewards.correctness import final_answer, parse_number
+from grpo.rewards.correctness import parse_number
 from grpo.rewards.gold import answer_text
-from grpo.rewards.math_text import answers, cleaned, is_words, without_unit, words_of
-from grpo.rewards.stated import behind_words, last_box
+from grpo.rewards.math_text import answers, cleaned, gold_of, is_words, plain_of, without_unit, words_of
 
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # 4 2 is not 42
 _LONGEST = 400  # characters of a formula that is read; its parser takes seconds for more
@@ -53,9 +52,7 @@ def math(completion: str, answer: object) -> float:
     >>> math(r"So the probability is $\boxed{\dfrac{1}{2}}$.", "0.5"), math("**Answer:** x = 7", "8")
     (1.0, 0.0)
     """
-    gold = answer_text(answer)
-    gold = last_box(gold) or answer_text(final_answer(gold))
-    gold = ("\n" in gold and behind_words(gold)) or gold
+    gold = answer_text(gold_of(answer_text(answer)))
     return float(any(_is_right(reading, gold) for reading in answers(completion)))
 
 
@@ -76,7 +73,7 @@ def same_mathematics(predicted: str, gold: str) -> bool:
     mine, right = cleaned(predicted), _cleaned_gold(gold)
     if not mine or not right:
         return False
-    if _SPACE.sub("", mine) == _SPACE.sub("", right):
+    if _SPACE.sub("", mine) == _SPACE.sub("", right) or (plain_of(right) and plain_of(mine) == plain_of(right)):
         return True
     for decide in (_as_numbers, _as_letters, _as_words):
         if (equal := decide(mine, right)) is not None:

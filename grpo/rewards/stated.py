@@ -11,7 +11,10 @@ import re
 from grpo.rewards.xml_format import extract_answer
 
 _ENDS_OF_THINKING = ("</think>", "</thinking>", "<|end_of_thought|>", "[/THINK]")
-_END_OF_TURN = re.compile(r"(?:<\|\w+\|>|</s>|<eos>|\s)+\Z")  # where special tokens are left in the text
+# Where special tokens are left in the text: what comes behind them is not the model's turn.
+_END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|eot_id|endoftext|end|eos|user)\|>|</s>|<eos>|<end_of_turn>")
+# A base model goes on with a problem of its own.
+_NEXT_QUESTION = re.compile(r"\n[\s#*]*(?:Problem|Question|Q|User|Human)\b[^\n:.]{0,10}[:.]", re.I)
 _BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 _BARE_CONTENT = re.compile(r"[-+]?\\?[\w.,/]+")  # \boxed 42
 _END_OF_UNCLOSED = re.compile(r"\n|\$|\\\]|\\\)")
@@ -39,16 +42,22 @@ _STATED = re.compile(
 
 
 def visible(completion: str) -> str:
-    """What follows the last end of thinking (`</think>`); the whole text where nothing does.
+    """What follows the last end of thinking (`</think>`), else the whole text, up to where somebody else speaks.
 
-    >>> visible("<think>Is it 5?</think> 6"), visible("<think>Is it 5?")
-    (' 6', '<think>Is it 5?')
+    >>> visible("<think>Is it 5?</think> 6"), visible("<think>Is it 5?"), visible("A: 6\\n\\nQ: Is it 5?\\nA: 4")
+    (' 6', '<think>Is it 5?', 'A: 6')
     """
-    completion = _END_OF_TURN.sub("", completion[-_TAIL:]).join([completion[:-_TAIL], ""])
+    text = _up_to(_END_OF_TURN, completion)
     for mark in _ENDS_OF_THINKING:
-        after = completion.rpartition(mark)[2]
-        completion = after if after.strip() else completion
-    return completion
+        after = text.rpartition(mark)[2]
+        text = after if after.strip() else text
+    asked = _up_to(_NEXT_QUESTION, text)
+    return asked if asked != text and (boxes(asked) or behind_hashes(asked) or behind_words(asked)) else text
+
+
+def _up_to(mark: re.Pattern[str], text: str) -> str:
+    """What stands before the first mark that has something before it."""
+    return next((text[: found.start()] for found in mark.finditer(text) if text[: found.start()].strip()), text)
 
 
 def boxes(text: str) -> list[str]:
