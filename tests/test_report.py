@@ -156,7 +156,7 @@ def test_reading_on_is_reading_at_once(tmp_path):
 ODD = [None, True, "text", -1, 1e308, 10**400, math.nan, [], {}, [[]], {"a": {}}, "\ud800", "<script>", 2**70]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_lines_with_anything_in_them_are_shown_as_far_as_they_go(tmp_path, seed):
     folder, dice = make_run(tmp_path / "run", steps=6), random.Random(seed)
     for path in folder.glob("*.jsonl"):
@@ -164,13 +164,16 @@ def test_lines_with_anything_in_them_are_shown_as_far_as_they_go(tmp_path, seed)
         for line in dice.sample(lines, max(1, len(lines) // 3)):
             for key in dice.sample(list(line), dice.randint(1, len(line))):
                 line[key] = dice.choice(ODD)
-            if dice.random() < 0.1:
-                line.clear()
+            for key in dice.sample(list(line), len(line) * (dice.random() < 0.3)):
+                del line[key]
         whole = [json.dumps(line) for line in lines]
         whole[dice.randrange(len(whole))] = dice.choice(["", "[1]", "{", "null", "[" * 50_000])
         path.write_text("\n".join(whole) + "\n")
     config = json.loads((folder / "config.json").read_text())
-    config[dice.choice(list(config))] = dice.choice(ODD)
+    config["config"] |= {name: dice.choice(ODD) for name in ("steps", "seed", "model", "data", "log")}
+    config["origins"]["seed"] = dice.choice(ODD)
+    if seed % 2:
+        config[dice.choice(list(config))] = dice.choice(ODD)
     (folder / "config.json").write_text(json.dumps(config))
     reading = Reading(folder)
     html = render([reading])
@@ -189,6 +192,22 @@ def test_a_run_of_an_earlier_version_or_that_just_began_has_a_page_too(tmp_path)
     (folder / "completions.jsonl").unlink()
     (folder / "metrics.jsonl").write_text("")
     assert "No held-out score yet." in texts_of(render([Reading(folder)]))
+
+
+def test_a_task_that_says_of_no_answer_that_it_is_right_has_its_page(tmp_path):
+    folder = make_run(tmp_path / "run")
+    start = lines_of(folder / "starts.jsonl")[0] | {"solved": None}
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    metrics = [
+        {name.replace("pass@1", "reward"): value for name, value in line.items() if "pass@4" not in name}
+        for line in lines_of(folder / "metrics.jsonl")
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    html = render([Reading(folder)])
+    text = texts_of(html)
+    assert "Held-out reward rose from" in text and "points" not in text
+    assert "mean reward" in text and "Wrong, and paid most" not in text
+    assert not re.search('class="answer (right|wrong)', html)
 
 
 # ---- several runs

@@ -38,6 +38,11 @@ class Paired:
     better: int  # prompts
     worse: int
 
+    @property
+    def has_interval(self) -> bool:
+        """Where all prompts differ by the same there is no spread to tell it from."""
+        return self.low < self.high
+
 
 def paired(before: Mapping[str, float], after: Mapping[str, float]) -> Paired | None:
     """{prompt: score} twice -> the difference, over the prompts that both have; None where they are fewer than two.
@@ -131,9 +136,10 @@ def paired_line(folder: Path) -> Iterator[str]:
         scale, form, unit = (100, "+.1f", " points") if found.is_share else (1, "+.3f", "")
         difference, low, high = (format(scale * value, form) for value in (test.difference, test.low, test.high))
         p = "p < 0.001" if test.p < 0.001 else f"p = {test.p:.3f}"
+        interval = f" (95%: {low} to {high})" if test.has_interval else ""
         yield (
-            f"paired over {test.prompts} prompts: {difference}{unit} (95%: {low} to {high}), {p}; {test.better} of "
-            f"them did better, {test.worse} worse"
+            f"paired over {test.prompts} prompts: {difference}{unit}{interval}, {p}; {test.better} of them did better, "
+            f"{test.worse} worse"
         )
 
 

@@ -174,14 +174,15 @@ class Reading:
     @property
     def solved(self) -> tuple[str, float] | None:
         """(reward, its value from which an answer is right), as the last start has it."""
-        solved = self.starts[-1].get("solved") if self.starts else None
+        solved = self.starts[-1]["solved"] if self.starts else None
         if isinstance(solved, list) and len(solved) == 2 and isinstance(solved[0], str):
             return solved[0], number(solved[1])
         return None
 
     def advance(self) -> None:
         """Read what is new."""
-        self.starts += self._tails["starts"].lines()
+        self.starts += map(start_of, self._tails["starts"].lines())
+        solved = self.solved
         for record in self._tails["metrics"].lines():
             step = whole(record.pop("step", None))
             for name, value in record.items():
@@ -191,10 +192,10 @@ class Reading:
         for record in self._tails["tokens"].lines():
             self.traces.add(whole(record.get("step")), record)
         for record in self._tails["completions"].lines():
-            self._completion(answer_of(record, self.solved))
+            self._completion(answer_of(record, solved))
         self._end_step()
         for record in self._tails["held_out"].lines():
-            self._held_out(answer_of(record, self.solved))
+            self._held_out(answer_of(record, solved))
 
     def of_step(self, step: int) -> dict[int, list[Answer]]:
         """group -> its answers, the best paid first, with the traces of their tokens."""
@@ -313,6 +314,20 @@ def number(value: object) -> float:
 def whole(value: object) -> int:
     """0 where it is none."""
     return value if isinstance(value, int) and abs(value) < 2**63 else 0
+
+
+def start_of(record: dict[str, Any]) -> dict[str, Any]:
+    """A line of starts.jsonl: all that a page says of it, as texts."""
+    names = ("time", "command", "task", "model", "device", "engine")
+    versions = record.get("versions")
+    return {
+        **{name: str(record.get(name, ""))[:LONGEST_TEXT] for name in names},
+        "step": whole(record.get("step")),
+        "threads": whole(record.get("threads")),
+        "memory_gib": number(record.get("memory_gib")),
+        "solved": record.get("solved"),
+        "versions": {str(n): str(v) for n, v in versions.items()} if isinstance(versions, dict) else {},
+    }
 
 
 def answer_of(record: dict[str, Any], solved: tuple[str, float] | None) -> Answer:

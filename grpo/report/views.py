@@ -23,7 +23,7 @@ from grpo.report.judging import (
     suspicions,
     verdict,
 )
-from grpo.report.reading import Answer, Reading, Text, kinds_of, number
+from grpo.report.reading import Answer, Reading, Text, kinds_of, number, start_of, whole
 
 TEXT_BUDGET = 1_400_000  # characters of prompts and completions on the page
 SHORTEST, LONGEST = 300, 6_000  # characters of one
@@ -111,8 +111,8 @@ class RunView:
 
     @property
     def start(self) -> dict[str, Any]:
-        """The last line of starts.jsonl."""
-        return self.reading.starts[-1] if self.reading.starts else {}
+        """The last line of starts.jsonl; empty texts where there is none."""
+        return self.reading.starts[-1] if self.reading.starts else start_of({})
 
     @property
     def is_done(self) -> bool:
@@ -146,7 +146,7 @@ def run_view(index: int, reading: Reading, budget: float = 1.0) -> RunView:
         reading=reading,
         verdict=verdict(reading),
         steps_done=done,
-        steps_asked=int(number(config.get("steps", done))) if "steps" in config else done,
+        steps_asked=whole(config.get("steps", done)),
         facts=facts(reading),
         health=health(reading),
         charts=charts(reading),
@@ -180,7 +180,7 @@ def facts(reading: Reading) -> list[tuple[str, str]]:
     )
     seconds = sum(value for value in metrics.get("time/step", {}).values() if math.isfinite(value))
     peak = max((value for value in metrics.get("memory/peak_gib", {}).values() if math.isfinite(value)), default=None)
-    card = number(reading.starts[-1].get("memory_gib")) if reading.starts else math.nan
+    card = reading.starts[-1]["memory_gib"] if reading.starts else math.nan
     found = [("time in steps", in_time(seconds)), ("tokens sampled", in_count(tokens))]
     if peak is not None:
         of_card = f" of {card:.0f}" if math.isfinite(card) else ""
@@ -253,7 +253,7 @@ def _held_out_chart(reading: Reading) -> Chart | None:
 
 def _memory_chart(reading: Reading) -> Chart | None:
     peaks = reading.metrics.get("memory/peak_gib", {})
-    card = number(reading.starts[-1].get("memory_gib")) if reading.starts else math.nan
+    card = reading.starts[-1]["memory_gib"] if reading.starts else math.nan
     whole = [Line("the card", dict.fromkeys(peaks, card), 3, is_thin=True)] if math.isfinite(card) else []
     return chart("Memory", [Line("peak", peaks, 0), *whole], "GiB, the most so far", zero=True)
 
