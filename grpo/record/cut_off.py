@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 MANY = 0.5  # a larger share of a step's completions is told
 
 REMEDIES = (
-    "What helps: raise --max-completion-tokens, where the answers need their length (memory and time grow with it); or "
+    "raise --max-completion-tokens, where answers need their length; memory and time grow with it",
     "let them be shorter, by the words of the prompt, or with the model's thinking turned off or down "
-    "(--chat-template-kwargs enable_thinking=False, or reasoning_effort=low, where its template reads that); or teach "
-    "it, by a reward that falls towards the limit (DAPO's soft overlong punishment, `overlong` of grpo.rewards) "
-    "together with --no-mask-truncated, so that completions that were cut off are trained on too. completions.jsonl "
-    "shows whether they would ever end."
+    "(--chat-template-kwargs enable_thinking=False, or reasoning_effort=low, where its template reads that)",
+    "teach it, by a reward that falls towards the limit (DAPO's soft overlong punishment, `overlong` of grpo.rewards) "
+    "and --no-mask-truncated, so that completions that were cut off are trained on too",
 )
 
 
@@ -30,7 +29,10 @@ class CutOff:
         share = metrics.get("completion/truncated", 0.0)
         if share > self._share:
             self._share = 1.0
-            yield (
-                f"Step {step + 1}: {share:.0%} of the completions were cut off by the token limit before they ended, "
-                f"so no reward saw their answers. {REMEDIES}"
+            yield "\n  - ".join(
+                (
+                    f"Step {step + 1}: {share:.0%} of the completions were cut off by the token limit before they "
+                    "ended. What helps (completions.jsonl shows whether they would ever end):",
+                    *REMEDIES,
+                )
             )
