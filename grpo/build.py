@@ -27,7 +27,7 @@ from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.fitting import Fitting
-from grpo.folder import leave_later
+from grpo.folder import REWARDS_LOG, leave_later
 from grpo.loss import Loss, build_loss
 from grpo.memory import Asked, Need, Plan
 from grpo.metrics import HEADLINES
@@ -43,7 +43,9 @@ from grpo.questions import Questions
 from grpo.record import Recorder, TokenTrace
 from grpo.record.files import Gold, no_gold
 from grpo.rewards import Scorer
+from grpo.rewards.draws import Draws, apart
 from grpo.rewards.failures import Tolerance
+from grpo.rewards.kept import Log
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
@@ -257,17 +259,28 @@ def suits_vllm(config: Config, policy: Policy) -> bool:
     return policy.device.type == "cuda" and is_installed() and config.base in (("bf16", "nf4") if shares else ("bf16",))
 
 
-def build_scorer(config: Config, questions: Questions, tell: Callable[[str], object]) -> Scorer:
-    """How groups are scored. `tell` is told of the first failure of a reward."""
-    return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell))
+def build_scorer(
+    config: Config, questions: Questions, tell: Callable[[str], object], own: tuple[Draws, Log] | None = None
+) -> Scorer:
+    """How groups are scored. `tell` is told of the first failure of a reward. own: what a run's rewards draw from, and
+    print into."""
+    if own is None:
+        return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell))
+    return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell, own[1].write), partial(apart, *own))
 
 
-def build_evaluator(task: Task, config: Config, questions: Questions, tell: Callable[[str], object]) -> Evaluator:
-    """The held-out score of a task. `tell` is told of the first failure of a reward."""
+def build_evaluator(
+    task: Task,
+    config: Config,
+    questions: Questions,
+    tell: Callable[[str], object],
+    own: tuple[Draws, Log] | None = None,
+) -> Evaluator:
+    """The held-out score of a task, whose arguments are those of its scorer."""
     measure = partial(measure_solved, task.solved, task.vote, config.eval_k) if task.solved else measure_reward
     return Evaluator(
         prompts=list(questions.test),
-        score=build_scorer(config, questions, tell),
+        score=build_scorer(config, questions, tell, own),
         measure=measure,
         samples=config.eval_samples,
         max_tokens=config.max_completion_tokens,
@@ -333,25 +346,26 @@ def build_run(
         traced=trace.records,
     )
     policy.fit.tell = recorder.message
-    generators_now = generators.reader(policy.device)
+    draws = Draws(generators.reader(policy.device))
+    own = (draws, Log(folder / REWARDS_LOG))
     return Run(
         config=config,
         folder=folder,
         policy=policy,
         engine=engine,
         stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
-        score=build_scorer(config, questions, recorder.message),
+        score=build_scorer(config, questions, recorder.message, own),
         estimator=ESTIMATORS[config.advantage],
         pack=build_packer(config, policy.device, policy.fit.limit),
         loss=trace,
         audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
-        evaluator=build_evaluator(task, config, questions, recorder.message),
+        evaluator=build_evaluator(task, config, questions, recorder.message, own),
         recorder=recorder,
         memory_peak=partial(gpu_peak, plan) if plan else process_peak,
         admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
-        generators_now=generators_now,
-        generators=generators_now(),
+        generators_now=lambda: draws.state,
+        generators=draws.state,
         progress=progress,
         saved=(progress.step, progress.evaluated),
     )

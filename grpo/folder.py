@@ -37,9 +37,10 @@ CHECKPOINTS = "checkpoints"  # the folder in a run's
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
 START = "start_adapter"  # the folder in a run's of the adapter that it began from
 Origin = Literal["default", "task", "embedded", "recipe", "flag", "adapter"]  # of a value of a run
+REWARDS_LOG = "rewards.log"  # what rewards print
 RECORDED = (
     *("metrics.jsonl", "prompts.jsonl", "completions.jsonl", "held_out.jsonl", "tokens.jsonl"),
-    *("curves.png", "report.html", "tensorboard", "wandb", "trackio", "mlflow"),
+    *("curves.png", "report.html", REWARDS_LOG, "tensorboard", "wandb", "trackio", "mlflow"),
 )
 
 

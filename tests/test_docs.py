@@ -132,7 +132,9 @@ def test_names_of_code_in_the_documents_exist(document):
     """`module.name` and `grpo.module.name`, where the first word is a module of ours."""
     for span in spans_of(document):
         match = re.fullmatch(r"((?:grpo|grpo_kernels)(?:\.\w+)+|\w+\.\w+)(\(.*\))?", span)
-        if not match or match[1].endswith((".py", ".json", ".jsonl", ".png", ".html", ".md", ".run", ".safetensors")):
+        if not match or match[1].endswith(
+            (".py", ".json", ".jsonl", ".png", ".html", ".log", ".md", ".run", ".safetensors")
+        ):
             continue
         first, *names = match[1].split(".")
         if first in MODULES:

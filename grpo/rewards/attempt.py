@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.errors import WHAT_USER_CODE_RAISES, Stopped, in_words
+from grpo.rewards.kept import kept
 from grpo.rewards.values import Missing, Score, Unfit
 
 ADVICE = "A crash or a time-out is never scored 0: mend the reward, or let it return None where it does not apply."
@@ -21,10 +22,12 @@ _OURS = str(Path(__file__).parents[1])  # where the frames lie that lead to the 
 
 
 def attempt(call: Callable[[], list[Score | Missing]], members: Sequence[int]) -> list[Score | Missing]:
-    """What a call gives. Ctrl-C goes on through it, and a copy of the process that it has forked ends here."""
+    """What a call gives, which leaves everything else as it was. Ctrl-C goes on through it, and a copy of the process
+    that it has forked ends here."""
     process, error = os.getpid(), None
     try:
-        return call()
+        with kept():
+            return call()
     except BaseException as caught:  # a class of the user's own may be no Exception
         error = caught
         return [_unless_ctrl_c(error)] * len(members)

@@ -30,10 +30,12 @@ class Tolerance:
 
     share  0: none may. A single one never ends a run where any may.
     tell   takes a text of several lines
+    log    the same, of every failure
     """
 
     share: float = 0.0
     tell: Callable[[str], object] = lambda text: None
+    log: Callable[[str], object] = lambda text: None
     counts: Counter[str] = field(default_factory=Counter)  # of the completions that each reward failed on so far
     told: set[str] = field(default_factory=set)  # rewards whose first failure was told
 
@@ -117,6 +119,7 @@ class Ledger:
         if reward.weight:  # what the others say is in no sum
             self.unscored.update(failed)
         self.tolerance.counts[name] += len(failed)
+        self.tolerance.log("\n".join(["", str(error), missing.trace, ""]))
         if name not in self.tolerance.told:
             self.tolerance.told.add(name)
             self.tolerance.tell(_told(name, error, missing))
@@ -131,7 +134,7 @@ def _told(name: str, error: UserError, missing: Missing) -> str:
     return "\n".join(
         [
             f"note: {error} It is left out of its group and of the loss. Further failures of `{name}` are counted in "
-            f"{FAILED.format(name)} alone, and stand in completions.jsonl.",
+            f"{FAILED.format(name)} alone, and stand in completions.jsonl and rewards.log.",
             *missing.trace.splitlines(),
         ]
     )

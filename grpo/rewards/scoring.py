@@ -7,6 +7,7 @@ in `build_rewards`, so that `score` decides nothing. Axes: G completions of a gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -63,10 +64,12 @@ class Scorer:
 
     rewards: list[Reward]
     tolerance: Tolerance
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
 
     def __call__(self, groups: list[Group]) -> dict[str, float]:
         """As `score`."""
-        return score(groups, self.rewards, self.tolerance)
+        with self.apart():
+            return score(groups, self.rewards, self.tolerance)
 
     def failed(self) -> dict[str, float]:
         """The metrics of the rewards that have failed since this was last asked."""

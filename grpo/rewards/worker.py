@@ -101,7 +101,6 @@ def serve(function: Callable, order: Order) -> Reply:
         scores = attempt(partial(_fitted, function, order, arguments), range(order.count))
     except BaseException as error:  # also a KeyboardInterrupt, which is no Ctrl-C here
         scores = [missing_for(error)] * order.count
-    signal.setitimer(signal.ITIMER_REAL, 0)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(*WHAT_USER_CODE_RAISES):
             stream.flush()

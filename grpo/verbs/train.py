@@ -17,6 +17,7 @@ from grpo.command import Options
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.folder import (
+    REWARDS_LOG,
     Saved,
     alone_in,
     check_new,
@@ -71,7 +72,7 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         config = resolved.config
         completions = config.prompts_per_step * config.group_size
-        at_work = staffed(questions.rewards, config.reward_workers, completions, folder / "rewards.log", say)
+        at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say)
         with memory_in_words(config, folder), at_work as questions.rewards:
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
             _record_start(run, resolved, as_saved, questions, command)
