@@ -215,6 +215,19 @@ def test_other_files_can_be_neither_read_nor_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret"]
 
 
+def test_a_sandbox_that_does_not_come_up_is_an_error_and_never_a_wrong_program(monkeypatch, tmp_path):
+    monkeypatch.setattr("grpo.rewards.sandbox._CONFINED", tmp_path / "absent.py")
+    with pytest.raises(OSError, match=r"did not come up .*absent.py.* neither right nor wrong"):
+        code(ADD, "assert add(1, 2) == 3")
+
+
+def test_a_program_cannot_say_that_the_sandbox_did_not_come_up():
+    program = (
+        "import os\nfor fd in range(3, 64):\n    try:\n        os.ftruncate(fd, 0)\n    except OSError:\n        pass"
+    )
+    assert run_python(program).returned == 0
+
+
 def test_what_programs_need_is_there():
     program = (
         "import numpy, decimal, sqlite3, threading, tempfile, random, datetime, zoneinfo\n"

@@ -246,7 +246,7 @@ def test_a_reward_that_fails_or_does_not_apply_is_counted(capsys, a_run, tmp_pat
 def test_a_run_that_has_nothing_to_score_is_told(capsys, a_run):
     assert "asks for `tests`" in run(capsys, "code", "--on", str(a_run))[2]
     (a_run / "prompts.jsonl").write_text("{}\n")
-    assert "line 1 lacks fields, id, text" in run(capsys, "math", "--on", str(a_run))[2]
+    assert "line 1 does not say fields, id, prompt, text" in run(capsys, "math", "--on", str(a_run))[2]
     (a_run / "prompts.jsonl").write_text("")
     assert "nothing to score" in run(capsys, "math", "--on", str(a_run))[2]
     (a_run / "prompts.jsonl").unlink()

@@ -22,6 +22,7 @@ from grpo.rewards.stated import visible
 
 _FENCED = re.compile(r"```[ \t]*(\w*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
 _PYTHON = ("python", "py", "python3")
+_LONGEST_PROGRAM = 100_000  # characters
 _MOST_SECONDS = 30.0  # for all cases of one completion together; those that are left have failed
 _ENOUGH = Limits()
 _IMPORTED = "program"  # the name of a program whose functions are called: what it does when it is run is not done
@@ -76,6 +77,8 @@ def program_of(completion: str) -> str | None:
 
 
 def _is_python(text: str) -> bool:
+    if len(text) > _LONGEST_PROGRAM:
+        return False
     try:
         ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,7 +1,7 @@
 """The inside of the sandbox: a script that takes its own rights away and then runs a program. Never imported by a run.
 
 Knows nothing of tests. Started by grpo/rewards/sandbox.py as `python -I confined.py SETTINGS`; it uses the standard
-library alone, and what the kernel does not offer it goes without: what is in force is written into the report.
+library alone, and what the kernel does not offer it goes without: what is in force it tells before the program runs.
 
     a user namespace     the process is nobody on this machine, whoever started it
     a PID namespace      all that it starts ends with it, and no other process can be seen or signalled
@@ -63,7 +63,8 @@ def main(settings: dict[str, Any]) -> None:
     is_landlocked = _landlock(folder)
     _limit_resources(settings)
     in_force = {**dict.fromkeys(spaces, True), "memory folder": private, "files": is_landlocked}
-    os.write(settings["report"], (json.dumps(in_force) + "\n").encode())
+    os.write(settings["status"], json.dumps(in_force).encode())
+    os.close(settings["status"])  # the program cannot change what it says
     sys.argv, sys.path[0:0] = ["program.py"], [folder]
     module = ModuleType(settings["name"])
     vars(module)["REPORT"] = settings["report"]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-from grpo.rewards.correctness import final_answer, parse_number
+from grpo.rewards.correctness import parse_number
 from grpo.rewards.gold import answer_text
+from grpo.rewards.math_text import gold_of
 from grpo.rewards.stated import behind_hashes, behind_words, in_answer_tags, last_box, visible
 
 _TAIL = 2000  # characters from the end in which the last number is looked for
@@ -32,7 +33,7 @@ def number(completion: str, answer: object) -> float:
     first behind the last "the answer is"; the last one of the text. What stands before `</think>` does not count if
     anything stands behind it. Dollar and percent signs, units and commas between thousands are no part of it.
 
-    `answer` is a number, or a GSM8K solution that ends in `#### n`; a ValueError if it is neither.
+    `answer` is a number, or a solution that states it (`#### n`, \boxed{}, "A: n"); a ValueError if it is neither.
 
     Range: 0 or 1.
 
@@ -62,7 +63,7 @@ def strict_number(completion: str, answer: object) -> float:
 
 
 def _gold(answer: object) -> Decimal:
-    text = final_answer(answer_text(answer))
+    text = gold_of(answer_text(answer))
     values = _numbers(text)
     value = parse_number(text)
     if value is None and len(values) != 1:

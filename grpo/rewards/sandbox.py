@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 _CONFINED = Path(__file__).with_name("confined.py")
+NOT_TRIED = "the program was not run, and is neither right nor wrong."
 _MOST_OUTPUT = 1 << 20  # characters that are read of what it wrote
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -57,20 +58,24 @@ def run_python(program: str, stdin: str = "", limits: Limits | None = None, name
     `name` is its `__name__`: what stands behind `if __name__ == "__main__":` runs or does not.
 
     Raises:
-        OSError: no process can be started, or there is no room for its folder.
+        OSError: the sandbox does not come up here, or there is no room for its folder: the program was not tried.
     """
     limits = limits or Limits()
+    if sys.platform != "linux":
+        raise OSError(f"Programs are confined by means of Linux, and this is {sys.platform}: {NOT_TRIED}")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="grpo-", ignore_cleanup_errors=True))
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(5)]
-        source, given, output, errors, report = files
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(6)]
+        source, given, output, errors, report, status = files
         for file, text in ((source, program), (given, stdin)):
             file.write(text.encode(errors="surrogatepass" if file is given else "replace"))
             file.seek(0)
-        returned = _run(_command(folder, source, report, limits, name), folder, files, limits.seconds)
-        in_force, _, rest = _read(report).partition("\n")
-        protections = json.loads(in_force) if in_force.startswith("{") else {}
-        return Outcome(returned, _read(output), _read(errors), rest, protections)
+        returned = _run(_command(folder, (source, report, status), limits, name), folder, files, limits.seconds)
+        in_force = _read(status)
+        if not in_force:
+            why = _read(errors).strip()[-300:] or "its interpreter did not start in time"
+            raise OSError(f"The sandbox did not come up ({why}): {NOT_TRIED}")
+        return Outcome(returned, _read(output), _read(errors), _read(report), json.loads(in_force))
 
 
 @cache
@@ -79,12 +84,14 @@ def protections() -> dict[str, bool]:
     return run_python("pass").in_force
 
 
-def _command(folder: str, source: IO[bytes], report: IO[bytes], limits: Limits, name: str) -> list[str]:
+def _command(folder: str, files: tuple[IO[bytes], ...], limits: Limits, name: str) -> list[str]:
+    source, report, status = files
     settings = {
         "parent": os.getpid(),
         "folder": folder,
         "program": source.fileno(),
         "report": report.fileno(),
+        "status": status.fileno(),
         "seconds": max(1, math.ceil(limits.seconds)),
         "memory_mib": limits.memory_mib,
         "files_mib": limits.files_mib,
@@ -96,7 +103,7 @@ def _command(folder: str, source: IO[bytes], report: IO[bytes], limits: Limits, 
 
 def _run(command: list[str], folder: str, files: Sequence[IO[bytes]], seconds: float) -> int | None:
     """Its exit code; None where its time was over. When this returns, its process group is gone."""
-    source, given, output, errors, report = files
+    source, given, output, errors, report, status = files
     process = subprocess.Popen(
         command,
         stdin=given,
@@ -104,7 +111,7 @@ def _run(command: list[str], folder: str, files: Sequence[IO[bytes]], seconds: f
         stderr=errors,
         cwd=folder,
         env=_ENVIRONMENT | {"HOME": folder, "TMPDIR": folder},
-        pass_fds=(source.fileno(), report.fileno()),
+        pass_fds=(source.fileno(), report.fileno(), status.fileno()),
         start_new_session=True,
     )
     try:
@@ -117,7 +124,7 @@ def _run(command: list[str], folder: str, files: Sequence[IO[bytes]], seconds: f
         process.wait()
 
 
-_START = 1.0  # seconds that the interpreter may take to start, where others use the machine too
+_START = 3.0  # seconds that the interpreter may take to start, where others use the machine too
 
 
 def _read(file: IO[bytes]) -> str:

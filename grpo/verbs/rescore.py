@@ -24,6 +24,9 @@ from grpo.types import Completion, Group, Prompt
 
 GROUPS_AT_ONCE = 32  # so that a run of any length is scored in little memory
 _SHOWN = 3  # completions of a kind
+_LONGEST_END = 400  # characters of a text that are kept, its end
+_PROMPT = {"id": str, "prompt": int, "text": str, "fields": dict}
+_COMPLETION = {"id": str, "step": int, "prompt": int, "text": str, "finish": str, "tokens": int, "parts": dict}
 
 Record = dict[str, Any]
 
@@ -34,7 +37,7 @@ class Anew:
 
     now      [S]; NaN where it does not apply or has failed
     then     name -> [S]: each recorded reward, and "reward", their weighted sum
-    records  [S] of completions.jsonl
+    records  [S] of completions.jsonl: step, prompt, reward, and the end of the text
     """
 
     name: str
@@ -86,7 +89,7 @@ def rescore(
         UserError: it is no run, has no completions, or the reward cannot be called on them.
     """
     folder = _folder(run)
-    prompts = {record["id"]: record for record in _lines(folder / "prompts.jsonl", {"id", "text", "fields"})}
+    prompts = {record["id"]: record for record in _lines(folder / "prompts.jsonl", _PROMPT)}
     groups = islice(_groups(folder, prompts), limit)
     anew, rewards, tolerance = Anew(""), [], Tolerance(share=1.0, tell=tell)
     while some := list(islice(groups, GROUPS_AT_ONCE)):
@@ -123,16 +126,22 @@ def _folder(run: str) -> Path:
     return folder
 
 
-def _lines(path: Path, needed: set[str]) -> Iterator[Record]:
+def _lines(path: Path, needed: dict[str, type]) -> Iterator[Record]:
+    """The lines of a file, each with what is needed of it.
+
+    Raises:
+        UserError: one lacks it, or has something else there.
+    """
     for number, record in enumerate(read_lines(path), 1):
-        if not needed <= record.keys():
-            raise UserError(f"{path} is damaged: line {number} lacks {', '.join(sorted(needed - record.keys()))}.")
+        wrong = sorted(name for name, kind in needed.items() if not isinstance(record.get(name), kind))
+        if wrong:
+            raise UserError(f"{path} is damaged: line {number} does not say {', '.join(wrong)} as it must.")
         yield record
 
 
 def _groups(folder: Path, prompts: dict[str, Record]) -> Iterator[tuple[Group, list[Record]]]:
     """The groups of completions.jsonl, each with its lines; those of prompts that nobody knows are left out."""
-    records = _lines(folder / "completions.jsonl", {"id", "text", "step", "parts"})
+    records = _lines(folder / "completions.jsonl", _COMPLETION)
     for (_, _, id), lines in groupby(records, key=lambda record: (record["step"], record.get("group"), record["id"])):
         if id in prompts:
             members = list(lines)
@@ -140,13 +149,13 @@ def _groups(folder: Path, prompts: dict[str, Record]) -> Iterator[tuple[Group, l
 
 
 def _prompt(record: Record) -> Prompt:
-    return Prompt(int(record.get("prompt", 0)), record["text"], [], record["fields"], record.get("messages"))
+    return Prompt(record["prompt"], record["text"], [], record["fields"], record.get("messages"))
 
 
 def _completion(record: Record) -> Completion:
     """Its tokens are not recorded: as many zeros stand for them."""
-    count = int(record.get("tokens", 0))
-    return Completion([0] * count, [0.0] * count, record["text"], record.get("finish", "stop"), policy_version=0)
+    count = record["tokens"]
+    return Completion([0] * count, [0.0] * count, record["text"], record["finish"], policy_version=0)
 
 
 def _enter(anew: Anew, group: Group, records: list[Record]) -> None:
@@ -157,8 +166,9 @@ def _enter(anew: Anew, group: Group, records: list[Record]) -> None:
         earned["reward"] = record.get("reward")
         for name, value in earned.items():
             column = anew.then.setdefault(name, [math.nan] * len(anew.records))
-            column.append(math.nan if value is None else float(value))
-        anew.records.append(record)
+            column.append(float(value) if isinstance(value, int | float) else math.nan)
+        kept = {name: record[name] for name in ("step", "prompt")} | {"reward": record.get("reward")}
+        anew.records.append(kept | {"text": record["text"][-_LONGEST_END:]})
     for column in anew.then.values():  # of a reward that these lines do not know
         column += [math.nan] * (len(anew.records) - len(column))
 
