@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 from html.parser import HTMLParser
@@ -210,6 +211,19 @@ def test_a_task_that_says_of_no_answer_that_it_is_right_has_its_page(tmp_path):
     assert not re.search('class="answer (right|wrong)', html)
 
 
+def test_an_answer_that_a_reward_failed_on_is_neither_right_nor_wrong(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2)
+    lines = lines_of(folder / "completions.jsonl")
+    for line in lines:
+        if line["member"] == 0:
+            line |= {"reward": None, "failed": {"correctness": "ZeroDivisionError (<b>division</b>)"}}
+            line["parts"]["correctness"] = None
+    (folder / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reading = read(folder)
+    assert reading.counts[None] == len(lines) / 4
+    assert "correctness failed: ZeroDivisionError (&lt;b&gt;division&lt;/b&gt;)" in render([reading])
+
+
 # ---- several runs
 
 
@@ -251,11 +265,12 @@ def test_the_command_writes_the_file_and_says_what_is_wrong(tmp_path, capsys):
 def test_a_page_is_written_whole_and_through_no_link(tmp_path):
     run, mine = make_run(tmp_path / "run", steps=3), tmp_path / "mine"
     mine.write_text("mine")
-    for name in ("report.html", ".report.html.partial"):
+    for name in ("report.html", f".report.html.{os.getpid()}.partial"):
         (run / name).symlink_to(mine)
     assert main([str(run)]) == 0
     assert mine.read_text() == "mine"
     assert not (run / "report.html").is_symlink()
+    assert not list(run.glob(".report*"))
 
 
 # ---- as a run goes

@@ -565,10 +565,13 @@ def six_steps(trained, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("full_for", ["curves.png", "completions.jsonl", "metrics.jsonl", "config.json"])
+@pytest.mark.parametrize(
+    "full_for", ["curves.png", "completions.jsonl", "tokens.jsonl", "metrics.jsonl", "config.json"]
+)
 def test_a_full_disk_is_told_and_what_is_saved_stays(full_for, toy_run, six_steps, capsys):
     folder, saved = toy_run, len((toy_run / "config.json").read_text())
-    sizes = {"curves.png": 12_000, "completions.jsonl": (folder / "completions.jsonl").stat().st_size + 100}
+    sizes = {"curves.png": 12_000}
+    sizes |= {name: (folder / name).stat().st_size + 100 for name in ("completions.jsonl", "tokens.jsonl")}
     sizes |= {"metrics.jsonl": (folder / "metrics.jsonl").stat().st_size + 50, "config.json": saved // 2}
     with files_of_at_most(sizes[full_for]):
         fails(["--resume", str(folder), "--steps", "6"], capsys, "could not be written", "step-000004", "more room")

@@ -21,6 +21,7 @@ from typing import Any
 from grpo.errors import UserError, in_words
 from grpo.record.jsonl import finite
 from grpo.record.sinks import Numbers, Sink, TokenRecords, Tolerated
+from grpo.terminal import plain
 from grpo.types import Group
 
 STEPS_BETWEEN_TABLES = 10  # a table of completions in every step would be most of what is sent
@@ -97,7 +98,7 @@ class WandB(Sink):
         if step % STEPS_BETWEEN_TABLES == 0:
             group = groups[0]
             rows = [
-                [group.prompt.text, completion.text, reward, advantage]
+                [plain(group.prompt.text), plain(completion.text), reward, advantage]
                 for completion, reward, advantage in zip(
                     group.completions, group.rewards.tolist(), group.advantages.tolist(), strict=True
                 )

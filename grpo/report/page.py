@@ -37,10 +37,13 @@ KIND_WORDS = {
 def write_report(readings: Sequence[Reading], out: Path) -> None:
     """Write the page about these runs; the old one stands until the new one is whole."""
     page = render(readings)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")  # a run and a command may write at the same time
     partial.unlink(missing_ok=True)  # a link would lead out of the folder
-    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, out)
+    try:
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def render(readings: Sequence[Reading]) -> str:

@@ -29,6 +29,7 @@ HELD_OUT_PROMPTS = 48  # whose answers are kept
 LONGEST_TEXT = 8_000  # characters of a text that is kept
 OPENING = 4  # words by which answers are said to begin alike ...
 LONGEST_OPENING = 80  # ... as far as they have no more characters
+LONGEST_REASON = 300  # characters of why a reward failed
 SUSPECTS = 12
 POINTS = 400  # of the picture of rewards against lengths
 BAND = (0.1, 0.9)  # quantiles of a step's completions
@@ -63,6 +64,7 @@ class Answer:
     advantage: float
     seed: int
     is_right: bool | None  # None where the task says of no answer that it is right
+    failed: list[tuple[str, str]]  # (reward that failed on it, why): such an answer has no part in its step
     trace: dict[str, list] | None = None  # of tokens.jsonl
 
 
@@ -336,7 +338,13 @@ def answer_of(record: dict[str, Any], solved: tuple[str, float] | None) -> Answe
     values = {str(name): number(value) for name, value in parts.items()} if isinstance(parts, dict) else {}
     known = {name: None if math.isnan(value) else value for name, value in values.items()}
     reward, advantage = (number(record.get(name)) for name in ("reward", "advantage"))
-    is_right = None if solved is None else values.get(solved[0], math.nan) >= solved[1]
+    failed = record.get("failed")
+    failures = (
+        [(str(n), str(why)[: LONGEST_OPENING * 4]) for n, why in failed.items()] if isinstance(failed, dict) else []
+    )
+    # What nobody could judge is neither right nor wrong.
+    is_judged = solved is not None and solved[0] not in dict(failures)
+    is_right = values.get(solved[0], math.nan) >= solved[1] if solved and is_judged else None
     return Answer(
         step=whole(record.get("step")),
         group=whole(record.get("group")),
@@ -350,6 +358,7 @@ def answer_of(record: dict[str, Any], solved: tuple[str, float] | None) -> Answe
         advantage=0.0 if math.isnan(advantage) else advantage,
         seed=whole(record.get("seed")),
         is_right=is_right,
+        failed=failures,
     )
 
 
