@@ -169,7 +169,9 @@ class Plan:
 
     def time(self) -> float:
         """Of an update, in tokens of a model whose layers all keep their activations."""
-        batches = math.ceil(self.need.tokens_per_step / max(self.tokens_per_batch, self.need.longest))
+        whole, batch = self.need.tokens_per_step, max(self.tokens_per_batch, self.need.longest)
+        # What the last completion leaves of a batch, and a prompt that comes again, are at most a sequence.
+        batches = 1 if batch >= whole else math.ceil(whole / max(batch - self.need.longest, batch / 2))
         again = (RECOMPUTED - 1) * (self.sizes.layers - self.kept) + (OFFLOADED - RECOMPUTED) * self.offloaded
         factor = 1 + again / max(1, self.sizes.layers)
         smaller = OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.weights_per_layer)
@@ -377,11 +379,13 @@ def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Itera
 def _batches(need: Need, asked: Asked) -> list[list[int]]:
     """Tokens in a batch, in lists of which the first that has one that fits is taken: what was asked for; or those that
     a resumed run began with, else any. None is smaller than the longest sequence, and one of all of a step is the
-    largest."""
+    largest. Equal parts of a step are a sequence larger than that: a completion that does not fit any more is part of
+    the next batch, with its prompt again."""
     if asked.tokens_per_batch:
         return [[asked.tokens_per_batch]]
-    parts = (math.ceil(need.tokens_per_step / count) for count in range(1, MOST_PARTS + 1))
-    sizes = {max(need.longest, size) for size in parts if size <= LARGEST_BATCH} | {need.longest}
+    whole = need.tokens_per_step
+    parts = (min(whole, math.ceil(whole / count) + need.longest) for count in range(2, MOST_PARTS + 1))
+    sizes = {max(need.longest, size) for size in (whole, *parts) if size <= LARGEST_BATCH} | {need.longest}
     before = [[need.batch_before]] if need.batch_before else []
     return [*before, sorted(sizes, reverse=True)]
 

@@ -1,5 +1,6 @@
 """The memory plan: what it says fits does, more memory never costs time, what cannot fit is refused with what can."""
 
+import math
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -9,7 +10,9 @@ import pytest
 from grpo.build import build_policy, plan_memory
 from grpo.errors import UserError
 from grpo.memory import ENGINE_BYTES, GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose, foresee
+from grpo.packing import fill
 from grpo.policy import load_tokenizer
+from grpo.types import Completion, Group, Prompt
 
 KIB = 1024
 
@@ -89,6 +92,15 @@ def test_no_other_plan_that_fits_is_faster(gib, longest):
                 other = replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
                 if max(other.peaks) <= usable:
                     assert other.time() >= 0.98 * plan.time()  # sizes of batches are a few
+
+
+@pytest.mark.parametrize("gib", LIMITS)
+def test_a_step_is_laid_out_in_as_many_batches_as_were_counted(gib):
+    plan = plan_for(gib)
+    completion = Completion([0] * 512, [0.0] * 512, "", "length", 0)
+    groups = [Group(Prompt(row, "", [0] * 256, {}), [completion] * 8) for row in range(8)]
+    rows = fill([(group, list(range(8))) for group in groups], plan.tokens_per_batch)
+    assert len(rows) <= math.ceil(NEED.tokens_per_step / (plan.tokens_per_batch - NEED.longest))
 
 
 def test_the_longest_sequence_decides_where_it_is_longer_than_a_batch():
