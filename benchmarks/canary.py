@@ -69,7 +69,7 @@ def measure(base: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     config = Config(
         model=str(folder), base=base, engine="vllm", prompts_per_step=PROMPTS, group_size=GROUP,
         max_completion_tokens=arguments.tokens, eval_prompts=PROMPTS, mask_truncated=False, kv_cache_gib=4.0,
-        learning_rate=arguments.learning_rate, compile_rollout=not arguments.eager,
+        learning_rate=arguments.learning_rate, rollout_graphs="none" if arguments.eager else "decode",
     )  # fmt: skip
     policy = Policy(load_model(config, choose_device(config), longest), config)
     policy.stop_tokens = []

@@ -134,8 +134,9 @@ class RolloutConfig(Part):
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
     release_kv_cache: bool = True
     """vllm: that memory may be given to the update while it runs, where that needs it or is the faster for it."""
-    compile_rollout: bool = True
-    """vllm on a GPU: compile and capture CUDA graphs. Without, the start takes seconds and sampling is slower."""
+    rollout_graphs: Literal["decode", "compiled", "none"] = "decode"
+    """vllm on a GPU: decode steps are captured as CUDA graphs (decode); the model is compiled too, which takes 25 s of
+    the start and makes a decode step about 1% faster (compiled); or neither: slow, and the least memory (none)."""
     prompts_per_step: int = 8
     """Prompts of one step."""
     group_size: int = 8

@@ -43,6 +43,9 @@ MAX_BATCHED_TOKENS = 4096
 # most a third; each costs start-up time and memory.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 
+# --rollout-graphs, as vLLM's compilation settings. Compiled, it captures what its code is cut into as well.
+GRAPHS = {"decode": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+
 # vLLM takes this instead of anything lower, and the log-probabilities would be another distribution's.
 LOWEST_TEMPERATURE = 0.01
 
@@ -186,8 +189,9 @@ class VllmEngine:
         """Of vllm.LLM, but for the link's."""
         config, dtype = self.config, self.policy.store.compute_dtype
         sequences = sequences_at_once(config)
-        compiled = config.compile_rollout and self.device.type == "cuda"
+        captured = config.rollout_graphs != "none" and self.device.type == "cuda"
         sizes = [size for size in GRAPH_SIZES if size < sequences] + [sequences]
+        compilation = {"cudagraph_capture_sizes": sizes} | GRAPHS.get(config.rollout_graphs, {})
         return {
             "model": self.policy.source,
             "skip_tokenizer_init": True,
@@ -199,9 +203,9 @@ class VllmEngine:
             "enable_sleep_mode": self._can_release(),
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
-            "enforce_eager": not compiled,
+            "enforce_eager": not captured,
             "seed": config.seed,
-            **({"compilation_config": {"cudagraph_capture_sizes": sizes}} if compiled else {}),
+            **({"compilation_config": compilation} if captured else {}),
             **(_gpu_arguments() if self.device.type == "cuda" else _cpu_arguments(longest)),
         }
 
