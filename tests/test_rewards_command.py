@@ -169,6 +169,15 @@ def test_bad_input_is_told_in_a_sentence(capsys, argv, told):
     assert "Traceback" not in err
 
 
+def test_what_a_module_makes_by_a_call_is_at_hand_and_a_slip_is_told(capsys, tmp_path):
+    (tmp_path / "made.py").write_text("from grpo.rewards import math, tags\n\nplan = tags('plan', 'code')\n")
+    made = str(tmp_path / "made.py")
+    assert (
+        run(capsys, "plan", "--module", made, "--completion", "<plan>a</plan><code>b</code>")[1] == "tags_plan_code 1\n"
+    )
+    assert "Did you mean `plan`" in run(capsys, "plam", "--module", made, "--completion", "x")[2]
+
+
 def test_a_module_that_fails_is_told(capsys, tmp_path):
     (tmp_path / "bad.py").write_text("1 / 0")
     assert re.search("ZeroDivisionError", run(capsys, "--module", str(tmp_path / "bad.py"))[2])

@@ -104,6 +104,7 @@ def _parse(argv: list[str]) -> Options:
 
 def _dispatch(options: Options) -> int:
     from grpo.rewards.catalogue import makers
+    from grpo.rewards.names import installed_rewards
 
     more = _more_rewards(options)
     scores = options.completion is not None or options.on is not None
@@ -117,6 +118,9 @@ def _dispatch(options: Options) -> int:
             raise UserError(f"`{options.name}` makes a reward where a task file calls it: it scores nothing itself.")
         _entry(made[options.name])
         return 0
+    if more and ":" not in options.name and options.name not in (names := [*more, *installed_rewards()]):
+        near = nearest(options.name, names)
+        raise UserError(f"There is no reward `{options.name}` at hand.{near} At hand: {', '.join(names)}.")
     key = more.get(options.name, options.name)
     if options.completion is not None and options.on is not None:
         raise UserError("--completion scores one text and --on the completions of a run. Give one of them.")

@@ -75,13 +75,13 @@ def of_module(name: str) -> dict[str, Callable]:
     module = _imported(name)
     own = [(key, value) for key, value in vars(module).items() if key[0] != "_" and callable(value)]
     found = {key: value for key, value in own if not inspect.isclass(value) and _is_reward(value)}
-    mine = {key: value for key, value in found.items() if getattr(value, "__module__", "") == module.__name__}
-    if not (mine or found):
+    mine = {key: value for key, value in found.items() if getattr(grpo.rewards, key, None) is not value}
+    if not mine:  # those that ship are at hand already
         raise UserError(
-            f"{name} has no reward: no public function of it has an argument `completion` or `completions`. It has: "
+            f"{name} has no reward: no public function of its own names `completion` or `completions`. It has: "
             f"{', '.join(key for key, _ in own) or 'no functions'}."
         )
-    return mine or found
+    return mine
 
 
 def listed(key: str, source: str, function: Callable) -> Listed:

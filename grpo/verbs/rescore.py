@@ -60,7 +60,8 @@ class Anew:
         """The first completions that are at their best by one and not by the other: now, or by the sum recorded."""
         now, then = (_at_best(np.array(values, dtype=float)) for values in (self.now, self.then["reward"]))
         picked = (now & ~then) if only_now else (then & ~now)
-        return [self.records[index] for index in np.flatnonzero(picked)[:_SHOWN]]
+        different = {self.records[index]["text"]: self.records[index] for index in np.flatnonzero(picked)}
+        return list(different.values())[:_SHOWN]
 
 
 @dataclass(frozen=True)
