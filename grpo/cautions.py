@@ -43,7 +43,7 @@ def _not_read(asker: Asker, prompt: Prompt) -> str:
             f"`prompt` of task {asker.task.name} gives text, which goes through no chat template: {', '.join(given)} "
             "changes nothing. Return chat messages."
         )
-    return next(filter(None, map(asker.template.ignores, given)), "")
+    return " ".join(filter(None, map(asker.template.ignores, given)))
 
 
 def _dropped_text(asker: Asker, prompt: Prompt) -> str:

@@ -245,8 +245,8 @@ def test_a_variable_that_the_template_never_reads_is_told():
     assert told("qwen3", chat_template_kwargs={"enable_thinking": False}) == []
     [sentence] = told("qwen3", chat_template_kwargs={"enable_thinkin": False})
     assert "does not read enable_thinkin: it changes nothing. Did you mean `enable_thinking`?" in sentence
-    [sentence] = told("llama3", tools=[{"type": "function"}])
-    assert "does not read tools: it changes nothing." in sentence
+    [sentence] = told("llama3", tools=[{"type": "function"}], chat_template_kwargs={"enable_thinking": False})
+    assert "does not read tools: it changes nothing." in sentence and "does not read enable_thinking" in sentence
     [sentence] = told("qwen3", chat_template_kwargs={"enable_thinking": False}, prompt=lambda row: "a text")
     assert "gives text, which goes through no chat template: enable_thinking changes nothing" in sentence
     assert told("qwen3", prompt=lambda row: "a text") == []
