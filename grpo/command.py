@@ -47,7 +47,9 @@ _OTHER_NAMES = {
     "dual_clip": "delta clip_ratio_c",
     "max_completion_tokens": "max_completion_length max_new_tokens max_tokens max_response_length",
     "max_context": "max_seq_length max_model_len max_length",
-    "chat_template_kwargs": "apply_chat_template_kwargs template_kwargs",
+    "chat_template_kwargs": "apply_chat_template_kwargs template_kwargs enable_thinking reasoning_effort",
+    "adapter": "adapter_name_or_path adapter_path lora_path lora_adapter_path peft_path",
+    "reference": "ref ref_model reference_model",
     "steps": "max_steps num_steps total_training_steps",
     "prompts_per_step": "train_batch_size per_device_train_batch_size batch_size",
     "mini_batches": "ppo_mini_batch_size",
@@ -77,6 +79,8 @@ _OTHER_NAMES = {
     "eval": "evaluate",
     "recipe": "preset",
 }
+# What is a field of the task, because it belongs to its rows. Others have flags for it.
+_OF_A_TASK = {"max_prompt_length": "max_prompt_tokens", "max_prompt_tokens": "max_prompt_tokens", "tools": "tools"}
 ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
 
 
@@ -198,5 +202,7 @@ def _unknown(words: list[str]) -> str:
     known = [*field_names(), *Options.__dataclass_fields__]
     meant = ALIASES.get(name) or ALIASES.get(name.removeprefix("no_"))
     hint = f" Here it is `--{meant.replace('_', '-')}`." if meant else ""
+    if name in _OF_A_TASK:
+        hint = f" It is a field of the task, because it belongs to its rows: Task({_OF_A_TASK[name]}=...)."
     near = nearest("--" + name.replace("_", "-"), ["--" + each.replace("_", "-") for each in known])
     return f"There is no flag {flag.partition('=')[0]}.{hint or near} --help lists them all."

@@ -378,6 +378,12 @@ def test_a_limit_is_a_number_of_tokens(most):
         asker_of("qwen3", max_prompt_tokens=most)
 
 
+@pytest.mark.parametrize("flag", ["--max-prompt-length", "--max-prompt-tokens"])
+def test_who_looks_for_it_on_the_command_line_is_told_where_it_is(flag):
+    with pytest.raises(UserError, match=r"It is a field of the task.*Task\(max_prompt_tokens=\.\.\.\)"):
+        parse(["toy.py", flag, "512"])
+
+
 # ---- a tokenizer that makes tokens of messages itself
 
 
