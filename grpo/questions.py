@@ -133,7 +133,17 @@ def preflight_rewards(
         UserError: a reward fails.
     """
     seconds = math.inf if every_row else PREFLIGHT_SECONDS
-    calls = Calls(questions.tokenizer, config.group_size, config.prompts_per_step, seconds, note)
+    calls = Calls(
+        questions.tokenizer,
+        config.group_size,
+        config.prompts_per_step,
+        seconds,
+        note,
+        thorough=every_row,
+        answer_of=task.vote,  # an `answer` that fails does so here, not in the first evaluation
+        filled=task.gold_filled,
+        solved=task.solved[0] if task.solved else "",
+    )
     if task.gold is None:
         prompts = [*questions.train[:PREFLIGHT_ROWS], *questions.test[:PREFLIGHT_ROWS]]
         return preflight_without_gold(questions.rewards, (_without_gold(task, prompt) for prompt in prompts), calls)
@@ -175,6 +185,4 @@ def _without_gold(task: Task, prompt: Prompt) -> tuple[Prompt, list[str]]:
 def _gold(task: Task, questions: Questions, limit: int | None) -> Iterator[tuple[Prompt, str]]:
     for split in (questions.train, questions.test):
         for prompt in islice(split, limit):
-            gold = task.gold_text(prompt.fields)
-            task.vote(gold)  # an `answer` that fails does so here, not in the first evaluation
-            yield prompt, gold
+            yield prompt, task.gold_text(prompt.fields)

@@ -105,6 +105,11 @@ class Task:
             raise UserError(f"The gold completion of the row {row!a:.200} is {fault}. Mend the row.")
         return text
 
+    def gold_filled(self, text: str) -> str:
+        """The gold template with this text in the place of every column: with none, what is the same for all rows."""
+        parts = _FORMATTER.parse(self.gold or "")
+        return "".join(literal + (text if name is not None else "") for literal, name, _, _ in parts)
+
     def missing_gold(self, row: Row, columns: Sequence[str] = ()) -> str:
         """What is no answer among the values that make the gold completion, or in the columns that decide it.
 

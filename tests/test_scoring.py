@@ -1,4 +1,4 @@
-"""How reward functions are called, what they may return, what an error says, and the preflight."""
+"""How reward functions are called, what they may return, and what an error says."""
 
 import asyncio
 import copy
@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-import types
 from collections import deque
 from decimal import Decimal
 from fractions import Fraction
@@ -23,16 +22,10 @@ from grpo.errors import UserError
 from grpo.policy.load import load_tokenizer
 from grpo.rewards import (
     build_rewards,
-    correctness,
     event_loop,
     exact_match,
-    integer,
     score,
-    soft_xml,
-    strict_xml,
-    xml_count,
 )
-from grpo.rewards.preflight import Calls, preflight, preflight_table
 from grpo.rewards.samples import copies
 from grpo.types import Completion, Group, Prompt
 
@@ -715,81 +708,6 @@ def test_log_metric_comes_back_from_score():
     assert score(groups, build_rewards({reward: 1.0}, COLUMNS, chat=False)) == {"logged/longest": 3.0}
 
 
-GSM8K = {correctness: 1.0, integer: 1.0, strict_xml: 1.0, soft_xml: 1.0, xml_count: 1.0}
-
-
-def gold_rows(num_rows=20):
-    for index in range(num_rows):
-        gold = f"<reasoning>\nTwo lines,\nof {index} and more\n</reasoning>\n<answer>\n{index}\n</answer>"
-        yield make_prompt(index, f"{index}"), gold
-
-
-def test_the_preflight_finds_full_marks_for_every_gold_answer():
-    report = preflight(build_rewards(GSM8K, COLUMNS, chat=True), gold_rows())
-    assert report.num_rows == 20
-    assert report.attained == report.attainable == 4.0
-    assert report.warnings == []
-    checks = {check.name: check for check in report.checks}
-    assert checks["correctness"].highest == {"gold": 2.0, "empty": 0.0, "truncated": 0.0, "shuffled": 0.0}
-    assert checks["correctness"].lowest["gold"] == 2.0
-    assert checks["xml_count"].highest["truncated"] < 0.5
-    table = preflight_table(report)
-    assert table.row_count == 5
-    assert list(table.columns[0].cells) == [reward.__name__ for reward in GSM8K]
-
-
-def test_the_preflight_names_rows_whose_gold_falls_short_and_rewards_that_exclude_each_other():
-    def small(completion, answer):
-        return float(int(answer) < 18)
-
-    def empty(completion):
-        return float(not completion)
-
-    def penalty(completion):
-        return float(len(completion) > 10_000)
-
-    report = preflight(build_rewards({small: 1.0, empty: 1.0, penalty: -1.0}, COLUMNS, chat=False), gold_rows())
-    checks = {check.name: check for check in report.checks}
-    assert checks["small"].short_rows == [18, 19]
-    assert checks["empty"].short_rows == list(range(20))
-    assert checks["penalty"].short_rows == []
-    assert checks["penalty"].is_constant and not checks["small"].is_constant
-    assert (report.attained, report.attainable) == (1.0, 2.0)
-    told = " ".join(report.warnings)
-    for piece in ("(rows 18, 19)", "`penalty` pays 0 for everything", "no gold answer gets more than 1"):
-        assert piece in told
-
-
-def test_the_preflight_refuses_gold_to_which_nothing_applies_and_no_rows_at_all():
-    def sometimes(completion, answer):
-        return None if answer == "3" else 1.0
-
-    rewards = build_rewards({sometimes: 1.0}, COLUMNS, chat=False)
-    with pytest.raises(UserError, match="No reward applies to the gold answer of row 3"):
-        preflight(rewards, gold_rows())
-    with pytest.raises(UserError, match="data set is empty"):
-        preflight(rewards, [])
-
-
-def test_the_preflight_allows_a_reward_that_applies_to_some_or_no_rows():
-    def sometimes(completion, answer):
-        return None if answer == "3" else 1.0 * bool(completion)
-
-    def never(completion):
-        return None
-
-    rewards = build_rewards({sometimes: 1.0, never: 1.0, exact_match: 1.0}, COLUMNS, chat=False)
-    report = preflight(rewards, gold_rows(600))
-    assert report.num_rows == 600
-    assert report.checks[0].short_rows == []
-    assert [len(check.unscored_rows) for check in report.checks] == [1, 600, 0]
-    assert report.checks[0].unscored_rows == [3]
-    assert report.attainable == 1.0
-    cells = list(preflight_table(report).columns[2].cells)
-    assert cells == ["1", "does not apply", "0"]
-    assert list(preflight_table(report).columns[-1].cells) == ["599 of 600", "0 of 600", "600 of 600"]
-
-
 class Leaves:
     """Everything that is asked of it ends the program, as a success."""
 
@@ -902,68 +820,6 @@ def tokenizer():
     return load_tokenizer("embedded")
 
 
-def test_the_preflight_calls_rewards_as_a_step_does(tokenizer):
-    calls = []
-
-    def batch(prompts, completions, completion_ids, **kwargs):
-        calls.append((prompts, completions, completion_ids))
-        return [float(len(completion)) for completion in completions]
-
-    rewards = build_rewards({batch: 1.0}, COLUMNS, chat=False)
-    rows = list(gold_rows(20))
-    report = preflight(rewards, rows, Calls(tokenizer, group_size=6, prompts=4))
-    assert report.num_rows == report.checks[0].num_rows == 20
-    assert [len(completions) for _, completions, _ in calls] == [6 * rows for rows in (1, 2, 4, 4, 4, 4, 1)]
-    # Whole groups of one prompt, in the model's own tokens: the engine would give this text for them.
-    prompts, completions, ids = (list(itertools.chain(*each)) for each in zip(*calls, strict=True))
-    assert prompts == [prompt.text for prompt, _ in rows for _ in range(6)]
-    for index, (text, tokens) in enumerate(zip(completions, ids, strict=True)):
-        stops = index % 6 not in (2,)
-        assert (tokens[-1] == tokenizer.eos_token_id) == stops
-        assert tokenizer.decode(tokens[:-1] if stops else tokens, skip_special_tokens=True) == text
-    assert completions[::6] == completions[4::6] == [gold for _, gold in rows]
-    for (_, gold), half in zip(rows, completions[2::6], strict=True):
-        assert gold.startswith(half) and 0 < len(half) < len(gold)
-
-
-def test_a_group_smaller_than_the_probes_is_called_twice():
-    sizes = []
-
-    def batch(completions):
-        sizes.append(len(completions))
-        return [float(len(completion)) for completion in completions]
-
-    report = preflight(build_rewards({batch: 1.0}, COLUMNS, chat=False), gold_rows(1), Calls(group_size=3))
-    assert sizes == [6]
-    assert report.checks[0].lowest["truncated"] < report.checks[0].lowest["shuffled"] == report.checks[0].lowest["gold"]
-
-
-def test_a_reward_that_takes_long_is_tried_on_fewer_rows_and_says_so(monkeypatch):
-    clock = itertools.count()  # a second passes whenever somebody looks
-    monkeypatch.setattr("grpo.rewards.preflight.time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    told = []
-    rewards = build_rewards({named("first"): 1.0, named("second"): 1.0}, COLUMNS, chat=False)
-    report = preflight(rewards, gold_rows(20), Calls(seconds=1.5, note=told.append))
-    assert [check.num_rows for check in report.checks] == [1 + 2, 1 + 2]
-    assert report.num_rows == 20
-    assert any("`first` was tried on 3 of 20 rows" in warning for warning in report.warnings)
-    assert "first, second" in told[0]
-    assert list(preflight_table(report).columns[-1].cells) == ["3 of 3", "3 of 3"]
-
-
-def test_columns_that_are_shadowed_or_shared_are_told():
-    def length(completion):
-        return float(len(completion))
-
-    prompt = make_prompt(3)
-    prompt.fields.update(prompt="mine", log_metric=1, lock=threading.Lock())
-    told = " ".join(preflight(build_rewards({length: 1.0}, prompt.fields, chat=False), [(prompt, "5")]).warnings)
-    assert "The column `prompt` of the data set is never passed to a reward" in told
-    assert "The column `log_metric`" in told
-    assert "The column `lock` holds what cannot be copied (row 3" in told
-    assert "`answer`" not in told
-
-
 def test_the_probe_of_a_chat_reward_is_a_group_in_the_models_tokens(tokenizer):
     seen = []
 
@@ -993,10 +849,3 @@ def test_what_a_reward_logs_stays_under_its_own_heading():
     metrics = score([make_group(0, ["a"])], build_rewards({reward: 1.0}, COLUMNS, chat=False))
     assert metrics == {"logged/reward/mean": 99.0, "logged/twice": 1.5}
     assert "it must be text of one line" in error_of({unnamed: 1.0})
-
-
-def test_a_gold_answer_that_cannot_be_compared_ends_the_preflight_with_its_row():
-    rewards = build_rewards({correctness: 1.0}, COLUMNS, chat=False)
-    rows = [(make_prompt(4, "5"), "<answer>5</answer>"), (make_prompt(6, ["5"]), "<answer>['5']</answer>")]
-    with pytest.raises(UserError, match=r"`correctness` raised ValueError \(the gold answer is .* on row 6"):
-        preflight(rewards, rows)

@@ -1,32 +1,41 @@
-"""Rewards tried out before anything is sampled: on gold answers, on nothing, on cut and on shuffled text.
+"""Rewards tried out before anything is sampled: on gold answers, in other clothes, damaged, and on cheap tricks.
 
-Knows nothing of the model or the engine. What a reward may return is checked by `score`, which this calls.
+Knows nothing of the model or the engine. What a reward may return is checked by `score`, which this calls; what is made
+of a gold answer is in probes.py, and what it says about the rewards in verdict.py.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
-import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from torch import Tensor
 
-from grpo.errors import UserError
-from grpo.rewards.samples import ARGUMENT_NAMES, cannot_be_copied
-from grpo.rewards.scoring import Reward, cut_off, score, unsampled, weighted_sum
-from grpo.rewards.values import shown
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError
+from grpo.rewards.calling import Call
+from grpo.rewards.event_loop import way_async
+from grpo.rewards.here import way_here
+from grpo.rewards.probes import BASE, GOLD, SAME, TRICK, WRONG, Probe, in_turn, materials, probes_of, tricks
+from grpo.rewards.samples import ARGUMENT_NAMES, Samples, cannot_be_copied, samples_of
+from grpo.rewards.scoring import Reward, score, unsampled, weighted_sum
+from grpo.rewards.values import fit_one, shown
+from grpo.rewards.verdict import Preflight, RewardCheck, Trick, never_together
 from grpo.types import Completion, Group, Prompt
 
-PROBES = ("gold", "empty", "truncated", "shuffled")
 BETWEEN_NOTES = 10.0  # seconds
+ALL_PROBES = 8  # rows that every probe is made of, where it is thorough
+PROBED = 64  # rows that the probes of BASE are made of there; of the others gold alone is tried
+ENOUGH_ROWS = 6  # that a trick is tried on, before anything is said of it
+LOOKED_AHEAD = 256  # gold answers that the most usual one is found among
+LONG = 1_000_000  # characters
+LONG_SECONDS = 1.0  # for so many of them, that nobody minds
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,10 @@ class Calls:
     prompts: int = 8  # in a call, at most
     seconds: float = math.inf  # after so many a reward is tried on no further row
     note: Callable[[str], object] = lambda told: None
+    thorough: bool = False  # every probe, and what is noticed by calling twice; else what fits into a row's group
+    answer_of: Callable[[str], str | None] = lambda text: None  # what a completion answers
+    filled: Callable[[str], str] | None = None  # a text -> the gold completion with it in place of every column
+    solved: str = ""  # the reward that tells right from wrong
 
     def completion(self, text: str) -> Completion:
         """A text as the model would give it."""
@@ -57,82 +70,78 @@ class Trial:
     reward: Reward
     parts: list[Tensor] = field(default_factory=list)  # a row each: [completions]
     seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class RewardCheck:
-    """What one reward paid, unweighted, over all rows; `lowest` and `highest` for each of PROBES."""
-
-    name: str
-    weight: float
-    lowest: dict[str, float]  # inf where it never applied
-    highest: dict[str, float]  # -inf where it never applied
-    best: float  # the highest value seen, or the lowest if the weight is negative
-    short_rows: list[int]  # Prompt.index of the rows whose gold answer gets less than the best
-    unscored_rows: list[int]  # and of those to whose gold answer it does not apply
-    num_rows: int  # that it was tried on
+    calls: int = 0  # completions scored
 
     @property
-    def is_constant(self) -> bool:
-        """It paid the same for everything, right or wrong, and so teaches nothing here."""
-        return min(self.lowest.values()) == max(self.highest.values())
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What the rewards make of the data set.
-
-    `attained` is the highest weighted sum that one gold answer gets, `attainable` the sum of the best values
-    of each reward. When the first is lower, no gold answer earns everything at once.
-    """
-
-    num_rows: int
-    checks: list[RewardCheck]
-    attained: float
-    attainable: float
-    notes: list[str] = field(default_factory=list)  # about the calls themselves
-
-    @property
-    def warnings(self) -> list[str]:
-        """What deserves a look, one sentence each; empty when every gold answer gets full marks."""
-        sentences = list(self.notes)
-        for check in self.checks:
-            if check.is_constant:
-                sentences.append(f"`{check.name}` pays {check.best:g} for everything tried: it tells nothing apart.")
-            if check.short_rows:
-                listed = ", ".join(map(str, check.short_rows[:5])) + ", ..." * (len(check.short_rows) > 5)
-                sentences.append(
-                    f"`{check.name}` pays {len(check.short_rows)} of {check.num_rows} gold answers less than its best, "
-                    f"{check.best:g} (rows {listed})."
-                )
-        if self.attained < self.attainable - 1e-6:
-            sentences.append(
-                f"The rewards add up to {self.attainable:g}, but no gold answer gets more than "
-                f"{self.attained:g}: some rewards never pay for the same completion."
-            )
-        return sentences
+    def is_one_by_one(self) -> bool:
+        """It is called with one completion at a time, and so sees no group."""
+        return self.reward.callee.fits is fit_one
 
 
 def preflight(
     rewards: list[Reward], gold_rows: Iterable[tuple[Prompt, str]], calls: Calls | None = None, seed: int = 0
 ) -> Preflight:
-    """Score, for each (prompt, gold completion): the gold text, "", its first half, and its words shuffled.
+    """Score, for each (prompt, gold completion): the gold text, "", its first half, its words shuffled, and more.
 
     Raises UserError as `score` does, and for an empty data set or a gold answer to which no reward applies.
     """
     calls = calls or Calls()
-    shuffle = random.Random(seed)
-    probes = ((prompt, _probes(calls, gold, shuffle)) for prompt, gold in gold_rows)
-    rows, trials, notes = try_rewards(rewards, probes, calls)
-    if not rows:
+    rows = iter(gold_rows)
+    first = list(itertools.islice(rows, LOOKED_AHEAD))
+    kinds: list[tuple[str, ...]] = []  # of the completions of each row
+    probes = _probes(calls, first, itertools.chain(first, rows), random.Random(seed), kinds)
+    tried, trials, notes = try_rewards(rewards, probes, calls)
+    if not tried:
         raise UserError("There is no row to check the rewards on: the data set is empty.")
-    parts = {trial.reward.name: torch.stack(trial.parts) for trial in trials}  # [R, 4], R rows that it was tried on
-    scored_by_all = min(map(len, parts.values()))
-    gold = {name: part[:scored_by_all, 0] for name, part in parts.items()}  # [R]
-    _check_that_something_applies(rows, gold)
-    checks = [_check(reward, parts[reward.name], rows) for reward in rewards]
+    scored_by_all = min(len(trial.parts) for trial in trials)
+    gold = {trial.reward.name: _gold(trial.parts[:scored_by_all]) for trial in trials}  # [R]
+    _check_that_something_applies(tried, gold)
+    checks = [_check(trial, kinds, tried) for trial in trials]
     attainable = sum(check.weight * check.best for check in checks)
-    return Preflight(len(rows), checks, weighted_sum(gold, rewards).max().item(), attainable, notes)
+    totals = _totals(trials, kinds[:scored_by_all], rewards)
+    if calls.thorough:
+        notes += _noticed(rewards, first, calls)
+    return Preflight(
+        num_rows=len(tried),
+        checks=checks,
+        attained=weighted_sum(gold, rewards).max().item(),
+        attainable=attainable,
+        notes=notes,
+        sums={kind: sum(values) / len(values) for kind, values in totals.items()},
+        apart=never_together(checks, _at_best(trials[: len(checks)], checks, scored_by_all)),
+        trick=_best_trick(totals, calls),
+        solved=calls.solved,
+    )
+
+
+def _probes(
+    calls: Calls,
+    first: Sequence[tuple[Prompt, str]],
+    rows: Iterable[tuple[Prompt, str]],
+    shuffle: random.Random,
+    kinds: list[tuple[str, ...]],
+) -> Iterator[tuple[Prompt, list[Completion]]]:
+    """The completions of each row, whose kinds are written down as they are made.
+
+    Where it is thorough the first rows have every probe, some more those of BASE, and the others gold alone. Else what
+    BASE leaves free in a group is filled with the other probes in turn, which costs nothing.
+    """
+    cheap = tricks([(gold, calls.answer_of(gold)) for _, gold in first], calls.filled)
+    others = [name for name in (*SAME, *WRONG) if name not in BASE]
+    following = in_turn([name for pair in itertools.zip_longest(others, cheap) for name in pair if name])
+    free = -len(BASE) % calls.group_size
+    for number, (prompt, material) in enumerate(materials(rows, calls.answer_of)):
+        if calls.thorough and number >= PROBED:
+            made: list[Probe] = [(GOLD, calls.completion(material.gold))]
+        elif calls.thorough and number < ALL_PROBES:
+            made = probes_of(material, calls.tokenizer, shuffle, [*others, *cheap])
+        else:
+            made = probes_of(material, calls.tokenizer, shuffle, following(free))
+        kinds.append(tuple(name for name, _ in made) if len(made) > 1 else _GOLD_ALONE)
+        yield prompt, [completion for _, completion in made]
+
+
+_GOLD_ALONE = (GOLD,)
 
 
 def preflight_without_gold(
@@ -186,14 +195,20 @@ def try_rewards(
 
 
 def _try(trial: Trial, rows: list[tuple[Prompt, list[Completion]]], calls: Calls) -> None:
-    """One more call of a reward, on whole groups as in a step."""
+    """One more call of a reward, on whole groups as in a step; one that sees no group gets no more than there are."""
     began = time.monotonic()
-    groups = [calls.groups(prompt, completions) for prompt, completions in rows]
+    as_groups = _as_they_are if trial.is_one_by_one else calls.groups
+    groups = [as_groups(prompt, completions) for prompt, completions in rows]
     score(list(itertools.chain(*groups)), [trial.reward])
     for (_, completions), of_row in zip(rows, groups, strict=True):
         paid = torch.cat([group.parts[trial.reward.name] for group in of_row])
         trial.parts.append(paid[: len(completions)])
     trial.seconds += time.monotonic() - began
+    trial.calls += sum(len(group.completions) for of_row in groups for group in of_row)
+
+
+def _as_they_are(prompt: Prompt, completions: list[Completion]) -> list[Group]:
+    return [Group(prompt, completions)]
 
 
 def _growing(rows: Iterable[Any], most: int) -> Iterator[list[Any]]:
@@ -234,33 +249,6 @@ def _slowest(trials: list[Trial]) -> str:
     return f", {slowest.seconds:.0f} of them for `{slowest.reward.name}`"
 
 
-def preflight_table(report: Preflight) -> Table:
-    """The report for `rich` to print: a row for each reward, its range on each kind of text."""
-    title = f"Rewards on {report.num_rows:,} gold answers"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("reward")
-    table.add_column("weight", justify="right")
-    for probe in PROBES:
-        table.add_column(probe, justify="right")
-    table.add_column("gold with full marks", justify="right")
-    for check in report.checks:
-        ranges = [_range(check.lowest[probe], check.highest[probe]) for probe in PROBES]
-        full = f"{check.num_rows - len(check.short_rows + check.unscored_rows):,} of {check.num_rows:,}"
-        table.add_row(check.name, f"{check.weight:g}", *ranges, full)
-    table.caption = f"Highest sum of one gold answer: {report.attained:g}, of {report.attainable:g}."
-    table.caption_justify = "left"
-    return table
-
-
-def _probes(calls: Calls, gold: str, shuffle: random.Random) -> list[Completion]:
-    words = re.split(r"(\s+)", gold)  # words at even indices, the white space between them at odd ones
-    shuffled = words[::2]
-    shuffle.shuffle(shuffled)
-    words[::2] = shuffled
-    whole = calls.completion(gold)
-    return [whole, calls.completion(""), cut_off(whole, calls.tokenizer), calls.completion("".join(words))]
-
-
 def _check_that_something_applies(rows: list[int], gold: dict[str, Tensor]) -> None:
     applies = torch.stack([~part.isnan() for part in gold.values()]).any(dim=0)  # [R]
     if not applies.all():
@@ -271,28 +259,146 @@ def _check_that_something_applies(rows: list[int], gold: dict[str, Tensor]) -> N
         )
 
 
-def _check(reward: Reward, part: Tensor, rows: list[int]) -> RewardCheck:
-    """part: [R, 4], what the reward returned for each row and probe."""
-    applies = ~part.isnan()
-    lowest = part.where(applies, torch.inf).amin(dim=0)
-    highest = part.where(applies, -torch.inf).amax(dim=0)
-    # A penalty has a negative weight: its best value is its lowest.
-    extreme = highest.max() if reward.weight >= 0 else lowest.min()
-    best = extreme.item() if applies.any() else 0.0
-    short = applies[:, 0] & (reward.weight * part[:, 0] < reward.weight * best)
+# ---- what was paid
+
+
+def _gold(parts: list[Tensor]) -> Tensor:
+    return torch.stack([part[0] for part in parts])
+
+
+def _check(trial: Trial, kinds: list[tuple[str, ...]], rows: list[int]) -> RewardCheck:
+    """What a reward paid for each kind of text, and which gold answers got less than its best."""
+    reward, paid = trial.reward, {}
+    for of_row, part in zip(kinds, trial.parts, strict=False):  # of a slow one there are fewer
+        for kind, value in zip(of_row, part.tolist(), strict=True):
+            paid.setdefault(kind, []).append(value)
+    applied = {kind: [value for value in values if not math.isnan(value)] for kind, values in paid.items()}
+    lowest = {kind: min(values, default=math.inf) for kind, values in applied.items()}
+    highest = {kind: max(values, default=-math.inf) for kind, values in applied.items()}
+    # A penalty has a negative weight: its best value is its lowest. What tricks get is not asked of a gold answer.
+    best = max(highest[kind] for kind in BASE) if reward.weight >= 0 else min(lowest[kind] for kind in BASE)
+    best = best if math.isfinite(best) else 0.0
+    short = [n for n, value in enumerate(paid[GOLD]) if reward.weight * value < reward.weight * best]
+    unscored = [n for n, value in enumerate(paid[GOLD]) if math.isnan(value)]
     return RewardCheck(
         name=reward.name,
         weight=reward.weight,
-        lowest=dict(zip(PROBES, lowest.tolist(), strict=True)),
-        highest=dict(zip(PROBES, highest.tolist(), strict=True)),
+        lowest=lowest,
+        highest=highest,
+        mean={kind: sum(values) / len(values) if values else math.nan for kind, values in applied.items()},
         best=best,
-        short_rows=[rows[index] for index in short.nonzero().flatten().tolist()],
-        unscored_rows=[rows[index] for index in (~applies[:, 0]).nonzero().flatten().tolist()],
-        num_rows=len(part),
+        short_rows=[rows[index] for index in short],
+        unscored_rows=[rows[index] for index in unscored],
+        num_rows=len(trial.parts),
+        failing=sorted({*short, *unscored}),
+        seconds=trial.seconds / max(1, trial.calls),
     )
 
 
-def _range(low: float, high: float) -> str:
-    if low > high:
-        return "does not apply"
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+def _totals(trials: list[Trial], kinds: list[tuple[str, ...]], rewards: list[Reward]) -> dict[str, list[float]]:
+    """Kind of text -> what the rewards pay for it together, for each row that it was tried on."""
+    totals: dict[str, list[float]] = {}
+    for row, of_row in enumerate(kinds):
+        paid = weighted_sum({trial.reward.name: trial.parts[row] for trial in trials}, rewards)
+        for kind, value in zip(of_row, paid.tolist(), strict=True):
+            totals.setdefault(kind, []).append(value)
+    return totals
+
+
+def _at_best(trials: list[Trial], checks: list[RewardCheck], num_rows: int) -> dict[str, set[int]]:
+    """Name of a reward -> which completions of the first rows got its best."""
+    found = {}
+    for trial, check in zip(trials, checks, strict=True):
+        paid = torch.cat(trial.parts[: min(num_rows, PROBED)])
+        found[check.name] = set((paid == check.best).nonzero().flatten().tolist())
+    return found
+
+
+def _best_trick(totals: dict[str, list[float]], calls: Calls) -> Trick | None:
+    """The text that earns the most whatever is asked, and of several the shortest."""
+    tried = {kind.removeprefix(TRICK): values for kind, values in totals.items() if kind.startswith(TRICK)}
+    enough = min(ENOUGH_ROWS, len(totals[GOLD]))  # on fewer it may be the answer by chance
+    earned = {text: sum(values) / len(values) for text, values in tried.items() if len(values) >= enough}
+    if not earned:
+        return None
+    text = max(earned, key=lambda text: (round(earned[text], 6), -len(text)))
+    return Trick(text, len(calls.completion(text).tokens), earned[text]) if earned[text] > 0 else None
+
+
+# ---- what is noticed by calling again
+
+
+def _noticed(rewards: list[Reward], first: Sequence[tuple[Prompt, str]], calls: Calls) -> list[str]:
+    """Sentences about rewards that are random, change what they are given, or cannot take a long text."""
+    prompt, gold = first[0]
+    told = []
+    for reward in rewards:
+        groups = calls.groups(prompt, [calls.completion(gold), calls.completion("")])
+        told += [*_random(reward, groups), *_changes(reward, samples_of(groups)), *_long(reward, prompt, gold, calls)]
+    return told
+
+
+def _random(reward: Reward, groups: list[Group]) -> Iterator[str]:
+    paid = []
+    for _ in range(2):
+        score(groups, [reward])
+        paid.append(torch.cat([group.parts[reward.name] for group in groups]))
+    if not torch.equal(paid[0].nan_to_num(math.inf), paid[1].nan_to_num(math.inf)):
+        place = int((paid[0].nan_to_num(math.inf) != paid[1].nan_to_num(math.inf)).int().argmax())
+        yield (
+            f"`{reward.name}` paid {paid[0][place]:g} and then {paid[1][place]:g} for the same completion: what it "
+            "pays is a matter of chance, or of what it was called with before."
+        )
+
+
+def _changes(reward: Reward, samples: Samples) -> Iterator[str]:
+    """Whether it changes its arguments. They are copies: nobody else sees it."""
+    lent: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def remembered(samples: Samples) -> Iterator[Call]:
+        for call in reward.callee.calls(samples):
+            lent.append((call.arguments, {name: _kept(value) for name, value in call.arguments.items()}))
+            yield call
+
+    callee = replace(reward.callee, calls=remembered)
+    if reward.is_async:
+        start = way_async(reward.limit, reward.options.concurrency, callee)
+    else:
+        start = way_here(reward.limit, reward.pace, callee)
+    for _ in start(samples)():
+        pass
+    changed = {name for given, kept in lent for name in given if not _equal(given[name], kept[name])}
+    if changed:
+        listed = ", ".join(f"`{name}`" for name in sorted(changed))
+        yield f"`{reward.name}` changes what it is given ({listed}). It gets copies, so that nothing else sees it."
+
+
+def _kept(value: Any) -> Any:
+    """A copy to compare with; what cannot be copied is compared with itself."""
+    try:
+        return copy.deepcopy(value)
+    except WHAT_USER_CODE_RAISES:
+        return value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return one is other or bool(one == other) or repr(one) == repr(other)
+    except WHAT_USER_CODE_RAISES:  # arrays, and classes whose comparison is the user's code
+        return repr(one) == repr(other)
+
+
+def _long(reward: Reward, prompt: Prompt, gold: str, calls: Calls) -> Iterator[str]:
+    """What it does with a million characters."""
+    text = (f"{gold}\n" * (LONG // (len(gold) + 1) + 1))[:LONG]
+    completion = Completion([0], [0.0], text, finish="length", policy_version=0)
+    groups = [Group(prompt, [completion] * (1 if reward.callee.fits is fit_one else calls.group_size))]
+    began = time.monotonic()
+    try:
+        score(groups, [reward])
+    except UserError as error:
+        yield f"On a million characters `{reward.name}` fails, and would on a completion as long as that: {error}"
+        return
+    seconds = (time.monotonic() - began) / len(groups[0].completions)
+    if seconds > LONG_SECONDS:
+        yield f"`{reward.name}` takes {seconds:.1f} s for a million characters."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from grpo.errors import UserError
+import json
+import time
+
+from grpo.errors import UserError, in_words
 from grpo.policy.load import ends_of_completion
-from grpo.questions import build_questions, preflight_rewards
+from grpo.questions import Questions, build_questions, preflight_rewards
 from grpo.resolve import Resolved
-from grpo.rewards.preflight import preflight_table
+from grpo.rewards.verdict import Preflight, preflight_tables
 from grpo.terminal import console, say, working
 from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.as_read import show_prompts
@@ -23,9 +26,13 @@ def check(resolved: Resolved) -> int:
     with working("preflight of the rewards"):
         report = preflight_rewards(resolved.task, resolved.config, questions, every_row=True, note=say)
     if report.checks:
-        console.print(preflight_table(report))
+        _show(report)
     for warning in report.warnings:
         say(f"note: {warning}")
+    for remark in report.remarks:
+        say(remark)
+    if report.failing:
+        say(_listed(report, resolved, questions))
     if resolved.task.gold is None:
         say("Every reward ran; without `gold` nobody can say whether it pays for the right thing. The task is ready.")
         return 0
@@ -48,3 +55,33 @@ def check(resolved: Resolved) -> int:
         )
     say(f"Every gold answer gets full marks from `{name}` ({value}). The task is ready.")
     return 0
+
+
+def _show(report: Preflight) -> None:
+    say(report.heading)
+    for table in preflight_tables(report):
+        console.print(table)
+    say(report.summary)
+
+
+def _listed(report: Preflight, resolved: Resolved, questions: Questions) -> str:
+    """Write the rows whose gold answer gets less than full marks into a file of its own; says where."""
+    path = resolved.here / "runs" / f"check-{resolved.task.name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            for place, rewards in report.failing.items():
+                is_train = place < len(questions.train)
+                prompt = questions.train[place] if is_train else questions.test[place - len(questions.train)]
+                row = {
+                    "split": "train" if is_train else "test",
+                    "row": prompt.index,
+                    "less_than_full_marks": rewards,
+                    "gold": resolved.task.gold_text(prompt.fields),
+                    "columns": prompt.fields,
+                }
+                file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
+    except (OSError, ValueError) as error:  # a full disk; rows that hold themselves, or half a surrogate pair
+        return f"note: the rows whose gold answer gets less cannot be listed in {path}: {in_words(error)}."
+    count = len(report.failing)
+    return f"note: {count:,} row{'s' * (count > 1)} whose gold answer gets less than full marks: {path}"
