@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import pickle
 import re
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import grpo.rewards
+from grpo.rewards.names import name_of
 
 ROOT = Path(__file__).parents[1]
 NAMES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["grpo.rewards"]
@@ -56,6 +58,24 @@ def test_the_examples_of_the_docstrings_hold(module):
 def test_a_name_is_that_of_its_function(name):
     assert NAMES[name] == f"grpo.rewards:{name}"
     assert REWARDS[name].__name__ == name
+
+
+def test_what_is_made_by_a_call_can_be_sent_to_workers():
+    from grpo.rewards import cosine, exact_match, overlong, repetition_penalty, short_when_right, tags
+
+    for made, given in (
+        (tags("a", "b"), ["<a>1</a><b>2</b>"]),
+        (overlong(10, 5), ["", [0] * 8]),
+        (short_when_right(exact_match), [["?"] * 2, ["1"] * 2, [[0], [0] * 2], ["1"] * 2]),
+        (cosine(exact_match, 10), ["1", [0] * 5, "1"]),
+        (repetition_penalty(1), ["a a"]),
+    ):
+        sent = pickle.loads(pickle.dumps(made))
+        assert sent(*given) == made(*given) != 0
+        assert sent.__name__ == made.__name__
+        assert name_of(made) == made.__name__
+    for name, function in REWARDS.items():
+        assert pickle.loads(pickle.dumps(function)) is function, name
 
 
 @pytest.mark.parametrize("name", NAMES)

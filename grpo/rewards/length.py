@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from grpo.errors import UserError
@@ -27,7 +28,7 @@ def length(completion: str, completion_ids: Sequence[int]) -> float:
     return max(-1.0, -len(completion_ids) / _TOKENS)
 
 
-def overlong(max_completion_tokens: int, buffer: int) -> Callable[..., float]:
+def overlong(max_completion_tokens: int, buffer: int) -> Overlong:
     """DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, eq. 13), a reward to be given to a Task.
 
     With L = max_completion_tokens, the longest that a completion may get, and B = buffer: 0 up to L - B tokens, from
@@ -46,14 +47,27 @@ def overlong(max_completion_tokens: int, buffer: int) -> Callable[..., float]:
             "is a part of them: overlong(512, 128)."
         )
 
-    def soft_overlong(completion: str, completion_ids: Sequence[int]) -> float:
-        over = len(completion_ids) - (max_completion_tokens - buffer)
-        return -min(max(over / buffer, 0.0), 1.0) if over > 0 else 0.0
-
-    return soft_overlong
+    return Overlong(max_completion_tokens, buffer)
 
 
-def short_when_right(right: Callable[[str, Any], float], threshold: float = 1.0) -> Callable[..., list[float]]:
+@dataclass(eq=False)
+class Overlong:
+    """DAPO's soft overlong punishment.
+
+    Range: -1 to 0.
+    """
+
+    # These are objects and no functions in functions, so that worker processes can be given them.
+    max_completion_tokens: int
+    buffer: int
+    __name__: str = "overlong"
+
+    def __call__(self, completion: str, completion_ids: Sequence[int]) -> float:
+        over = len(completion_ids) - (self.max_completion_tokens - self.buffer)
+        return -min(over / self.buffer, 1.0) if over > 0 else 0.0
+
+
+def short_when_right(right: Callable[[str, Any], float], threshold: float = 1.0) -> ShortWhenRight:
     """Kimi k1.5's length reward (arXiv 2501.12599, section 2.3.3): of a group, short right ones are paid more.
 
     right(completion, answer) -> what a completion earns; right from `threshold` on: `short_when_right(math)`. With
@@ -68,23 +82,35 @@ def short_when_right(right: Callable[[str, Any], float], threshold: float = 1.0)
     [0.5, -0.5, 0.0]
     """
 
-    def short(prompts: list[Any], completions: list[Any], completion_ids: list[Any], answer: list[Any]) -> list[float]:
+    return ShortWhenRight(right, threshold)
+
+
+@dataclass(eq=False)
+class ShortWhenRight:
+    """Of a group, short right completions are paid more.
+
+    Range: -0.5 to 0.5.
+    """
+
+    right: Callable[[str, Any], float]
+    threshold: float
+    __name__: str = "short_when_right"
+
+    def __call__(
+        self, prompts: list[Any], completions: list[Any], completion_ids: list[Any], answer: list[Any]
+    ) -> list[float]:
         paid: list[float] = []
         for start, end in _groups(prompts):
             tokens = [len(ids) for ids in completion_ids[start:end]]
             shortest, spread = min(tokens), max(tokens) - min(tokens)
             for index in range(start, end):
                 value = 0.5 - (tokens[index - start] - shortest) / spread if spread else 0.0
-                is_right = right(_text(completions[index]), answer[index]) >= threshold
+                is_right = self.right(_text(completions[index]), answer[index]) >= self.threshold
                 paid.append(value if is_right else min(0.0, value))
         return paid
 
-    return short
 
-
-def cosine(
-    right: Callable[[str, Any], float], max_completion_tokens: int, threshold: float = 1.0
-) -> Callable[[str, Sequence[int], Any], float]:
+def cosine(right: Callable[[str, Any], float], max_completion_tokens: int, threshold: float = 1.0) -> Cosine:
     """The cosine length reward (Yeo et al. 2025, arXiv 2502.03373): right and short pays most, wrong and short least.
 
     right(completion, answer) -> what a completion earns; right from `threshold` on. With t = tokens /
@@ -101,12 +127,26 @@ def cosine(
     if max_completion_tokens <= 0:
         raise UserError(f"cosine() was given {max_completion_tokens} tokens at most. It takes 1 or more.")
 
-    def cosine_length(completion: str, completion_ids: Sequence[int], answer: Any) -> float:
-        share = min(1.0, len(completion_ids) / max_completion_tokens)
-        fallen = 0.25 * (1.0 - math.cos(math.pi * share))  # 0 to 0.5
-        return round(1.0 - fallen if right(completion, answer) >= threshold else fallen - 1.0, 12)
+    return Cosine(right, max_completion_tokens, threshold)
 
-    return cosine_length
+
+@dataclass(eq=False)
+class Cosine:
+    """Right and short pays most, wrong and short least.
+
+    Range: -1 to 1.
+    """
+
+    right: Callable[[str, Any], float]
+    max_completion_tokens: int
+    threshold: float
+    __name__: str = "cosine"
+
+    def __call__(self, completion: str, completion_ids: Sequence[int], answer: Any) -> float:
+        share = min(1.0, len(completion_ids) / self.max_completion_tokens)
+        fallen = 0.25 * (1.0 - math.cos(math.pi * share))  # 0 to 0.5
+        is_right = self.right(completion, answer) >= self.threshold
+        return round(1.0 - fallen if is_right else fallen - 1.0, 12)
 
 
 def _groups(prompts: list[Any]) -> list[tuple[int, int]]:

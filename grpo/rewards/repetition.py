@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from grpo.errors import UserError
 
@@ -13,7 +13,7 @@ _WORD = re.compile(
 )
 
 
-def repetition_penalty(words: int = 3) -> Callable[[str], float]:
+def repetition_penalty(words: int = 3) -> RepetitionPenalty:
     """A reward of minus the share of repeated phrases of so many words, to be given to a Task.
 
     Open-R1's `get_repetition_penalty_reward(ngram_size, max_penalty)`; where the maximal penalty is not -1, it is the
@@ -28,10 +28,21 @@ def repetition_penalty(words: int = 3) -> Callable[[str], float]:
     if words < 1:
         raise UserError(f"repetition_penalty() was given phrases of {words} words. It takes 1 or more.")
 
-    def repetition(completion: str) -> float:
-        return 0.0 - _share_repeated(completion, words)
+    return RepetitionPenalty(words)
 
-    return repetition
+
+@dataclass(eq=False)
+class RepetitionPenalty:
+    """Minus the share of phrases of so many words that have occurred before.
+
+    Range: -1 to 0.
+    """
+
+    words: int
+    __name__: str = "repetition_penalty"
+
+    def __call__(self, completion: str) -> float:
+        return 0.0 - _share_repeated(completion, self.words)
 
 
 def repetition(completion: str) -> float:

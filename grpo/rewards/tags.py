@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from grpo.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
-def tags(*names: str, text_after: bool = False, open_in_prompt: bool = False) -> Callable[[str], float]:
+def tags(*names: str, text_after: bool = False, open_in_prompt: bool = False) -> Tags:
     r"""A reward that pays 1.0 for a completion of these blocks in this order, else 0; to be given to a Task.
 
     Each tag occurs once, no block is blank, and nothing but white space stands before, between or behind the blocks.
@@ -32,13 +32,26 @@ def tags(*names: str, text_after: bool = False, open_in_prompt: bool = False) ->
         told = f"{wrong[0]!r}" if wrong else "one twice" if names else "none"
         raise UserError(f'tags() was given {told}. It takes the names of tags, each once: tags("think", "answer").')
 
-    def reward(completion: str) -> float:
-        opened = f"<{names[0]}>" * open_in_prompt + completion
-        return float(_is_written(opened, names, text_after))
+    return Tags(names, text_after, open_in_prompt)
 
-    reward.__name__ = reward.__qualname__ = "tags_" + "_".join(re.sub(r"\W", "_", name) for name in names)
-    reward.__doc__ = f"1.0 if the completion is {_shown(names)}{' and text behind it' * text_after}, else 0."
-    return reward
+
+@dataclass(eq=False)
+class Tags:
+    """What `tags` makes: an object and no function in a function, so that worker processes can be given it."""
+
+    names: tuple[str, ...]
+    text_after: bool
+    open_in_prompt: bool
+
+    def __post_init__(self) -> None:
+        self.__name__ = "tags_" + "_".join(re.sub(r"\W", "_", name) for name in self.names)
+        blocks = "".join(f"<{name}>...</{name}>" for name in self.names)
+        behind = " and text behind it" * self.text_after
+        self.__doc__ = f"1.0 if the completion is {blocks}{behind}, else 0.\n\nRange: 0 or 1."
+
+    def __call__(self, completion: str) -> float:
+        opened = f"<{self.names[0]}>" * self.open_in_prompt + completion
+        return float(_is_written(opened, self.names, self.text_after))
 
 
 def _is_written(text: str, names: tuple[str, ...], text_after: bool) -> bool:
@@ -51,10 +64,6 @@ def _is_written(text: str, names: tuple[str, ...], text_after: bool) -> bool:
         if before.strip() or not (opening and closing and block.strip()):
             return False
     return bool(text.strip()) == text_after
-
-
-def _shown(names: tuple[str, ...]) -> str:
-    return "".join(f"<{name}>...</{name}>" for name in names)
 
 
 _think = tags("think", text_after=True)
