@@ -63,9 +63,10 @@ def _date_in_template(asker: Asker, prompt: Prompt) -> str:
         return ""
     if asker.render(prompt.index, prompt.fields, prompt.messages, another_day=True) == prompt.text:
         return ""
+    by_hand = " --chat-template-kwargs date_string='26 Jul 2024' gives it one."
     return (
         "The model's chat template writes today's date into every prompt: a run that is resumed or evaluated on "
-        "another day asks other tokens. Use a template without it where that matters."
+        f"another day asks other tokens.{'' if asker.template.ignores('date_string') else by_hand}"
     )
 
 

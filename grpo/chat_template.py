@@ -57,8 +57,6 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages anyway.
         """
-        # A field that is None is one that the message does not have; a template would take it for one that it has.
-        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         goes_on = messages[-1]["role"] == "assistant"
         own = self.tokenizer.get_chat_template(None, variables.get("tools")) if another_day else ""
         render = partial(
@@ -71,12 +69,13 @@ class ChatTemplate:
             **({"chat_template": ANOTHER_DAY + own} if another_day else {}),
         )
         in_time = partial(_watched, f"the model's chat template on row {index}", render)
+        first, *others = _ways_to_ask(messages)
         try:
-            return in_time(messages)
+            return in_time(first)
         except WHAT_USER_CODE_RAISES as error:
-            if not isinstance(error, TimeoutError):
+            for other in others if not isinstance(error, TimeoutError) else []:
                 with suppress(*WHAT_USER_CODE_RAISES):
-                    return in_time(_without_system(messages))
+                    return in_time(other)
             given = f", and it is given {', '.join(variables)}" if variables else ""
             raise UserError(
                 f"The model's chat template refuses the messages of row {index}: {in_words(error)}. Their roles are "
@@ -112,6 +111,16 @@ def _watched(what: str, render: Callable[..., Rendered], messages: list[Message]
     except OSError:  # the rewards, which need one more, say so
         return render(messages)
     return dog.call(TEMPLATE_LIMIT, what, render, {"conversation": messages})
+
+
+def _ways_to_ask(messages: list[Message]) -> list[list[Message]]:
+    """The same messages as templates want them, the first that one takes is what is asked.
+
+    A field that is None is one that a message does not have: most templates would take it for one that it has. Some
+    look for the None in a message without content, by which the assistant calls tools.
+    """
+    there = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [there, *([messages] if there != messages else []), _without_system(there)]
 
 
 def _without_system(messages: list[Message]) -> list[Message]:

@@ -3,6 +3,7 @@ their turns, and prompts that are too long."""
 
 import json
 
+import jinja2
 import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers.utils.chat_template_utils import get_json_schema
@@ -307,6 +308,43 @@ def test_an_answer_that_calls_tools_needs_no_content():
     ):
         with pytest.raises(UserError, match="a message whose content is None"):
             asked(asker_of("qwen3", continue_final_message=True), {"messages": wrong})
+
+
+WANTS_NONE = """{% for m in messages %}<{{ m.role }}>
+{%- if m.content is not none %}{{ m.content + '.' }}{% endif %}{{ m.tool_calls | tojson if m.tool_calls }}
+{%- endfor %}"""
+
+
+def test_a_template_that_looks_for_a_content_of_none_is_given_one():
+    """As DeepSeek-R1's does. Where transformers itself gives no template any, it is refused."""
+    asker = asker_of("qwen3")
+    asker.tokenizer.chat_template = WANTS_NONE
+    chat = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [3]}, {"role": "tool", "content": "2"}]
+    try:
+        expected = asker.tokenizer.apply_chat_template(chat, tokenize=False)
+    except jinja2.UndefinedError:
+        with pytest.raises(UserError, match="refuses the messages of row 0: UndefinedError"):
+            asked(asker, {"messages": chat})
+    else:
+        assert asked(asker, {"messages": chat})[0].text == expected == "<user>1 + 1?.<assistant>[3]<tool>2."
+
+
+DATED = """{%- if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif -%}
+Today: {{ date_string }}
+{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"""
+
+
+def test_a_date_is_told_and_may_be_given():
+    def told(template, **fields):
+        asker = asker_of("qwen3", **fields)
+        asker.tokenizer.chat_template = template
+        return list(cautions(asker, asked(asker)))
+
+    [sentence] = told(DATED)
+    assert "today's date" in sentence and "--chat-template-kwargs date_string='26 Jul 2024' gives it one" in sentence
+    assert told(DATED, chat_template_kwargs={"date_string": "26 Jul 2024"}) == []
+    [sentence] = told("{{ strftime_now('%Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "today's date" in sentence and "date_string" not in sentence
 
 
 # ---- a prompt that ends inside of an opened tag
