@@ -264,9 +264,10 @@ def build_scorer(
 ) -> Scorer:
     """How groups are scored. `tell` is told of the first failure of a reward. own: what a run's rewards draw from, and
     print into."""
+    tolerance = Tolerance(config.max_reward_failures, tell)
     if own is None:
-        return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell))
-    return Scorer(questions.rewards, Tolerance(config.max_reward_failures, tell, own[1].write), partial(apart, *own))
+        return Scorer(questions.rewards, tolerance, steps=config.steps)
+    return Scorer(questions.rewards, replace(tolerance, log=own[1].write), partial(apart, *own), config.steps)
 
 
 def build_evaluator(

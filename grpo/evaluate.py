@@ -48,10 +48,10 @@ class Evaluator:
         """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
         return self.scores(self.answers(engine))
 
-    def answers(self, engine: Engine) -> list[Group]:
-        """What the policy says to the held-out prompts, and what the rewards say of it."""
+    def answers(self, engine: Engine, step: int = 0) -> list[Group]:
+        """What the policy says to the held-out prompts, and what the rewards say of it after so many steps."""
         groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
-        self.score(groups)
+        self.score(groups, step)
         return groups
 
     def scores(self, groups: list[Group]) -> dict[str, float]:

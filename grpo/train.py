@@ -108,7 +108,7 @@ def sample(run: Run, step: int, clock: Clock) -> tuple[list[Group], dict[str, fl
         with clock("audit"):
             told |= run.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
         with clock("score"):
-            told |= run.score(scored)
+            told |= run.score(scored, step)
         num_rolled_out += len(scored)
         assign_advantages(scored, run.estimator, weights)
         groups += filter(run.admits, scored)
@@ -152,7 +152,7 @@ def finish_step(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Score the policy on the held-out prompts and remember whether it is the best so far."""
     run.recorder.stage("evaluation")
-    groups = run.evaluator.answers(run.engine)
+    groups = run.evaluator.answers(run.engine, run.progress.step)
     scores, progress = run.evaluator.scores(groups), run.progress
     run.recorder.evaluation(progress.step, scores, groups)
     progress.first_scores = progress.first_scores or scores

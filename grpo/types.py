@@ -99,6 +99,7 @@ class Group:
     completions: list[Completion]  # G
     parts: dict[str, Tensor] = field(default_factory=dict)  # {reward name: [G]}
     failed: dict[str, dict[int, str]] = field(default_factory=dict)  # {reward name: {index of a completion: why}}
+    extra: dict[str, dict[int, Any]] = field(default_factory=dict)  # {column: {index of a completion: told}}
     rewards: Tensor = field(default_factory=lambda: torch.empty(0))  # [G], the weighted sum of the parts
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [G]
 

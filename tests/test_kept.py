@@ -117,7 +117,7 @@ def test_a_second_ctrl_c_stops_at_once_also_where_the_first_came_during_a_reward
         return 1.0
 
     with stops_gently(run, lambda told: None):
-        scorer(asks, log=tmp_path / "log")([group_of("a")])
+        scorer(asks, log=tmp_path / "log")([group_of("a")], 0)
         assert run.stop_requested
         with pytest.raises(Stopped):
             signal.raise_signal(signal.SIGINT)
@@ -136,7 +136,7 @@ def test_rewards_draw_from_generators_of_their_own(tmp_path):
         call, got = scorer(*rewards, log=tmp_path / "log"), []
         for _ in range(3):
             group = group_of("a", "b")
-            call([group])
+            call([group], 0)
             got += group.parts["draws"].tolist()
             others()
         return got
@@ -181,9 +181,9 @@ def test_what_rewards_print_goes_to_a_file_and_not_to_the_screen(tmp_path, capfd
     def silent(completion):
         return 1.0
 
-    scorer(silent, log=log)([group_of("a")])
+    scorer(silent, log=log)([group_of("a")], 0)
     assert not log.exists()
-    scorer(prints, prints_later, log=log)([group_of("a", "b")])
+    scorer(prints, prints_later, log=log)([group_of("a", "b")], 0)
     text = log.read_text()
     for words in ("seen a\n", "seen b\n", "\\ud800 half a letter", "later\n"):
         assert words in text
@@ -201,7 +201,7 @@ def test_a_log_that_cannot_be_written_fails_no_reward(tmp_path, monkeypatch):
     scorer(prints, log=tmp_path / "gone" / "rewards.log")([group])
     assert group.rewards.tolist() == [1.0]
     monkeypatch.setattr(kept, "LARGEST_LOG", 10)
-    scorer(prints, log=tmp_path / "rewards.log")([group_of("abc", "def")])
+    scorer(prints, log=tmp_path / "rewards.log")([group_of("abc", "def")], 0)
     assert (tmp_path / "rewards.log").read_bytes() == b"seen abc\nse"[:10]
 
 

@@ -92,7 +92,7 @@ def test_a_reward_of_the_batch_gets_lists_as_trl_passes_them():
     assert seen["answer"] == ["5", "5", "6", "6", "6"]
     assert seen["question"] == ["question 7"] * 2 + ["question 9"] * 3
     assert seen["completion_ids"] == [[0, 1], [0, 1, 2, 3, 4], [0], [0, 1], [0, 1, 2]]
-    assert seen["trainer_state"] is None
+    assert seen["trainer_state"].global_step == 0
     assert seen.keys() == {
         *("prompts", "completions", "answer", "question", "completion_ids"),
         *("trainer_state", "log_metric", "log_extra"),

@@ -105,7 +105,8 @@ def own(folder):
 def length(completion, answer):
     return {"length": len(completion), "answer": float(answer)}
 
-def batch(prompts, completions, answer, log_metric, **kwargs):
+def batch(prompts, completions, answer, log_metric, log_extra, **kwargs):
+    log_extra("letters", list(map(len, completions)))
     log_metric("longest", max(map(len, completions)))
     return [float(len(completion)) / len(completions) for completion in completions]
 
@@ -214,6 +215,7 @@ def test_the_numbers_are_those_of_the_runs_own_process(bring):
     assert scored(rewards(), there, asked=3)[0] == metrics == {"logged/longest": 4.0}
     for one, other in zip(here, there, strict=True):
         assert torch.equal(one.rewards, other.rewards)
+        assert one.extra == other.extra != {}
         assert {name: part.tolist() for name, part in one.parts.items()} == {
             name: part.tolist() for name, part in other.parts.items()
         }

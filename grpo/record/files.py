@@ -138,10 +138,7 @@ def completion_records(
 def _of_group(step: int, split: str, number: int, group: Group, earned: Mapping[str, str]) -> list[dict[str, Any]]:
     parts = {name: values.tolist() for name, values in group.parts.items()}
     columns = {name: getattr(group, field).tolist() for name, field in earned.items()}
-    failed: list[dict[str, dict[str, str]]] = [{} for _ in group.completions]
-    for name, why in group.failed.items():
-        for member, words in why.items():
-            failed[member].setdefault("failed", {})[name] = words
+    told = _told_of(group)
     id = prompt_id(split, group.prompt)
     return [
         {
@@ -155,9 +152,19 @@ def _of_group(step: int, split: str, number: int, group: Group, earned: Mapping[
             "tokens": len(completion.tokens),
             "parts": finite({name: values[member] for name, values in parts.items()}),
             **finite({name: values[member] for name, values in columns.items()}),
-            **failed[member],
+            **told[member],
             "policy_version": completion.policy_version,
             "seed": completion.seed,
         }
         for member, completion in enumerate(group.completions)
     ]
+
+
+def _told_of(group: Group) -> list[dict[str, dict[str, Any]]]:
+    """Of each completion why rewards failed on it, and what they told `log_extra`, where there is something."""
+    told: list[dict[str, dict[str, Any]]] = [{} for _ in group.completions]
+    for kind, columns in (("failed", group.failed), ("extra", group.extra)):
+        for name, values in columns.items():
+            for member, value in values.items():
+                told[member].setdefault(kind, {})[name] = value
+    return told

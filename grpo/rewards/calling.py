@@ -8,7 +8,8 @@ Axis: S completions scored together, flat, in group order.
     async def f(...)                                     either kind
 
 A batch function is called with lists of S: `prompts`, `completions`, `completion_ids` and each column it
-names (all columns if it takes **kwargs), and with TRL's `trainer_state` (None), `log_metric`, `log_extra`.
+names (all columns if it takes **kwargs), and with TRL's `trainer_state`, `log_metric`, `log_extra`; with `group_size`
+if it names it. A function of one completion gets these four if it names them.
 
     Calls     Samples -> the calls of a scoring: which completions each scores, and with what arguments
     a way     where they run: in this process (grpo/rewards/here.py), in worker processes (workers.py), in the event
@@ -29,6 +30,8 @@ from typing import Any
 
 from grpo.errors import UserError, nearest
 from grpo.rewards.samples import (
+    NAMED_BY_A_BATCH,
+    NAMED_BY_ONE,
     OF_CHATS,
     OF_ONE_COMPLETION,
     OF_TEXTS,
@@ -93,14 +96,14 @@ def callee_of(
     parameters = _parameters(name, function)
     sources_of_columns: dict[str, Source] = {column: column_source(column) for column in columns}
 
-    def with_form(calls: Callable, fits: Fit, form: dict[str, Source]) -> Callee:
-        sources = _choose_sources(name, parameters, sources_of_columns | form)
+    def with_form(calls: Callable, fits: Fit, named: dict[str, Source], form: dict[str, Source]) -> Callee:
+        sources = _choose_sources(name, parameters, sources_of_columns | form, named)
         return Callee(name, function, fits, partial(calls, sources))
 
     if "completion" in parameters:
-        return with_form(_calls_of_each, fit_one, OF_ONE_COMPLETION)
+        return with_form(_calls_of_each, fit_one, NAMED_BY_ONE, OF_ONE_COMPLETION)
     _check_names_a_batch(name, parameters)
-    of_batch = partial(with_form, _calls_of_groups if group_by_group else _call_of_all, fit_list)
+    of_batch = partial(with_form, _calls_of_groups if group_by_group else _call_of_all, fit_list, NAMED_BY_A_BATCH)
     if not chat:
         return of_batch(OF_TEXTS)
     if probe is None:
@@ -174,18 +177,20 @@ def _check_names_a_batch(name: str, parameters: dict[str, inspect.Parameter]) ->
 
 
 def _choose_sources(
-    name: str, parameters: dict[str, inspect.Parameter], available: dict[str, Source]
+    name: str, parameters: dict[str, inspect.Parameter], available: dict[str, Source], by_name: dict[str, Source]
 ) -> dict[str, Source]:
+    """Those of the arguments that a function names, or all that are available if it takes **kwargs. A column goes
+    before what is given by name alone."""
+    everything = by_name | available
     named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
     for key, parameter in named.items():
-        if key not in available and parameter.default is parameter.empty:
+        if key not in everything and parameter.default is parameter.empty:
             raise UserError(
-                f"Reward `{name}` asks for `{key}`, and the data set has no such column.{nearest(key, available)} "
-                f"It can ask for: {', '.join(available)}."
+                f"Reward `{name}` asks for `{key}`, and the data set has no such column.{nearest(key, everything)} "
+                f"It can ask for: {', '.join(everything)}."
             )
-    if len(named) < len(parameters):
-        return available
-    return {key: available[key] for key in named if key in available}
+    asked = {key: everything[key] for key in named if key in everything}
+    return available | asked if len(named) < len(parameters) else asked
 
 
 def _calls_of_each(sources: dict[str, Source], samples: Samples) -> Iterator[Call]:

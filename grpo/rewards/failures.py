@@ -92,7 +92,7 @@ class Ledger:
             self._fail(reward, members)
 
     def close(self, groups: list[Group]) -> None:
-        """Write into the groups of the S completions what has failed."""
+        """Write into the groups of the S completions what has failed, and what rewards said of them."""
         places = [(group, index) for group in groups for index in range(len(group.completions))]
         for name, why in self.failed.items():
             for at, words in sorted(why.items()):
@@ -101,6 +101,10 @@ class Ledger:
         for at in self.unscored:
             group, index = places[at]
             group.rewards[index] = math.nan
+        for column, values in self.samples.logged.extras.items():
+            for at, value in values.items():
+                group, index = places[at]
+                group.extra.setdefault(column, {})[index] = value
 
     def _fail(self, reward: Fallible, members: Sequence[int]) -> None:
         name, column = reward.name, self.scores[reward.name]

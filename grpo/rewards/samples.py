@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import datetime
+import math
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -24,39 +26,72 @@ if TYPE_CHECKING:  # it comes with torch, which a worker process does without
 
 
 @dataclass(frozen=True)
-class Samples:
-    """S completions, and beside each the prompt it answers.
+class TrainerState:
+    """What a reward may know of the training, by the names that TRL's `trainer_state` has."""
 
-    `logged` collects what rewards report through `log_metric`.
-    """
+    global_step: int = 0  # updates behind the policy that wrote the completions
+    max_steps: int = 1  # of the run
+
+
+AT_THE_START = TrainerState()
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What rewards report: numbers through `log_metric`, something about each completion through `log_extra`."""
+
+    metrics: dict[str, list[float]] = field(default_factory=dict)  # {name: numbers}
+    extras: dict[str, dict[int, Any]] = field(default_factory=dict)  # {column: {place of a completion: value}}
+
+    def add(self, other: Logged) -> None:
+        """What another call has reported."""
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+        for column, values in other.extras.items():
+            self.extras.setdefault(column, {}).update(values)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """S completions, and beside each the prompt it answers."""
 
     prompts: list[Prompt]  # S
     completions: list[Completion]  # S
     group: list[int]  # S, which of the groups that are scored together each belongs to
-    logged: dict[str, list[float]] = field(default_factory=dict)
+    places: list[int]  # S, where each stands among all that are scored together
+    state: TrainerState = AT_THE_START
+    logged: Logged = field(default_factory=Logged)
 
     @property
     def metrics(self) -> dict[str, float]:
         """ "logged/<name>" -> the mean of what was logged under that name: it is never the name of a metric of ours."""
-        return {f"logged/{name}": sum(values) / len(values) for name, values in self.logged.items()}
+        return {f"logged/{name}": sum(values) / len(values) for name, values in self.logged.metrics.items()}
 
 
 Source = Callable[[Samples], Any]  # where one argument comes from: new lists and copies with every call
 
 
-def samples_of(groups: list[Group]) -> Samples:
+def samples_of(groups: list[Group], state: TrainerState = AT_THE_START) -> Samples:
     """The groups' completions in one flat list, each beside its prompt."""
+    completions = [completion for group in groups for completion in group.completions]
     return Samples(
         prompts=[group.prompt for group in groups for _ in group.completions],
-        completions=[completion for group in groups for completion in group.completions],
+        completions=completions,
         group=[number for number, group in enumerate(groups) for _ in group.completions],
+        places=list(range(len(completions))),
+        state=state,
     )
 
 
 def only(samples: Samples, indices: Sequence[int]) -> Samples:
     """Some of the completions; what is logged is logged for all."""
-    picked = {name: [getattr(samples, name)[i] for i in indices] for name in ("prompts", "completions", "group")}
-    return replace(samples, **picked)
+    columns = ("prompts", "completions", "group", "places")
+    return replace(samples, **{name: [getattr(samples, name)[index] for index in indices] for name in columns})
+
+
+def group_size(samples: Samples) -> int:
+    """Completions of a prompt, where all groups have the same number; else of the largest."""
+    return max(Counter(samples.group).values())
 
 
 def where(samples: Samples, scored: Sequence[int]) -> str:
@@ -118,14 +153,38 @@ _IMMUTABLE = (str, int, float, bool, NoneType, bytes, complex, Decimal, Fraction
 _COPIERS = {kind: partial(partial, _same) for kind in _IMMUTABLE}
 
 
+_LONGEST_EXTRA = 20_000  # characters of one value
+
+
 def _log_metric(logged: dict[str, list[float]], name: str, value: float) -> None:
     if not (isinstance(name, str) and name.isprintable() and name.strip()):
         raise ValueError(f"log_metric was given the name {name!r:.80}: it must be text of one line")
     logged.setdefault(name, []).append(float(value))
 
 
-def _log_extra(column: str, values: list[Any]) -> None:
-    """Accepted, as TRL's rewards may call it, and ignored: completions.jsonl has no extra columns."""
+def _log_extra(extras: dict[str, dict[int, Any]], places: list[int], column: str, values: Iterable[Any]) -> None:
+    """As TRL has it: a value for each completion of the call."""
+    values = list(values)
+    if len(values) != len(places):
+        raise ValueError(f"log_extra was given {len(values)} values for {column!r:.80}, and {len(places)} are scored")
+    for place, value in zip(places, values, strict=True):
+        _log_extra_of_one(extras, place, column, value)
+
+
+def _log_extra_of_one(extras: dict[str, dict[int, Any]], place: int, column: str, value: Any) -> None:
+    if not (isinstance(column, str) and column.isprintable() and column.strip()):
+        raise ValueError(f"log_extra was given the name {column!r:.80}: it must be text of one line")
+    extras.setdefault(column, {})[place] = _for_a_record(value)
+
+
+def _for_a_record(value: Any) -> Any:
+    """A number or a text, whatever it is."""
+    value = value.item() if hasattr(type(value), "item") and getattr(value, "ndim", 0) == 0 else value
+    if value is None or type(value) in (bool, int):
+        return value
+    if type(value) is float:
+        return value if math.isfinite(value) else None
+    return str(value)[:_LONGEST_EXTRA]
 
 
 OF_ONE_COMPLETION: dict[str, Source] = {
@@ -135,10 +194,18 @@ OF_ONE_COMPLETION: dict[str, Source] = {
 }
 _OF_A_BATCH: dict[str, Source] = {
     "completion_ids": OF_ONE_COMPLETION["completion_ids"],
-    "trainer_state": lambda samples: None,
-    "log_metric": lambda samples: partial(_log_metric, samples.logged),
-    "log_extra": lambda samples: _log_extra,
+    "trainer_state": lambda samples: samples.state,
+    "log_metric": lambda samples: partial(_log_metric, samples.logged.metrics),
+    "log_extra": lambda samples: partial(_log_extra, samples.logged.extras, samples.places),
 }
+# Passed only to those who name them: what is called **kwargs gets columns.
+NAMED_BY_ONE: dict[str, Source] = {
+    "trainer_state": lambda samples: [samples.state for _ in samples.completions],
+    "log_metric": lambda samples: [partial(_log_metric, samples.logged.metrics) for _ in samples.completions],
+    "log_extra": lambda samples: [partial(_log_extra_of_one, samples.logged.extras, at) for at in samples.places],
+    "group_size": lambda samples: [group_size(samples) for _ in samples.completions],
+}
+NAMED_BY_A_BATCH: dict[str, Source] = {"group_size": group_size}
 OF_TEXTS: dict[str, Source] = {
     **_OF_A_BATCH,
     "prompts": OF_ONE_COMPLETION["prompt"],

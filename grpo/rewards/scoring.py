@@ -26,8 +26,9 @@ from grpo.rewards.here import Pace, way_here
 from grpo.rewards.names import name_of, reward_of
 from grpo.rewards.options import Options, options_of
 from grpo.rewards.retries import retrying
-from grpo.rewards.samples import Samples, samples_of
-from grpo.rewards.values import paid, parts_of, shown
+from grpo.rewards.samples import AT_THE_START, Samples, TrainerState, samples_of
+from grpo.rewards.values import fit_list, paid, parts_of, shown
+from grpo.rewards.whole_groups import in_whole_groups
 from grpo.types import Completion, Group, Prompt
 from grpo.watchdog import Limit
 
@@ -47,6 +48,7 @@ class Reward:
     limit: Limit | None  # of one call
     pace: Pace  # of its calls in this process
     probe: Samples | None  # something to call it on
+    group_size: int | None  # of the run
 
     @property
     def may_fail(self) -> bool:
@@ -55,7 +57,7 @@ class Reward:
 
     def called(self, way: Way) -> Reward:
         """The same reward, whose calls run in another way."""
-        return replace(self, start=_with_retries(self.options, way)(self.callee))
+        return replace(self, start=_with_more_tries(self.options, self.group_size, way)(self.callee))
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,12 @@ class Scorer:
     tolerance: Tolerance
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
 
-    def __call__(self, groups: list[Group]) -> dict[str, float]:
-        """As `score`."""
+    steps: int = 1  # of the run
+
+    def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
+        """As `score`, after so many steps."""
         with self.apart():
-            return score(groups, self.rewards, self.tolerance)
+            return score(groups, self.rewards, self.tolerance, TrainerState(step, self.steps))
 
     def failed(self) -> dict[str, float]:
         """The metrics of the rewards that have failed since this was last asked."""
@@ -83,7 +87,7 @@ def build_rewards(
     *,
     probe: tuple[Prompt, str] | None = None,
     tokenizer: Any = None,
-    group_size: int = 2,
+    group_size: int | None = None,
     timeout: float | None = None,
 ) -> list[Reward]:
     """Reward functions and their weights, as a task file lists them -> rewards that `score` can call.
@@ -96,7 +100,7 @@ def build_rewards(
     timeout  seconds that one call of a reward may take that does not say it itself; None for no limit
     """
     columns = list(columns)
-    samples = probe and probe_samples(*probe, tokenizer, group_size)
+    samples = probe and probe_samples(*probe, tokenizer, group_size or 2)
     built = []
     for key, weight in rewards.items():
         function = reward_of(key)
@@ -106,10 +110,11 @@ def build_rewards(
             way: Way = partial(way_async, limit, options.concurrency)
         else:
             way = partial(way_here, limit, pace)
-        way = _with_retries(options, way)
+        way = _with_more_tries(options, group_size, way)
         callee = callee_of(name, function, columns, chat, samples, way, options.batch == "group")
         weight = _checked_weight(name, weight)
-        built.append(Reward(name, weight, way(callee), is_async(function), callee, options, limit, pace, samples))
+        of_calls = (callee, options, limit, pace, samples, group_size)
+        built.append(Reward(name, weight, way(callee), is_async(function), *of_calls))
     _check_together(built)
     return built
 
@@ -123,14 +128,25 @@ def _limit(options: Options, timeout: float | None) -> Limit | None:
     return Limit(seconds, name, remedy) if seconds else None
 
 
-def _with_retries(options: Options, way: Way) -> Way:
-    if not options.retries:
-        return way
-    return lambda callee: retrying(way(callee), options.retries, options.backoff)
+def _with_more_tries(options: Options, group_size: int | None, way: Way) -> Way:
+    """The same way, in which what fails is called again where that may help."""
+
+    def start(callee: Callee) -> Start:
+        once = way(callee)
+        if callee.fits is fit_list and group_size:
+            once = in_whole_groups(once, group_size)
+        return retrying(once, options.retries, options.backoff) if options.retries else once
+
+    return start
 
 
-def score(groups: list[Group], rewards: list[Reward], tolerance: Tolerance = NONE_MAY_FAIL) -> dict[str, float]:
-    """Fill `parts[name]` [G], `failed` and `rewards` [G] of each group; return what rewards told `log_metric`.
+def score(
+    groups: list[Group],
+    rewards: list[Reward],
+    tolerance: Tolerance = NONE_MAY_FAIL,
+    state: TrainerState = AT_THE_START,
+) -> dict[str, float]:
+    """Fill `parts[name]` [G], `failed`, `extra` and `rewards` [G] of each group; return what rewards told `log_metric`.
 
     parts    what each reward returned, float32, unweighted; NaN where it returned None, and where it failed. Of
              numbers by name what they pay together, and each of them under `name/its name`
@@ -141,7 +157,7 @@ def score(groups: list[Group], rewards: list[Reward], tolerance: Tolerance = NON
     Raises:
         UserError: more have failed than is tolerated.
     """
-    samples = samples_of(groups)
+    samples = samples_of(groups, state)
     ledger = Ledger(samples, tolerance)
     # All are started first, and those that wait are finished last: they wait while the others compute.
     finishes = {reward.name: reward.start(samples) for reward in rewards}

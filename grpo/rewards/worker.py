@@ -34,6 +34,7 @@ from typing import Any
 
 from grpo.errors import WHAT_USER_CODE_RAISES, in_words
 from grpo.rewards.attempt import attempt, missing_for
+from grpo.rewards.samples import Logged
 from grpo.rewards.values import Missing, Score
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG, of Linux
@@ -54,8 +55,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Order:
-    """One call. `arguments` is the pickle of ({logged name: values}, {argument: value}): functions among the arguments
-    may write to the first."""
+    """One call. `arguments` is the pickle of (Logged, {argument: value}): functions among the arguments write to the
+    first."""
 
     name: str
     fits: Callable[[Any, int], list[Score | Missing]]
@@ -69,7 +70,7 @@ class Reply:
     """What comes of it."""
 
     scores: list[Score | Missing]
-    logged: dict[str, list[float]] = field(default_factory=dict)
+    logged: Logged = field(default_factory=Logged)
 
 
 def main(descriptor: int) -> None:
@@ -95,7 +96,7 @@ def main(descriptor: int) -> None:
 def serve(function: Callable, order: Order) -> Reply:
     """Make one call."""
     _seed(order.seed)
-    logged: dict[str, list[float]] = {}
+    logged = Logged()
     try:
         logged, arguments = pickle.loads(order.arguments)
         scores = attempt(partial(_fitted, function, order, arguments), range(order.count))

@@ -37,7 +37,7 @@ from typing import Any
 from grpo.errors import UserError, in_words
 from grpo.rewards.attempt import ADVICE
 from grpo.rewards.calling import Callee, Finish, Outcome, Start
-from grpo.rewards.samples import Samples
+from grpo.rewards.samples import Logged, Samples
 from grpo.rewards.values import Missing
 from grpo.rewards.worker import Order, Reply, Setup
 from grpo.watchdog import Limit
@@ -282,10 +282,11 @@ def way_workers(pool: Pool, limit: Limit | None, width: int, callee: Callee) -> 
 
 def _start(pool: Pool, limit: Limit | None, lane: Lane, callee: Callee, samples: Samples) -> Finish:
     # What is logged elsewhere comes back with the replies.
-    apart = replace(samples, logged={})
+    apart = replace(samples, logged=Logged())
     under_way = []
     for call in callee.calls(apart):
-        seed = zlib.crc32(f"{callee.name} {call.members} {call.where}".encode(errors="replace"))
+        drawn_by = f"{callee.name} {samples.state.global_step} {call.members} {call.where}"
+        seed = zlib.crc32(drawn_by.encode(errors="replace"))
         try:
             arguments = pickle.dumps((apart.logged, call.arguments), pickle.HIGHEST_PROTOCOL)
         except Exception as error:
@@ -301,8 +302,7 @@ def _finish(samples: Samples, under_way: list[tuple[Any, Future[Reply]]]) -> Ite
     try:
         for members, future in under_way:
             reply = future.result()
-            for name, values in reply.logged.items():
-                samples.logged.setdefault(name, []).extend(values)
+            samples.logged.add(reply.logged)
             yield members, reply.scores
     finally:  # of a scoring that has failed nothing more is called
         for _, future in under_way:
