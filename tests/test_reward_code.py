@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grpo.rewards import code, code_share
@@ -39,6 +40,9 @@ TESTS = [
     (SUM, [{"input": "1 2", "output": "3", "testtype": "stdin"}], "add", 1),
     (SUM, {"language": "python", "test_cases": [{"input": "1 2", "output": "3"}]}, None, 1),
     (SUM, json.dumps({"inputs": ["1 2\n"], "outputs": ["3\n"]}), None, 1),
+    (ADD, ("assert add(1, 2) == 3",), None, 1),
+    (ADD, np.array(["assert add(1, 2) == 3"]), None, 1),
+    (SUM, {"inputs": np.array(["1 2"]), "outputs": ("3",)}, None, 1),
     (SUM, {"input": [["1 2"]], "output": [["3"]]}, None, 1),
     (ADD + "\nor\n```python\nadd = max\n```", "assert add(1, 2) == 2", None, 1),
     (ADD + "\nwhich prints\n```\n3\n```", "assert add(1, 2) == 3", None, 1),

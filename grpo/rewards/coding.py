@@ -118,7 +118,9 @@ def tests_of(tests: object, entry_point: object = None) -> Assertions | Cases:
         if text and _is_python(text):
             calls_check = "def check(" in text and entry_point and f"check({entry_point})" not in text
             return Assertions(f"{text}\n\ncheck({entry_point})\n" if calls_check else text)
+    tests = _listed(tests)
     if isinstance(tests, dict):
+        tests = {key: _listed(value) for key, value in tests.items()}
         if "test_cases" in tests:  # Open-R1's verification_info
             return tests_of(tests["test_cases"], tests.get("fn_name") or entry_point)
         inputs, outputs = (tests.get(name, tests.get(f"{name}s")) for name in ("input", "output"))
@@ -135,6 +137,12 @@ def tests_of(tests: object, entry_point: object = None) -> Assertions | Cases:
         f"the tests {tests!r:.80} are none: they are Python with assertions, a list of assertions, or cases with "
         "inputs and outputs"
     )
+
+
+def _listed(value: Any) -> Any:
+    """A tuple or an array, which some readers give for a list, as a list."""
+    is_array = hasattr(value, "tolist") and getattr(value, "ndim", 0)
+    return list(value) if isinstance(value, tuple) else value.tolist() if is_array else value
 
 
 def _json(text: str) -> Any:
