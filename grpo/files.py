@@ -178,7 +178,7 @@ def _read_json(path: Path, bad: Bad | None) -> Sequence[Row]:
         raise UserError(
             f"{path} is not JSON: {error}. It must be a list of objects, or have a whole object in each line."
         ) from error
-    return _objects(path, held if isinstance(held, list) else _rows_in(path, held), bad)
+    return _objects(path, held if isinstance(held, list) else _rows_in(path, held, only), bad)
 
 
 def _is_object(line: bytes) -> bool:
@@ -188,8 +188,9 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _rows_in(path: Path, held: Any) -> list[Any]:
-    """The rows in one object: a list under one of the usual names, or a list for each column."""
+def _rows_in(path: Path, held: Any, is_line: bool) -> list[Any]:
+    """The rows in one object: a list under one of the usual names, or a list for each column; a single one that is
+    written in one line, as JSON lines are, or holds nothing else."""
     if not isinstance(held, dict):
         raise UserError(f"{path} is {str(held)[:40]!r}. It must be a list of objects.")
     lists = {name: value for name, value in held.items() if isinstance(value, list)}
@@ -198,7 +199,8 @@ def _rows_in(path: Path, held: Any) -> list[Any]:
         return lists[named]
     if lists and len(lists) == len(held) and len({len(value) for value in lists.values()}) == 1:
         return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
-    if held and not any(isinstance(value, (list, dict)) for value in held.values()):
+    single = [not isinstance(value, (list, dict)) for value in held.values()]
+    if held and (all(single) or (is_line and any(single))):
         return [held]
     raise UserError(
         f"{path} is one object with {', '.join(map(repr, list(held)[:6]))}, and nobody says which of it is the rows. "
@@ -310,7 +312,10 @@ def _read_table(path: Path, bad: Bad | None) -> Any:
     try:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:  # pyarrow's, fsspec's and the library's own have no class in common
-        raise UserError(f"{path} cannot be read: {in_words(error.__cause__ or error)}.") from error
+        raise UserError(
+            f"{path} cannot be read: {in_words(error.__cause__ or error)}. (The datasets library keeps a copy of it "
+            "where HF_HOME says, and must be able to write there.)"
+        ) from error
 
 
 _READERS: dict[str, Callable[[Path, Bad | None], Any]] = {

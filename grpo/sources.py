@@ -139,6 +139,8 @@ def choose_split(splits: Mapping[str, Any], wanted: str, source: str, reading: R
             raise UserError(f"--splits {wanted}={named}, but {source} has {there}.{nearest(named, splits)}")
         return named
     if len(splits) == 1 and wanted == "train":
+        if any(there.lower().startswith(word) for word in WORDS["test"]):
+            reading.notes[f"{source} has only one split, {there}: it is what is trained on."] = None
         return there
     if len(splits) == 1 and wanted == "test" != there:
         raise UserError(f"{source} has only one split, {there}, and none to ask held-out prompts from. {HOLD_OUT}")
@@ -177,20 +179,24 @@ def _of_folder(path: Path, configuration: str, name: str, notes: dict[str, None]
     """The files of a folder by split, as `datasets` finds them: in README.md, by the names of files or of folders."""
     import datasets
 
+    _check_links(path)
     try:
         names = datasets.get_dataset_config_names(str(path))
         chosen = _configuration(path, names, configuration, name)
-        files: Any = datasets.load_dataset_builder(str(path), name=chosen).config.data_files
+        builder: Any = datasets.load_dataset_builder(str(path), name=chosen)
+        files = builder.config.data_files or {}
     except UserError:
         raise
     except Exception as error:  # the library's own classes, fsspec's, YAML's
+        if files := _by_their_names(path):  # of several kinds, which the library takes for a mistake
+            return {split: partial(_read_files, of_split) for split, of_split in files.items()}
         held = sorted(each.name for each in path.iterdir())
         inside = f"It holds {', '.join(held[:6])}{', ...' * (len(held) > 6)}." if held else "It is empty."
         raise UserError(
             f"No data is found in the folder {path}. {inside} A data folder holds train.jsonl and test.jsonl, or such "
             f"files as {', '.join(FORMATS)} ({(str(error).strip().splitlines() or [type(error).__name__])[0]})."
         ) from error
-    splits = {str(split): [Path(file) for file in of_split] for split, of_split in (files or {}).items()}
+    splits = {str(split): [Path(file) for file in of_split] for split, of_split in files.items()}
     read = {file for of_split in splits.values() for file in of_split}
     beside = sorted(each.name for each in path.iterdir() if format_of(each) and each not in read)
     if beside and not any(each.is_dir() for each in path.iterdir()):
@@ -199,6 +205,20 @@ def _of_folder(path: Path, configuration: str, name: str, notes: dict[str, None]
             None
         )
     return {split: partial(_read_files, of_split) for split, of_split in splits.items()}
+
+
+def _check_links(path: Path) -> None:
+    """Raises UserError where a link leads nowhere: what it should have been might be taken from another split."""
+    for file in path.rglob("*"):
+        if file.is_symlink() and format_of(file) and not file.exists():
+            raise UserError(f"{file} is a link to {os.readlink(file)}, and nothing is there. Mend the link.")
+
+
+def _by_their_names(path: Path) -> dict[str, list[Path]]:
+    """Files beside each other that are called after splits: train.jsonl and test.csv."""
+    files = [file for file in sorted(path.iterdir()) if format_of(file)]
+    named = {file.name.partition(".")[0].lower(): [file] for file in files}
+    return {split: of_split for split, of_split in named.items() if any(split in words for words in WORDS.values())}
 
 
 def _configuration(path: Path, names: list[str], asked: str, usual: str) -> str | None:

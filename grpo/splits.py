@@ -18,7 +18,7 @@ from functools import partial
 
 from grpo.config import Config, named
 from grpo.data import Rows
-from grpo.errors import WHAT_USER_CODE_RAISES, UserError
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError, user_code
 from grpo.prompts import Asker, Survey
 from grpo.rewards import resolve_reward
 from grpo.sources import Reading, Source
@@ -91,12 +91,13 @@ def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
 
 
 def usable(asker: Asker, rows: Rows) -> Rows:
-    """The rows that can be asked and have an answer; the others are named in `rows.reading.bad`.
+    """The rows that can be asked, and have an answer that the deciding reward can compare with; the others are named in
+    `rows.reading.bad`.
 
     Raises:
         UserError: none can.
     """
-    answers, kept = Answers(asker.task), array("Q")
+    answers, kept, measure = Answers(asker.task), array("Q"), _measure_of_gold(asker.task)
     for index in range(len(rows)):
         try:
             row = rows.at(index)
@@ -105,7 +106,7 @@ def usable(asker: Asker, rows: Rows) -> Rows:
             if missing := answers.missing(row):
                 raise UserError(f"row {index}: {missing}")
             if asker.task.gold is not None:
-                asker.task.gold_text(row)
+                measure(index, asker.task.gold_text(row), row)
             if len(str(content).encode()) > asker.longest_prompt - SPARE_BYTES:  # a token has a byte at least
                 asker.prompts([(index, row, content)], asker.longest_prompt)
         except UserError as error:
@@ -158,10 +159,35 @@ class Answers:
             )
 
 
+def _functions_of_solved(task: Task) -> list[Callable]:
+    """The reward which tells right from wrong; none where nothing does."""
+    named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
+    return [resolve_reward(key) if isinstance(key, str) else key for key in named]
+
+
+def _measure_of_gold(task: Task) -> Callable[[int, str, Row], object]:
+    """Calls the deciding reward on a gold answer, because some cannot compare with any (`number` with "none of them").
+    Those that wait for something, or score several completions at once, are left to the preflight.
+
+    Raises, where it is called:
+        UserError: the reward has failed.
+    """
+    functions = _functions_of_solved(task)
+    if "completion" not in _columns_of_solved(task) or any(map(inspect.iscoroutinefunction, functions)):
+        return lambda index, gold, row: None
+    [function] = functions
+    names = list(inspect.signature(function).parameters)
+
+    def measure(index: int, gold: str, row: Row) -> None:
+        with user_code(lambda raised: f"row {index}: `{_name(function)}` raised {raised} on its gold answer."):
+            function(**{name: value for name, value in {**row, "completion": gold}.items() if name in names})
+
+    return measure
+
+
 def _columns_of_solved(task: Task) -> list[str]:
     """The columns that the reward which tells right from wrong cannot do without."""
-    named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
-    functions = [resolve_reward(key) if isinstance(key, str) else key for key in named]
+    functions = _functions_of_solved(task)
     with suppress(*WHAT_USER_CODE_RAISES):  # what has no signature is refused where the rewards are built
         parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
         return [each.name for each in parameters if each.default is each.empty and each.kind in _NAMED]

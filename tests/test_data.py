@@ -66,6 +66,7 @@ COLUMNS = {name: [row[name] for row in WANTED] for name in WANTED[0]}
         ("rows.json", b"\xef\xbb\xbf" + json.dumps({"version": "1.1", "data": WANTED}).encode()),
         ("rows.json", json.dumps({"data": WANTED}, indent=2).encode()),
         ("rows.json", json.dumps(COLUMNS, indent=2).encode()),
+        ("rows.json", json.dumps({"examples": WANTED, "split": "train"}).encode()),
         ("rows.jsonl.gz", gzip.compress(LINES)),
         ("rows.json.bz2", bz2.compress(json.dumps(WANTED).encode())),
         ("rows.csv", CSV),
@@ -164,6 +165,7 @@ CONFIGURATIONS = {"README.md": CARD, "main/a.jsonl": TWO, "main/b.jsonl": ONE, "
     [
         ({"train.jsonl": TWO, "test.jsonl": ONE, "README.md": "# Data", "LICENSE": "MIT"}, {}),
         ({"train.jsonl": TWO, "dev.jsonl": ONE}, {}),
+        ({"train.jsonl": TWO, "test.csv": "a\n1\n"}, {}),
         ({"data/train_sft-00000-of-00001.jsonl": TWO, "data/test_sft-00000-of-00001.jsonl": ONE}, {}),
         ({"train/0.json": TWO[:1], "train/1.json": TWO[1:], "validation/0.json": ONE}, {}),
         (CONFIGURATIONS, {}),
@@ -178,7 +180,13 @@ def test_the_splits_of_a_folder_are_found_by_their_names(tmp_path, files, said):
     source = Source(folder(tmp_path, files), Reading(splits=said))
     train, test = (read_rows(source, split, name="main") for split in ("train", "test"))
     assert [train[place] for place in range(len(train))] == list(train) == TWO
-    assert list(test) == ONE
+    assert [{"a": int(row["a"])} for row in test] == ONE
+
+
+def test_the_only_split_is_trained_on_and_told_where_it_is_not_called_so(tmp_path):
+    source = Source(folder(tmp_path, {"test.jsonl": ONE}))
+    assert list(read_rows(source, "train")) == ONE
+    assert "has only one split, test: it is what is trained on" in next(iter(source.reading.notes))
 
 
 def test_a_configuration_stands_behind_a_colon(tmp_path):
@@ -233,7 +241,10 @@ def test_what_lies_beside_the_splits_is_told(tmp_path):
 def test_what_is_not_there_is_told(tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "rows.jsonl").write_text("{}")
+    folder(tmp_path / "broken", {"test.jsonl": ONE})
+    (tmp_path / "broken" / "train.jsonl").symlink_to(tmp_path / "gone.jsonl")
     for data, told in {
+        str(tmp_path / "broken"): r"train\.jsonl is a link to .*gone\.jsonl, and nothing is there",
         str(tmp_path / "link.jsonl"): r"is a link to .*gone\.jsonl, and nothing is there",
         str(tmp_path / "row.jsonl"): r"There is no file or folder .* Did you mean `rows\.jsonl`",
         "gone.csv": "There is no file or folder",
@@ -302,6 +313,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, rows):
     """Lines that are no JSON, rows that the task fails on, that ask nothing, have no answer, or are too long."""
     good = [{"question": f"{n}?", "solution": f"x#{n}"} for n in range(6)]
     bad = [
+        {"question": "no number", "solution": "x#many"},
         {"question": "no mark", "solution": "x"},
         {"question": None, "solution": "x#1"},
         {"question": "", "solution": "x#1"},
@@ -313,14 +325,18 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, rows):
     good, bad = list(map(json.dumps, good)), [*map(json.dumps, bad), '{"question": ', "[]", "3"]
     (tmp_path / "rows.jsonl").write_text("\n".join([*good[:3], *bad, *good[3:]]))
     notes = []
-    task = task_with(rows=rows)
+
+    def equal(completion, answer):
+        return float(int(completion) == int(answer))
+
+    task = task_with(rows=rows, rewards={equal: 1.0}, solved=("equal", 1.0))
     config = replace(SMALL_CONFIG, data=str(tmp_path / "rows.jsonl"), held_out=2, skip_bad_rows=True)
     questions = build_questions(task, config, note=notes.append)
     asked = [prompt.fields["question"] for prompt in (*questions.train, *questions.test)]
     assert sorted(asked) == [f"{n}?" for n in range(6)]
     [told] = [note for note in notes if "left out" in note]
     assert f"{len(bad)} rows of {config.data} (train) left out, 6 used" in told
-    assert "line 11 is not JSON" in told
+    assert "line 12 is not JSON" in told
     with pytest.raises(UserError):
         build_questions(task, replace(config, skip_bad_rows=False), note=list)
 
