@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -75,8 +76,34 @@ def plain_logs() -> None:
 
 
 def say(text: str) -> None:
-    """A line as it is: never wrapped, so that paths and commands can be copied."""
-    console.print(plain(text), soft_wrap=True)
+    """A line, on a terminal between words on the next one where it is too long."""
+    shown = plain(text)
+    console.print(between_words(shown, console.width) if console.is_terminal else shown, soft_wrap=True)
+
+
+def between_words(text: str, width: int) -> str:
+    """Plain text with its long lines broken where a terminal would break them, but between words.
+
+    So that they can be copied, neither a path nor what stands in `backticks` is broken, nor a line that begins with a
+    space and is no item of a list: a command that stands by itself.
+    """
+    lines = []
+    for line in text.split("\n"):
+        whole = _TO_BE_COPIED.sub(lambda found: found[0].replace(" ", "\0"), line)  # which plain text does not have
+        item = _ITEM.match(line)
+        indent = " " * len(item[0]) if item else ""
+        broken = textwrap.wrap(whole, width, break_long_words=False, break_on_hyphens=False, subsequent_indent=indent)
+        lines += broken if len(line) > width and (item or not line.startswith(" ")) else [line]
+    return "\n".join(lines).replace("\0", " ")
+
+
+_TO_BE_COPIED = re.compile("`[^`]*`")
+_ITEM = re.compile(" *- ")  # of a list
+
+
+def unbroken(text: str, width: int) -> str:
+    """The same for a log file, whose reader has a width of their own."""
+    return text
 
 
 class _Bar(ProgressColumn):

@@ -12,6 +12,7 @@ from grpo.record import Console
 from grpo.record.console import TIME_LEFT, columns_for, columns_that_fit
 from grpo.record.curves import labels
 from grpo.record.names import in_lines
+from grpo.terminal import between_words
 
 
 @pytest.mark.parametrize("width", [200, 160, 150, 120, 100, 80, 60, 40])
@@ -233,3 +234,27 @@ def test_no_color_means_none_and_a_held_out_score_fits(monkeypatch, width):
     told = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", shown).replace("\r", "\n").splitlines()
     assert all(cell_len(line) <= width for line in told)
     assert sum("95%:" in line for line in told) == (1 if width == 160 else 2)
+
+
+def test_long_sentences_are_broken_between_words_and_what_is_copied_is_not():
+    command = "`python -m grpo.run --resume runs/a-very-long-name-of-a-run-that-goes-on-and-on --steps 20`"
+    text = f"{'many words ' * 12}go on with {command}. And so on.\n  python -m grpo.run {'x ' * 60}\nshort\n\nlast"
+    broken = between_words(text, 80)
+    lines = broken.split("\n")
+    assert broken.replace("\n", " ").split() == text.replace("\n", " ").split()
+    assert command in broken and "  python -m grpo.run " + "x " * 60 in lines
+    assert all(len(line) <= 80 or "`" in line or line.startswith(" ") for line in lines)
+    assert lines[-3:] == ["short", "", "last"]
+    assert between_words("  - one two three", 12) == "  - one two\n    three"
+
+
+def test_a_terminal_gets_its_sentences_by_words(monkeypatch):
+    for variable, value in {"TTY_INTERACTIVE": "0", "TTY_COMPATIBLE": "1", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(variable, value)
+    out = io.StringIO()
+    console = Console(50, 0, "toy", ["tone"], file=out)
+    console.message("words of a sentence \x1b[31m " * 20)
+    console.close()
+    ends = {line.split()[-1] for line in out.getvalue().splitlines()}
+    assert ends <= {"words", "of", "a", "sentence", "\\x1b[31m"} and len(out.getvalue().splitlines()) > 5
+    assert "\x1b[31m" not in out.getvalue()

@@ -32,7 +32,7 @@ from rich.text import Text
 from grpo.metrics import HEADLINES, METRICS, Column
 from grpo.record.names import in_lines, shortened, told_apart
 from grpo.record.sinks import Numbers, Recorded, Sink, TokenRecords
-from grpo.terminal import Terminal, plain
+from grpo.terminal import Terminal, between_words, plain, unbroken
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
@@ -136,6 +136,7 @@ class Console(Sink):
         file: IO[str] | None = None,
     ):
         self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
+        self._broken = between_words if self._terminal.is_terminal else unbroken
         # With a terminal the bar says how long it will take.
         self._columns = columns_for(reward_names, headline) + [TIME_LEFT] * (not self._terminal.is_interactive)
         self._times = deque([time.monotonic()], maxlen=STEPS_OF_SPEED)
@@ -203,8 +204,9 @@ class Console(Sink):
         self.message(line if fits else "\n  ".join([f"held-out after {step} steps:", *told]), style="bold")
 
     def message(self, text: str, style: str = "") -> None:
-        """A line, as it is but for what a terminal would take as an order."""
-        self._terminal.print(Text(_encodable(plain(text), self._terminal.encoding), style=style), soft_wrap=True)
+        """A line, without what a terminal would take as an order."""
+        shown = _encodable(self._broken(plain(text), _width()), self._terminal.encoding)
+        self._terminal.print(Text(shown, style=style), soft_wrap=True)
 
     def sample(self, step: int, group: Group, index: int = 0) -> None:
         """One completion of a group in a frame, with what it earned."""
