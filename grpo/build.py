@@ -159,22 +159,27 @@ def build_engine(
         UserError: vLLM is asked for and cannot be had, or cannot sample from this policy.
     """
     if config.engine == "vllm":
-        return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest)
+        return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest, note)
     if config.engine == "auto" and suits_vllm(config, policy):
         try:
-            return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest)
+            return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest, note)
         except UnsuitedEngine as refusal:
             note(f"note: {refusal} --engine auto takes that one, which is slower.")
     return TorchEngine(policy, tokenizer, canary_prompts, config.temperature)
 
 
 def build_vllm_engine(
-    config: Config, policy: Policy, tokenizer: Any, canary_prompts: list[list[int]], longest: int
+    config: Config,
+    policy: Policy,
+    tokenizer: Any,
+    canary_prompts: list[list[int]],
+    longest: int,
+    note: Callable[[str], object],
 ) -> Engine:
     """vLLM. Raises UserError where it cannot be had, UnsuitedEngine where it cannot sample from this policy."""
     from grpo.rollout.vllm_engine import VllmEngine  # not before it is wanted: vLLM takes seconds to import
 
-    return VllmEngine(policy, tokenizer, canary_prompts, config, longest)
+    return VllmEngine(policy, tokenizer, canary_prompts, config, longest, note)
 
 
 def plan_memory(
@@ -255,8 +260,7 @@ def rehearse(
 
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
-    shares = isinstance(policy.model, FusedModel)
-    return policy.device.type == "cuda" and is_installed() and config.base in (("bf16", "nf4") if shares else ("bf16",))
+    return policy.device.type == "cuda" and is_installed() and config.base in ("bf16", "nf4")
 
 
 def build_scorer(

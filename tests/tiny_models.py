@@ -74,8 +74,9 @@ GENERIC = {
 }
 
 
-def write_checkpoint(folder, config):
-    """A random model of this configuration, with weights large enough for its probabilities to differ."""
+def write_checkpoint(folder, config, vary_norms=False):
+    """A random model of this configuration, with weights large enough for its probabilities to differ; with norms that
+    differ too, it shows which of them is where."""
     torch.manual_seed(0)
     of_norms = torch.Generator().manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -85,7 +86,7 @@ def write_checkpoint(folder, config):
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)
-            elif "norm" in name:
+            elif "norm" in name and vary_norms:
                 parameter.add_(torch.randn(parameter.shape, generator=of_norms), alpha=0.1)
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, bos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)

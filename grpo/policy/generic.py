@@ -44,6 +44,23 @@ class GenericModel(nn.Module):
         treatment: Treatment = "recompute" if recompute else "keep"
         self.treat([treatment for _ in self.layers])
 
+    @property
+    def embed(self) -> Any:
+        """The embedding of tokens, with a weight [V, D]."""
+        return self.model.get_input_embeddings()
+
+    def small_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, tensor) of all that is neither a projection's base nor a table: norms, biases, whatever
+        else the model has."""
+        tables = {self.head.data_ptr(), self.embed.weight.data_ptr()}
+        projections = [module for module in self.model.modules() if isinstance(module, Projection)]
+        factors = {id(factor) for projection in projections for factor in projection.masters()}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in factors and tensor.data_ptr() not in tables:
+                yield name, tensor.detach()
+        for projection in projections:
+            yield from projection.biases()
+
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)

@@ -1,5 +1,5 @@
-"""AdapterLink: for models that are not fused. vLLM holds its own copy of the base, and its own LoRA machinery
-receives the adapter. Knows nothing of sampling.
+"""AdapterLink: for models that vLLM builds otherwise than of the trainer's weights. It holds its own copy of the base,
+and its own LoRA machinery receives the adapter. Knows nothing of sampling.
 
 vLLM reads an adapter from buffers at fixed addresses, and so do captured CUDA graphs. Where each linear's part of them
 begins is looked up once; bringing the policy's weights is then one copy of every A and of every B times the scale.
@@ -33,9 +33,15 @@ class Copy(NamedTuple):
 class AdapterLink:
     """The policy's adapter, copied into vLLM's."""
 
-    def __init__(self, policy: Policy):
-        """Raises UserError where vLLM's base or its buffers for the adapter could not match the policy's."""
-        _check_base(policy)
+    def __init__(self, policy: Policy, why: str = ""):
+        """why: vLLM's layers cannot be the trainer's, a clause.
+
+        Raises:
+            UnsuitedEngine: vLLM's base could not match the policy's.
+            UserError: its buffers for the adapter could not.
+        """
+        _check_base(policy, why)
+        self.told = f"samples from its own copy of the weights, to which the adapter is copied ({why})"
         self.model, self.store = policy.model, policy.store
         self.copies: list[Copy] = []
         # The path is never read: an adapter of this id is there already. Nothing may ask vLLM to load it again.
@@ -73,12 +79,12 @@ class AdapterLink:
         torch._foreach_copy_([*to_a, *to_b], [*a, *scaled])  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _check_base(policy: Policy) -> None:
+def _check_base(policy: Policy, why: str) -> None:
     """vLLM reads the checkpoint in the dtype that the policy computes in, and its LoRA kernels know no float32."""
     fitting = "float32" if policy.device.type == "cpu" else "bf16"
     if policy.config.base != fitting:
-        raise UserError(
-            f"The layers of {policy.source} are none that vLLM can share, so it would sample from its own copy of the "
+        raise UnsuitedEngine(
+            f"vLLM cannot share the layers of {policy.source} ({why}), so it would sample from its own copy of the "
             f"weights, which is not rounded as --base {policy.config.base} is. Use --base {fitting} or --engine torch."
         )
 

@@ -1,7 +1,7 @@
 """VllmEngine: vLLM in this process, sampling from the trainer's own weights. Knows nothing of rewards or gradients.
 
     build      the policy's weights are linked into vLLM (`SharedLink`), or its adapter is (`AdapterLink`, for models
-               whose structure is not known); the canary proves it
+               that vLLM builds otherwise); the canary proves it
     sample     token ids in; token ids and log-probabilities at the sampling temperature out
     release    the KV cache's memory goes back to PyTorch for the update; the next call takes it again
     sync       the link brings what it must, cached prefixes are dropped, the canary proves it again
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -23,7 +23,6 @@ from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
 from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
-from grpo.policy.fused import FusedModel
 from grpo.rollout import vllm_compat, vllm_sampled
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import completion_of
@@ -63,6 +62,7 @@ class Link(Protocol):
 
     arguments: dict[str, Any]  # of vllm.LLM
     lora_request: Any  # what requests must carry
+    told: str  # what vLLM samples from, for the user
 
     def building(self) -> AbstractContextManager[None]:
         """Around the construction of the engine."""
@@ -80,9 +80,17 @@ class Link(Protocol):
 class VllmEngine:
     """Samples from a Policy by vLLM."""
 
-    def __init__(self, policy: Policy, tokenizer: Any, canary_prompts: list[list[int]], config: Config, longest: int):
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        canary_prompts: list[list[int]],
+        config: Config,
+        longest: int,
+        note: Callable[[str], object] = print,
+    ):
         """canary_prompts: tokens [P] of prompts that the canary's completions are written after; longest: prompt and
-        completion together, in tokens.
+        completion together, in tokens; note: told what vLLM samples from.
 
         Raises:
             UserError: vLLM cannot be had, cannot sample from this policy or at this temperature, or has too little
@@ -97,12 +105,8 @@ class VllmEngine:
         self.device = policy.device
         vllm = vllm_compat.import_vllm(self.device)
         self.new_params = vllm.SamplingParams
-        self.link = build_link(policy)
         with vllm_compat.process_unchanged(self.device):
-            warm_up = vllm_compat.warmed_up_with(self._params(max_tokens=2, seed=0))
-            with refusal_in_words(policy.source), self.link.building(), warm_up:
-                vllm_compat.load_model_class(policy.source)
-                self.llm = vllm.LLM(**self.link.arguments, **self._arguments(longest))
+            self.link, self.llm = self._built(vllm, longest)
             self.on_stream = vllm_compat.OwnStream(self.device, vllm_compat.current_stream(self.device))
         self.undo = vllm_sampled.install()
         try:
@@ -115,6 +119,28 @@ class VllmEngine:
         except BaseException:
             self.close()
             raise
+        note(f"vllm: {self.link.told}")
+
+    def _built(self, vllm: Any, longest: int) -> tuple[Link, Any]:
+        """vLLM over the policy's weights; where it builds this model otherwise, over its own."""
+        link: Link = SharedLink(self.policy)
+        llm, why = self._over(link, vllm, longest)
+        if llm is None:
+            link = build_adapter_link(self.policy, why)
+            llm, _ = self._over(link, vllm, longest)
+        return link, llm
+
+    def _over(self, link: Link, vllm: Any, longest: int) -> tuple[Any, str]:
+        """vLLM, or None and why not over this link."""
+        from grpo.rollout.vllm_weights import NotShareableError
+
+        warm_up = vllm_compat.warmed_up_with(self._params(max_tokens=2, seed=0))
+        try:
+            with refusal_in_words(self.policy.source), link.building(), warm_up:
+                vllm_compat.load_model_class(self.policy.source)
+                return vllm.LLM(**link.arguments, **self._arguments(longest)), ""
+        except NotShareableError as why:
+            return None, str(why)
 
     def sample(self, requests: list[Request]) -> list[Completion]:
         """See Engine.sample."""
@@ -236,12 +262,12 @@ class SharedLink:
     """vLLM multiplies by the trainer's own tensors, so there is nothing to bring."""
 
     lora_request = None
+    told = "samples from the trainer's own weights, base and adapter"
 
-    def __init__(self, policy: Policy, model: FusedModel):
+    def __init__(self, policy: Policy):
         from grpo.rollout import vllm_weights
 
-        self.weights = vllm_weights
-        self.policy, self.model = policy, model
+        self.weights, self.policy = vllm_weights, policy
         self.arguments = {
             "quantization": vllm_weights.SHARED,
             "load_format": vllm_weights.SHARED,
@@ -252,23 +278,22 @@ class SharedLink:
 
     def building(self) -> AbstractContextManager[None]:
         """See Link.building."""
-        return self.weights.lending(self.model, self.policy.store)
+        vllm_compat.exempt_from_compilation(self.policy.model)
+        return self.weights.lending(self.policy.model, self.policy.store, self.policy.conv1d)
 
     def attach(self, llm: Any) -> None:
         """See Link.attach."""
-        self.weights.check_shared(vllm_compat.inner_model(llm), self.model, self.policy.store)
+        self.weights.check_shared(vllm_compat.inner_model(llm), self.policy.model, self.policy.store)
 
     def push(self) -> None:
         """See Link.push. The optimizer step has already refreshed the mirrors, and they are what vLLM reads."""
 
 
-def build_link(policy: Policy) -> Link:
-    """Shared weights where the model's structure is known, else vLLM's own weights and LoRA."""
-    if isinstance(policy.model, FusedModel):
-        return SharedLink(policy, policy.model)
+def build_adapter_link(policy: Policy, why: str) -> Link:
+    """vLLM's own weights and LoRA. why: its layers cannot be the trainer's, a clause."""
     from grpo.rollout.vllm_adapter import AdapterLink
 
-    return AdapterLink(policy)
+    return AdapterLink(policy, why)
 
 
 @contextmanager

@@ -2,13 +2,17 @@
 Knows nothing of sampling.
 
 While vLLM builds its model, every linear layer asks the registered quantisation config for its method, before any
-memory is allocated. The method gives the layer the tensors of the trainer's projection as its parameters:
+memory is allocated, and gets one with a stand-in for a weight. Which linears of the checkpoint a layer holds is then
+seen, and not supposed: vLLM's own loading code is given a stand-in for each of them, by its name in the checkpoint, and
+the method notes which come to its layer, and in what order. It gives the layer the trainer's tensors as parameters:
 
-    <layer>.self_attn.qkv_proj  <-  projection "<layer>.qkv"         base (dense or NF4), LoRA mirrors, scale
-    embed_tokens, lm_head       <-  the policy's embedding and head
+    a layer of vLLM's        <-  rows of projections        base (dense or NF4), LoRA mirrors, scale
+    embed_tokens, lm_head    <-  the policy's embedding and head
 
-So the base exists once, and an optimizer step followed by `ProjectionStore.refresh` is seen by the next token that is
-sampled, captured CUDA graphs included: the addresses never change. Norms and biases, tiny and frozen, are copied.
+So no model is named here. The base exists once, and an optimizer step followed by `ProjectionStore.refresh` is seen by
+the next token that is sampled, captured CUDA graphs included: the addresses never change. What vLLM holds in one layer
+and the trainer in several projections is multiplied one after the other. All else (norms, biases), small and frozen, is
+copied. Where vLLM's loading comes out in another way, the model is not shared (`NotShareableError`).
 """
 
 from __future__ import annotations
@@ -16,10 +20,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from grpo_kernels import NF4
+from grpo_kernels.nf4 import BLOCK
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -32,9 +36,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from grpo.errors import UserError
-from grpo.policy.fused import FusedModel
-from grpo.policy.projections import Projection, ProjectionStore
+from grpo.errors import UserError, is_out_of_memory
+from grpo.policy.load import Model
+from grpo.policy.projections import Base, Projection, ProjectionStore
+from grpo.rollout.vllm_compat import reason_of
 
 # The name under which vLLM knows the quantisation config and the loader.
 SHARED = "grpo_shared"
@@ -42,38 +47,45 @@ SHARED = "grpo_shared"
 # vLLM pads its tables to a multiple of this many rows.
 VOCABULARY_MULTIPLE = 64
 
-PROJECTIONS = {
-    "self_attn.qkv_proj": "qkv",
-    "self_attn.o_proj": "o",
-    "mlp.gate_up_proj": "gate_up",
-    "mlp.down_proj": "down",
-}
+# How vLLM's loading code names the blocks of rows of a layer, beside numbers.
+BLOCKS = {"q": 0, "k": 1, "v": 2}
+
+
+class NotShareableError(Exception):
+    """vLLM builds this model otherwise than of the trainer's tensors; and how, in a clause."""
+
+
+class Loan(NamedTuple):
+    """Whose weights are being lent."""
+
+    model: Model
+    store: ProjectionStore
+    transposed: bool  # whether the checkpoint keeps its linears transposed
+    tables: tuple[Tensor, Tensor]  # embedding and head
 
 
 class _Lender:
-    """Whose weights are being lent: vLLM builds the hooks' classes itself, so there is no argument to pass it in."""
+    """vLLM builds the hooks' classes itself, so there is no argument to pass it in."""
 
-    model: FusedModel | None = None
-    store: ProjectionStore | None = None
-    tables: tuple[Tensor, Tensor] | None = None  # embedding and head
+    loan: Loan | None = None
 
 
 @contextmanager
-def lending(model: FusedModel, store: ProjectionStore) -> Iterator[None]:
+def lending(model: Model, store: ProjectionStore, transposed: bool) -> Iterator[None]:
     """Inside, a vLLM engine that is built takes this model's weights for its own."""
-    _Lender.model, _Lender.store, _Lender.tables = model, store, pad_vocabulary(model)
+    _Lender.loan = Loan(model, store, transposed, pad_vocabulary(model))
     try:
         yield
     finally:
-        _Lender.model = _Lender.store = _Lender.tables = None
+        _Lender.loan = None
 
 
-def _lent() -> tuple[FusedModel, ProjectionStore, tuple[Tensor, Tensor]]:
-    assert _Lender.model and _Lender.store and _Lender.tables, "no model is being lent"
-    return _Lender.model, _Lender.store, _Lender.tables
+def _lent() -> Loan:
+    assert _Lender.loan, "no model is being lent"
+    return _Lender.loan
 
 
-def pad_vocabulary(model: FusedModel) -> tuple[Tensor, Tensor]:
+def pad_vocabulary(model: Model) -> tuple[Tensor, Tensor]:
     """Tables as vLLM wants them, embedding and head [V rounded up, D], whose first V rows are the model's from now on.
 
     Nothing changes for the model. Where its two tables are one, so are these.
@@ -98,51 +110,121 @@ def layout_key(store: ProjectionStore) -> str:
     return hashlib.sha256(repr(lent).encode()).hexdigest()
 
 
-def check_shared(model: Any, lender: FusedModel, store: ProjectionStore) -> None:
-    """Raise unless every projection, the embedding and the head of vLLM's model are the trainer's own memory."""
-    layers = list(model.modules())
-    built_on = {id(layer.quant_method.projection): layer for layer in layers if _is_shared(layer)}
-    for name, projection in store.projections.items():
-        layer = built_on.get(id(projection))
-        if layer is None or not _same_memory(_parameters(layer), _tensors(projection, store)):
-            raise UserError(
-                f"vLLM built this model without the trainer's weights (projection {name}), so it cannot sample from "
-                "the policy. Use --engine torch, and please report this with the model's name."
-            )
-    tables = {layer.weight.data_ptr() for layer in layers if isinstance(layer, VocabParallelEmbedding)}
-    assert tables == {lender.embed.weight.data_ptr(), lender.head.data_ptr()}, "embedding or head is a copy"
+# ---- what a layer of vLLM's holds
+
+
+class Rows(NamedTuple):
+    """Rows of a projection, or of a frozen weight without an adapter, [stop - start, K]."""
+
+    owner: Projection | Tensor
+    start: int
+    stop: int
+
+    def tensors(self, store: ProjectionStore) -> tuple[list[Tensor], list[Tensor]]:
+        """What is multiplied by: the base's tensors; and A, B of each part and the scale, if there is an adapter."""
+        if isinstance(self.owner, Tensor):
+            return [self.owner[self.start : self.stop]], []
+        a, *b = self.owner.mirrors
+        if (self.start, self.stop) == (0, self.owner.base.shape[0]):
+            return _base_tensors(self.owner.base), [a, *b, store.scale]
+        base, first = _rows_of(self.owner.base, self.start, self.stop), 0
+        factors_a, factors_b = [], []
+        for number, size in enumerate(self.owner.sizes):
+            low, high = max(self.start - first, 0), min(self.stop - first, size)
+            if low < high:
+                factors_a.append(number)
+                factors_b.append(b[number][low:high])
+            first += size
+        rank = self.owner.rank
+        return _base_tensors(base), [a[factors_a[0] * rank : (factors_a[-1] + 1) * rank], *factors_b, store.scale]
+
+
+def _rows_of(base: Base, start: int, stop: int) -> Base:
+    if isinstance(base, Tensor):
+        return base[start:stop]
+    if base.shape[1] % BLOCK:
+        raise NotShareableError(f"it takes apart rows of {base.shape[1]} values, which blocks of {BLOCK} in NF4 span")
+    return base.row_slice(start, stop)
+
+
+def joined(pieces: list[Rows]) -> list[Rows]:
+    """The same rows, those that follow each other in one projection as one piece."""
+    found: list[Rows] = []
+    for piece in pieces:
+        if found and found[-1].owner is piece.owner and found[-1].stop == piece.start:
+            piece = Rows(piece.owner, found.pop().start, piece.stop)
+        found.append(piece)
+    return found
+
+
+class StandIns:
+    """In the place of every linear's weight while vLLM loads: [M, K] of as many bytes as rows, known by its memory
+    however it is viewed, transposed or split among rows."""
+
+    def __init__(self, store: ProjectionStore, transposed: bool):
+        self.named: list[tuple[str, Tensor]] = []
+        self.owners: dict[int, tuple[Projection, int, Tensor]] = {}
+        for projection in store.projections.values():
+            start, device = 0, projection.base.device
+            for name, size in zip(projection.names, projection.sizes, strict=True):
+                rows = torch.empty(size, 1, dtype=store.compute_dtype, device=device)
+                self.owners[rows.untyped_storage().data_ptr()] = (projection, start, rows)
+                stand_in = rows.expand(size, projection.base.shape[1])
+                self.named.append((f"{name}.weight", stand_in.t() if transposed else stand_in))
+                start += size
+
+    def rows(self, loaded: Tensor) -> Rows:
+        """Of what came to a layer, which rows these are."""
+        found = self.owners.get(loaded.untyped_storage().data_ptr())
+        if found is None:
+            if not loaded.is_floating_point() or loaded.dim() != 2:
+                raise NotShareableError(f"it loads {list(loaded.shape)} {loaded.dtype} into a linear layer")
+            return Rows(loaded, 0, len(loaded))
+        projection, first, rows = found
+        start = int(loaded.storage_offset())
+        whole_rows = loaded.dim() == 2 and loaded.shape[1] == projection.base.shape[1]
+        if not whole_rows or (len(loaded) > 1 and loaded.stride(0) != 1) or loaded.dtype != rows.dtype:
+            raise NotShareableError(f"it loads linears as {list(loaded.shape)}, not by their rows")
+        return Rows(projection, first + start, first + start + len(loaded))
 
 
 def _is_shared(layer: nn.Module) -> bool:
-    return isinstance(layer, LinearBase) and isinstance(layer.quant_method, SharedDense)
+    return isinstance(layer, LinearBase) and isinstance(layer.quant_method, SharedLinear)
 
 
-def _same_memory(theirs: list[Tensor], ours: list[Tensor]) -> bool:
-    return [tensor.data_ptr() for tensor in theirs] == [tensor.data_ptr() for tensor in ours]
-
-
-def _parameters(layer: Any) -> list[Tensor]:
-    """What a shared layer multiplies by, in the order of `_tensors`."""
-    base = [getattr(layer, name) for name in layer.quant_method.base_names()]
-    return [*base, layer.lora_a, *layer.lora_b, layer.lora_scale]
+def check_shared(model: Any, lender: Model, store: ProjectionStore) -> None:
+    """Raise unless what vLLM's layers multiply by, and its embedding and head, are the trainer's own memory."""
+    for name, layer in model.named_modules():
+        if _is_shared(layer) and not layer.quant_method.is_bound(layer):
+            raise UserError(
+                f"vLLM built this model without the trainer's weights ({name}), so it cannot sample from the policy. "
+                "Use --engine torch, and please report this with the model's name."
+            )
+    tables = {layer.weight.data_ptr() for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)}
+    assert tables == {lender.embed.weight.data_ptr(), lender.head.data_ptr()}, "embedding or head is a copy"
 
 
 def _tensors(projection: Projection, store: ProjectionStore) -> list[Tensor]:
     """What a projection consists of: base, A, the parts' B, scale."""
-    return [*_base_tensors(projection), *projection.mirrors, store.scale]
+    return [*_base_tensors(projection.base), *projection.mirrors, store.scale]
 
 
-def _base_tensors(projection: Projection) -> list[Tensor]:
-    base = projection.base
+def _base_tensors(base: Base) -> list[Tensor]:
     tensors = (base,) if isinstance(base, Tensor) else (base.packed, base.absmax, base.nested_absmax, base.offset)
     return [tensor for tensor in tensors if tensor is not None]
 
 
-class SharedDense(LinearMethodBase):
-    """Multiplies by a projection of the trainer: dense base and adapter."""
+# A base's tensors, as a layer's parameters. Model code asks `weight` for its device and dtype.
+BASE_NAMES = ("weight", "absmax", "nested_absmax", "absmax_offset")
 
-    def __init__(self, projection: Projection, store: ProjectionStore):
-        self.projection, self.store = projection, store
+
+class SharedLinear(LinearMethodBase):
+    """Multiplies by rows of the trainer's projections, base and adapter."""
+
+    def __init__(self, store: ProjectionStore):
+        self.store = store
+        self.loaded: list[tuple[int, Tensor]] = []  # number of its block of rows, and what was loaded there
+        self.pieces: list[Rows] = []
 
     def create_weights(
         self,
@@ -154,53 +236,95 @@ class SharedDense(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Give the layer the projection's tensors as its parameters: the same memory, nothing allocated."""
-        projection = self.projection
-        if list(output_partition_sizes) != projection.sizes or input_size != projection.base.shape[1]:
-            raise UserError(
-                f"vLLM wants {output_partition_sizes} rows of {input_size} inputs for {', '.join(projection.names)}, "
-                f"but the trainer holds {projection.sizes} of {projection.base.shape[1]}. Use --engine torch."
-            )
-        a, *b = projection.mirrors
-        for name, tensor in zip(self.base_names(), _base_tensors(projection), strict=True):
-            layer.register_parameter(name, _frozen(tensor))
-        layer.register_parameter("lora_a", _frozen(a))
-        layer.register_parameter("lora_scale", _frozen(self.store.scale))
-        layer.lora_b = nn.ParameterList(map(_frozen, b))
+        """Give the layer a stand-in of one element, which notes what is loaded into it."""
+        self.shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.register_parameter("weight", _frozen(torch.empty(1, 1, dtype=params_dtype).expand(self.shape)))
+        layer.weight.weight_loader = self.note
 
-    def base_names(self) -> tuple[str, ...]:
-        """The layer's parameters that are the base. Model code asks `weight` for its device."""
-        return ("weight",)
+    def note(self, _weight: Tensor, loaded: Tensor, block: Any = None, **named: Any) -> None:
+        """In vLLM's loading, the weight of a linear comes to the layer. block: of its rows; all, if there is none."""
+        block = next(iter(named.values()), block)
+        block = block[0] if isinstance(block, tuple | list) else block
+        self.loaded.append((BLOCKS.get(block, block) or 0, loaded))
+
+    def bind(self, layer: Any, name: str, stand_ins: StandIns) -> None:
+        """Give the layer the trainer's tensors of what was noted as its parameters: nothing is allocated."""
+        pieces = [stand_ins.rows(loaded) for _, loaded in sorted(self.loaded, key=lambda noted: noted[0])]
+        self.pieces = joined(pieces)
+        rows = sum(piece.stop - piece.start for piece in pieces)
+        if rows != self.shape[0]:
+            raise NotShareableError(f"its layer {name} has {self.shape[0]} rows, of which the trainer holds {rows}")
+        del layer.weight
+        layer.pieces = nn.ModuleList(nn.Module() for _ in self.pieces[1:])
+        for holder, piece in zip([layer, *layer.pieces], self.pieces, strict=True):
+            _hold(holder, piece, self.store)
+        self.loaded.clear()
+
+    def is_bound(self, layer: Any) -> bool:
+        """Whether the layer's parameters are still the trainer's memory."""
+        holders = zip([layer, *layer.pieces], self.pieces, strict=True)
+        return bool(self.pieces) and all(
+            [t.data_ptr() for t in _held(holder)] == [t.data_ptr() for part in piece.tensors(self.store) for t in part]
+            for holder, piece in holders
+        )
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing may be repacked: the weights are not vLLM's."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [M, K] -> [M, N]."""
-        operation = torch.ops.grpo_kernels.lora_linear_dense
-        return operation(x, layer.weight, layer.lora_a, list(layer.lora_b), layer.lora_scale, bias)
+        """x [..., K] -> [..., N]."""
+        if x.dim() != 2:  # the code of transformers has a row for each sequence
+            return self.apply(layer, x.flatten(0, -2), bias).unflatten(0, x.shape[:-1])
+        if not layer.pieces:
+            return _multiply(layer, x, bias)
+        sizes = [piece.stop - piece.start for piece in self.pieces]
+        biases = [None for _ in sizes] if bias is None else bias.split(sizes)
+        holders = zip([layer, *layer.pieces], biases, strict=True)
+        return torch.cat([_multiply(holder, x, part) for holder, part in holders], dim=-1)
 
 
-class SharedNF4(SharedDense):
-    """The same over a 4-bit base."""
+def _hold(holder: Any, piece: Rows, store: ProjectionStore) -> None:
+    """Register a piece's tensors as parameters of a module."""
+    base, adapter = piece.tensors(store)
+    for name in BASE_NAMES:
+        holder.register_parameter(name, None)
+    for name, tensor in zip(BASE_NAMES, base, strict=False):
+        holder.register_parameter(name, _frozen(tensor))
+    holder.num_rows = piece.stop - piece.start
+    holder.multiply = _dense if len(base) == 1 else _nf4
+    if not adapter:
+        holder.multiply = _plain
+        return
+    a, *b, scale = adapter
+    holder.register_parameter("lora_a", _frozen(a))
+    holder.register_parameter("lora_scale", _frozen(scale))
+    holder.lora_b = nn.ParameterList(map(_frozen, b))
 
-    def create_weights(self, layer: Any, *arguments: Any, **named: Any) -> None:
-        """See SharedDense.create_weights."""
-        layer.register_parameter("nested_absmax", None)
-        layer.register_parameter("absmax_offset", None)
-        layer.num_rows = self.projection.base.shape[0]
-        super().create_weights(layer, *arguments, **named)
 
-    def base_names(self) -> tuple[str, ...]:
-        """See SharedDense.base_names. Single quantisation has the first two alone."""
-        return ("weight", "absmax", "nested_absmax", "absmax_offset")[: len(_base_tensors(self.projection))]
+def _held(holder: Any) -> list[Tensor]:
+    """What `_hold` has registered, in the order of `Rows.tensors`."""
+    base = [tensor for name in BASE_NAMES if (tensor := getattr(holder, name)) is not None]
+    return base if holder.multiply is _plain else [*base, holder.lora_a, *holder.lora_b, holder.lora_scale]
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [M, K] -> [M, N]."""
-        return torch.ops.grpo_kernels.lora_linear_nf4(
-            x, layer.weight, layer.absmax, layer.nested_absmax, layer.absmax_offset, layer.num_rows,
-            layer.lora_a, list(layer.lora_b), layer.lora_scale, bias,
-        )  # fmt: skip
+
+def _multiply(holder: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return holder.multiply(holder, x, bias)
+
+
+def _plain(holder: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, holder.weight, bias)
+
+
+def _dense(holder: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    operation = torch.ops.grpo_kernels.lora_linear_dense
+    return operation(x, holder.weight, holder.lora_a, list(holder.lora_b), holder.lora_scale, bias)
+
+
+def _nf4(holder: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.grpo_kernels.lora_linear_nf4(
+        x, holder.weight, holder.absmax, holder.nested_absmax, holder.absmax_offset, holder.num_rows,
+        holder.lora_a, list(holder.lora_b), holder.lora_scale, bias,
+    )  # fmt: skip
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -224,7 +348,9 @@ class SharedTable(UnquantizedEmbeddingMethod):
         **extra_weight_attrs: Any,
     ) -> None:
         """The policy's table as the layer's parameter."""
-        assert tuple(self.table.shape) == (sum(output_partition_sizes), input_size_per_partition)
+        wanted = (sum(output_partition_sizes), input_size_per_partition)
+        if tuple(self.table.shape) != wanted:
+            raise NotShareableError(f"it has a table of {list(wanted)} where the policy's is {list(self.table.shape)}")
         layer.register_parameter("weight", nn.Parameter(self.table, requires_grad=False))
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -276,33 +402,73 @@ class SharedConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """The method of a layer by its full name (model.layers.3.mlp.down_proj); None for attention and others."""
-        _, store, (embedding, head) = _lent()
+        loan = _lent()
         if isinstance(layer, VocabParallelEmbedding):
-            return SharedTable(head if isinstance(layer, ParallelLMHead) else embedding)  # not all have a name
-        if not isinstance(layer, LinearBase):
-            return None
-        _, _, rest = prefix.rpartition("layers.")
-        index, _, part = rest.partition(".")
-        name = f"{index}.{PROJECTIONS.get(part)}"
-        if name not in store.projections:
-            raise UserError(f"vLLM has a linear layer {prefix} that the trainer does not have. Use --engine torch.")
-        method = SharedNF4 if isinstance(store[name].base, NF4) else SharedDense
-        return method(store[name], store)
+            return SharedTable(_table_of(layer, loan))
+        return SharedLinear(loan.store) if isinstance(layer, LinearBase) else None
 
 
 @register_model_loader(SHARED)
 class SharedLoader(BaseModelLoader):
-    """Loads what is not shared: norms and biases, from the trainer's memory."""
+    """Lets vLLM load stand-ins, gives its layers what these stand for, and copies the rest from the trainer."""
 
     def download_model(self, model_config: Any) -> None:
         """The trainer has it."""
 
     def load_weights(self, model: Any, model_config: Any) -> None:
-        """Copy norms and biases by their Hugging Face names; vLLM knows which of them it keeps joined."""
-        model.load_weights(_lent()[0].small_weights())
+        """By Hugging Face names; vLLM knows which of them it keeps joined.
+
+        Raises:
+            NotShareableError: vLLM cannot load this, or makes something else of it.
+        """
+        loan = _lent()
+        stand_ins = StandIns(loan.store, loan.transposed)
+        parameters = {name for name, _ in model.named_parameters()} - _names_of_tables(model)
+        try:
+            # By name, so that what is in one module comes together.
+            loaded = model.load_weights(sorted([*stand_ins.named, *loan.model.small_weights()], key=lambda w: w[0]))
+        except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise NotShareableError(f"it does not load what the trainer holds: {reason_of(error)}") from error
+        if loaded is not None and (missing := sorted(parameters - loaded)):
+            raise NotShareableError(f"the trainer has nothing for {missing[0]} in it")
+        _share_tables(model, loan)
+        layers = [(name, layer) for name, layer in model.named_modules() if _is_shared(layer)]
+        for name, layer in layers:
+            layer.quant_method.bind(layer, name, stand_ins)
+        _check_all_are_held(loan.store, [piece for _, layer in layers for piece in layer.quant_method.pieces])
 
     def get_external_weight_memory(self, vllm_config: Any) -> int:
         """Bytes that were there before vLLM (0.32 and later ask)."""
-        _, store, tables = _lent()
-        projections = [t for p in store.projections.values() for t in _tensors(p, store)]
-        return sum(tensor.nbytes for tensor in [*projections, *tables])
+        loan = _lent()
+        projections = [t for p in loan.store.projections.values() for t in _tensors(p, loan.store)]
+        return sum(tensor.nbytes for tensor in [*projections, *loan.tables])
+
+
+def _names_of_tables(model: Any) -> set[str]:
+    return {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)}
+
+
+def _table_of(layer: nn.Module, loan: Loan) -> Tensor:
+    embedding, head = loan.tables
+    return head if isinstance(layer, ParallelLMHead) else embedding
+
+
+def _share_tables(model: Any, loan: Loan) -> None:
+    """Some classes do not ask for a table's method, and have made one of their own, which their head may be too."""
+    for layer in model.modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            table = _table_of(layer, loan)
+            if layer.weight.shape != table.shape:
+                raise NotShareableError(f"it has a table of {list(layer.weight.shape)}, the policy {list(table.shape)}")
+            layer.quant_method, layer.weight = SharedTable(table), _frozen(table)
+
+
+def _check_all_are_held(store: ProjectionStore, pieces: list[Rows]) -> None:
+    """Every row of every projection is in one layer of vLLM's, and in one only."""
+    for projection in store.projections.values():
+        spans = sorted((piece.start, piece.stop) for piece in pieces if piece.owner is projection)
+        ends = [0, *(stop for _, stop in spans)]
+        if [start for start, _ in spans] != ends[:-1] or ends[-1] != projection.base.shape[0]:
+            raise NotShareableError(f"its layers do not hold each row of {', '.join(projection.names)} once")

@@ -1,4 +1,7 @@
-"""The vLLM engine over models of unknown structure, on real vLLM: its own base, the policy's adapter copied to it."""
+"""The vLLM engine where its layers cannot be the trainer's, on real vLLM: its own base, the adapter copied to it.
+
+All models here could be shared, so it is made to fail: vLLM is built a second time, after a first in vain.
+"""
 
 from typing import NamedTuple
 
@@ -11,8 +14,7 @@ from tiny_models import SIZES, VOCABULARY, build_policy, randomise, reference_lo
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.loss import build_loss
-from grpo.policy.generic import GenericModel
-from grpo.rollout import vllm_compat
+from grpo.rollout import vllm_compat, vllm_weights
 from grpo.rollout.vllm_adapter import AdapterLink, copies_of
 from grpo.rollout.vllm_engine import VllmEngine
 
@@ -29,8 +31,8 @@ ARCHITECTURES = {
     "gemma2": lambda: transformers.Gemma2Config(
         **HEADS, final_logit_softcapping=5.0, attn_logit_softcapping=None, sliding_window=8
     ),
-    # vLLM has no code of its own for it and runs that of transformers.
-    "olmo2": lambda: transformers.Olmo2Config(**NO_HEAD_SIZE),
+    # vLLM has no code of its own for it and runs that of transformers, whose class is then for no other test.
+    "smollm3": lambda: transformers.SmolLM3Config(**NO_HEAD_SIZE),
     # vLLM has code for this one, but takes no adapter.
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=256, eos_token_id=2, bos_token_id=1
@@ -41,6 +43,16 @@ ARCHITECTURES = {
         max_position_embeddings=256, eos_token_id=2, bos_token_id=1,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_shared():
+    def never(self, loaded):
+        raise vllm_weights.NotShareableError("this is a test")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vllm_weights.StandIns, "rows", never)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +77,7 @@ class Built(NamedTuple):
     engine: VllmEngine
 
 
-@pytest.fixture(scope="module", params=["granite", "phi3", "gemma2", "olmo2"])
+@pytest.fixture(scope="module", params=["granite", "phi3", "gemma2", "smollm3"])
 def built(request, open_engine, adapter_config):
     config = adapter_config(request.param)
     return Built(config, *open_engine(config))
@@ -87,7 +99,8 @@ def assert_samples_are_the_policys(built, seed):
 
 
 def test_zero_adapter(built):
-    assert isinstance(built.policy.model, GenericModel)
+    assert isinstance(built.engine.link, AdapterLink)
+    assert built.engine.link.told.endswith("(this is a test)")
     built.policy.store.initialise(built.config.lora_alpha, seed=0)
     built.engine.sync()
     batch = assert_samples_are_the_policys(built, seed=1)
