@@ -118,8 +118,8 @@ def memory(results: Path) -> str:
 def memory_of(result: Record) -> str:
     about, cases = result["about"], result["cases"]
     header = (
-        "| shape | completions x tokens | allowed, GiB | peak, GiB | predicted, GiB | of it torch, GiB | update, s |\n"
-        "|---|---|---:|---:|---:|---:|---:|"
+        "| shape | completions x tokens | allowed, GiB | peak, GiB | predicted, GiB | update, s |\n"
+        "|---|---|---:|---:|---:|---:|"
     )
     origin = (
         f"Peaks of whole runs of ours on one {about['device']}, {dates(cases.values())}{packages(cases.values())}: NF4 "
@@ -135,11 +135,10 @@ def memory_line(name: str, record: Record) -> str:
     work = ", ".join([f"{sequences} x {int(tokens):,}", *variant])
     allowed = f"{record['limit_gib']:g}" if record.get("limit_gib") else ""
     if "failed" in record:
-        return f"| {shape} | {work} | {allowed} | {reason(record)} | | | |"
+        return f"| {shape} | {work} | {allowed} | {reason(record)} | | |"
     exceeded = "" if record.get("within_limit", True) else ", more than allowed"
     numbers = f"{gib(record.get('device_peak_gib'))}{exceeded} | {gib(record.get('predicted_gib'))}"
-    torch = gib(record.get("reserved_peak_gib"))
-    return f"| {shape} | {work} | {allowed} | {numbers} | {torch} | {record['update_s']:.2f} |"
+    return f"| {shape} | {work} | {allowed} | {numbers} | {record['update_s']:.2f} |"
 
 
 # ---- words
