@@ -374,6 +374,28 @@ WRONG = [
 ]
 
 RIGHT += [
+    (r"\boxed{\text{A, C}}", "A,C"),
+    (r"\boxed{\overline{CD}}", "CD"),
+    (r"\boxed{\langle 1, 2 \rangle}", "(1,2)"),
+    (r"\boxed{\sum_{k=1}^n k}", r"\sum_{k=1}^{n} k"),
+    (r"\boxed{7 \pmod{10}}", "7"),
+    (r"\boxed{x \equiv 7 \pmod{10}}", r"x\equiv 7 \pmod{10}"),
+    (r"\boxed{5^{th}}", "5"),
+    (r"\boxed{17^{\text{th}}}", "17"),
+    (r"\boxed{US\$ 5}", "5"),
+    (r"\boxed{5\ \mathrm{m/s}}", "5"),
+    (r"\boxed{\text{3 and 4}}", "3,4"),
+    (r"\boxed{\operatorname{even}}", "even"),
+    (r"\boxed{\vec{v} = \langle 1,2 \rangle}", r"\langle 1,2\rangle"),
+    (r"\boxed{x^{2}3}", "3x^2"),
+    (r"\boxed{-2, 1+\sqrt{5}, 1-\sqrt{5}}", r"\{1 \pm \sqrt{5}, -2\}"),
+    (r"\boxed{(2, 3), (-2, 3)}", r"(\pm 2, 3)"),
+    (r"\boxed{x = 2 \pm \sqrt{3}}", r"2+\sqrt{3}, 2-\sqrt{3}"),
+    (r"\boxed{073}", "73"),
+    (r"\boxed{864 \mbox{ inches}^2}", "864"),
+    (r"\boxed{\text{an ellipse}}", r"\text{Ellipse}"),
+    (r"\boxed{\frac{n(n+1)}{2}}", r"\frac{n^2+n}{2}"),
+    (r"\boxed{f(2) < f(1) < f(4)}", "f(2)<f(1)<f(4)"),
     (r"\boxed{12:30 \text{ PM}}", "12:30 pm"),
     (r"\boxed{\text{all real numbers}}", r"\mathbb{R}"),
     (r"\boxed{(-\infty,\infty)}", r"\mathbb{R}"),
@@ -408,6 +430,14 @@ RIGHT_PLACE = [
     (r"\boxed{1,-2}", r"Thus $\boxed{-2} \quad \text{and} \quad \boxed{1}.$"),
     (r"\boxed{1,2}", r"$x=\boxed{1}$ or $x=\boxed{2}$"),
     (r"\boxed{2}", r"First we get $\boxed{1}$, and then by adding $\boxed{2}$."),
+]
+
+WRONG += [
+    (r"\boxed{x^{2}3}", "x^{23}"),
+    (r"\boxed{\overline{z}}", "z"),
+    (r"\boxed{(2,\infty)}", r"x\ge 2"),
+    (r"\boxed{x \equiv 7 \pmod{10}}", r"x\equiv 3 \pmod{10}"),
+    (r"\boxed{\text{It is even}}", "odd"),
 ]
 
 WRONG_PLACE = [

@@ -155,6 +155,7 @@ _SPACES = re.compile(
 )
 _STYLES = re.compile(r"\\(?:mathbf|boldsymbol|mathit|mathsf|bm|underline|ensuremath|color\{\w+\})\s*\{([^{}]*)\}")
 _WRAPPINGS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ("{", "}"))
+_WORDS_ALONE = re.compile(r"\\(?:text\w*|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
 def _repeating(found: re.Match[str]) -> str:
@@ -177,13 +178,17 @@ _RULES = [
         (r"!=", r"\\ne "),
         (r"\*\*", "^"),
         (r"(?<=\d)(?:\s?\{\s?,\s?\}|\\,|,\\!|\\!|,\s?\\!\s?)(?=\d{3}(?!\d))", ""),
-        (r"\\?\$|[€£₹]|\\(?:pounds|euro|textdollar)\b(?:\{\})?", ""),
+        (r"\b(?:USD?|CAD?|AUD?)\s?\\?\$|\\?\$|[€£₹]|\\(?:pounds|euro|textdollar)\b(?:\{\})?", ""),
         (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\A-Za-z])(pi|infty|theta|alpha|beta)(?![A-Za-z])", r"\\\1 "),
         (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp)(?=[\s(^_]|\d)", r"\\\1 "),
         (r"\\text\w*\s*\{([^A-Za-z{}]*)\}", r"\1"),
         (r"(?<![\\A-Za-z])(?:inf|infinity|oo)(?![A-Za-z])", r"\\infty "),
         (r"\^\(([^()]*)\)", r"^{\1}"),
+        (r"([_^])\{(\w)\}(?!\d)", r"\1\2"),
+        (r"\\(?:overline|overrightarrow)\s*\{([A-Z]{2,})\}", r"\1"),
+        (r"\\langle\b", "("),
+        (r"\\rangle\b", ")"),
         (r"\^(-?\d{2,}|-\d)", r"^{\1}"),
         (r"(?<![\w.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\w.])", r"\1\\frac{\2}{\3}"),
         (r"(?<=\d)[eE]([+-]?\d+)(?![\w.])", r"\\times 10^{\1}"),
@@ -195,8 +200,16 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mbox|mathrm|operatorname|rm|bf|text\w+)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _UNIT = re.compile(
-    r"(?:(?<=[\d})!])|(?<=\\pi))(?:\s|\\\s|\\,|~)*(?:\^\s*\{?\\circ\}?\s*[CF]?|\\(?:text|mathrm|mbox|textrm)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?"
-    r"|\s(?:[A-Za-z]{3,}|cm|mm|km|kg|mg|ml|mL|ft|in|lb|oz|hr|m|g|s|h|L)(?:\s*\^\s*\{?\d\}?)?(?:[\s/-]+[A-Za-z]{1,}(?:\s*\^\s*\{?\d\}?)?)*)\.?\s*$"
+    r"""(?x)
+    (?: (?<=[\d})!]) | (?<=\\pi) ) (?: \s | \\\s | \\, | ~ )*
+    (?: \^ \s* \{? \\circ \}? \s* [CF]?
+      | \^ \s* \{? \s* (?: \\\w+\{ )? \s* (?:st|nd|rd|th) \s* \}{0,2}
+      | \(? \\?p?mod \s* \{? \s* \d+ \s* \}? \s* \)?
+      | \\(?:text|mathrm|mbox|textrm) \s* \{ [^{}]* \} (?: \s* \^ \s* \{? \d \}? )?
+      | \s (?: [A-Za-z]{3,} | cm|mm|km|kg|mg|ml|mL|ft|in|lb|oz|hr|m|g|s|h|L ) (?: \s* \^ \s* \{? \d \}? )?
+        (?: [\s/-]+ [A-Za-z]+ (?: \s* \^ \s* \{? \d \}? )? )*
+    ) \.? \s* $
+    """
 )
 _END = re.compile(r"(?:\\\\|[\s.,;:!])+$")
 
@@ -220,6 +233,8 @@ def cleaned(text: str) -> str:
 
 def _unwrapped(text: str) -> str:
     for _ in range(4):
+        alone = _WORDS_ALONE.fullmatch(text)
+        text = alone[1].strip() if alone else text
         text = text if text.endswith((r"\.", "!")) else _END.sub("", text)
         for opening, closing in _WRAPPINGS:
             inner = text[len(opening) : len(text) - len(closing)]

@@ -138,12 +138,27 @@ def _as_formulas(mine: str, right: str) -> bool:
 
 
 def _both_signs(text: str) -> str:
-    r"""A formula with \pm as the two that it stands for."""
+    r"""A formula, or a list of some, with each \pm as the two that it stands for."""
     if not _PLUS_MINUS.search(text):
         return text
-    upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
-    lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
-    return f"{upper}, {lower}"
+    listed = re.fullmatch(r"\\\{(.*)\\\}", text)
+    written = []
+    for element in _elements(listed[1] if listed else text):
+        upper = element.replace(r"\pm", "+").replace(r"\mp", "-")
+        lower = element.replace(r"\pm", "-").replace(r"\mp", "+")
+        written += dict.fromkeys((upper, lower))
+    return ", ".join(written)
+
+
+def _elements(text: str) -> list[str]:
+    """What stands between the commas that are in no bracket."""
+    elements, depth, start = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            elements.append(text[start:index])
+            start = index + 1
+    return [*elements, text[start:]]
 
 
 def _beside_sign_of_near(mine: str, right: str) -> bool:
