@@ -53,6 +53,7 @@ class Progress:
     version: int = 0  # of the policy
     threads: int = 0  # of the CPU, that the run computes with; 0: not known
     tokens_per_batch: int = 0  # that sums of the update are taken over: another number rounds otherwise; 0: not known
+    placed: dict[str, str] = field(default_factory=dict)  # {reward: where it is called}
     dense: list[str] = field(default_factory=list)  # projections that --quantization dynamic keeps in 16 bits
     batch_limit: list[int] = field(default_factory=list)  # how large batches may be: BatchLimit.state
     evaluated: int = -1  # steps done at the last held-out score

@@ -19,7 +19,7 @@ from toy_task import SMALL, TASK
 from grpo.errors import UserError
 from grpo.rewards import build_rewards, reward, score
 from grpo.rewards.failures import Tolerance
-from grpo.rewards.staff import staffed
+from grpo.rewards.staff import placed, staffed
 from grpo.rewards.worker import Setup
 from grpo.rewards.workers import Pool, portable
 from grpo.run import main
@@ -277,6 +277,10 @@ def test_slow_ones_go_to_workers_unasked_and_fast_ones_stay(bring):
     for asked, moved in ((-1, {"draws"}), (0, set()), (1, {"where", "draws", "Judge", "length"})):
         notes = scored(rewards, [group_of("a")], asked)[2]
         assert {name for note in notes for name in re.findall("`(.*)` is called in . worker", note)} == moved
+    # A resumed run calls them where it did before, whatever is measured now.
+    before = {"where": "elsewhere", "draws": "here"}
+    with staffed(rewards, -1, 64, None, print, before) as resumed:
+        assert placed(resumed) == {"where": "elsewhere", "draws": "here", "Judge": "here", "length": "here"}
     big = bring.Judge(1.0)
     big.model = bytes(2 << 20)
     [heavy] = build(big)

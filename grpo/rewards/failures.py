@@ -73,7 +73,7 @@ class Ledger:
         self.scores: dict[str, list[Score | Missing]] = {}  # {reward name: [S]}
         self.failed: dict[str, dict[int, str]] = {}  # {reward name: {index of a completion: why}}
         self.unscored: set[int] = set()  # completions that a reward with a weight failed on
-        self.first = UserError()  # failure
+        self.first, self.trace = UserError(), ""  # failure, and its traceback
 
     def open(self, name: str) -> None:
         """A reward comes next."""
@@ -113,13 +113,13 @@ class Ledger:
         # Of a call that failed as a whole all completions have the same one.
         of_call = members if all(column[index] is missing for index in members) else failed[:1]
         error = error_of(name, self.samples, of_call, missing)
-        self.first = error if not self.failed else self.first
+        self.first, self.trace = (self.first, self.trace) if self.failed else (error, missing.trace)
         why = self.failed.setdefault(name, {})
         why.update({index: _why(column[index]) for index in failed})
         num_failed = len({index for indices in self.failed.values() for index in indices})
         most = self.tolerance.most(len(column)) if reward.may_fail else 0
         if num_failed > most:
-            raise error if not most else _too_many(self.first, num_failed, len(column), self.tolerance.share)
+            raise error if not most else self._too_many(num_failed)
         if reward.weight:  # what the others say is in no sum
             self.unscored.update(failed)
         self.tolerance.counts[name] += len(failed)
@@ -127,6 +127,15 @@ class Ledger:
         if name not in self.tolerance.told:
             self.tolerance.told.add(name)
             self.tolerance.tell(_told(name, error, missing))
+
+    def _too_many(self, num_failed: int) -> UserError:
+        error = UserError(
+            f"Rewards have failed on {num_failed} of {len(self.samples.completions)} completions that were scored "
+            f"together, more than --max-reward-failures ({self.tolerance.share:g}) allows. The first:\n{self.trace}\n"
+            f"{self.first}"
+        )
+        error.__cause__ = self.first.__cause__
+        return error
 
 
 def _why(missing: Score | Missing) -> str:
@@ -142,13 +151,3 @@ def _told(name: str, error: UserError, missing: Missing) -> str:
             *missing.trace.splitlines(),
         ]
     )
-
-
-def _too_many(first: UserError, num_failed: int, num_samples: int, share: float) -> UserError:
-    cause = first.__cause__
-    error = UserError(
-        f"Rewards have failed on {num_failed} of {num_samples} completions of a step, more than --max-reward-failures "
-        f"({share:g}) allows. The first: {first}"
-    )
-    error.__cause__ = cause
-    return error

@@ -49,6 +49,7 @@ class Reward:
     pace: Pace  # of its calls in this process
     probe: Samples | None  # something to call it on
     group_size: int | None  # of the run
+    elsewhere: bool  # its calls run beside this thread: in the event loop, or in workers
 
     @property
     def may_fail(self) -> bool:
@@ -56,8 +57,8 @@ class Reward:
         return self.options.on_failure == "missing"
 
     def called(self, way: Way) -> Reward:
-        """The same reward, whose calls run in another way."""
-        return replace(self, start=_with_more_tries(self.options, self.group_size, way)(self.callee))
+        """The same reward, whose calls run in workers, in this way."""
+        return replace(self, elsewhere=True, start=_with_more_tries(self.options, self.group_size, way)(self.callee))
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def build_rewards(
         way = _with_more_tries(options, group_size, way)
         callee = callee_of(name, function, columns, chat, samples, way, options.batch == "group")
         weight = _checked_weight(name, weight)
+        in_loop = is_async(function)
         of_calls = (callee, options, limit, pace, samples, group_size)
-        built.append(Reward(name, weight, way(callee), is_async(function), *of_calls))
+        built.append(Reward(name, weight, way(callee), in_loop, *of_calls, elsewhere=in_loop))
     _check_together(built)
     return built
 
@@ -159,9 +161,9 @@ def score(
     """
     samples = samples_of(groups, state)
     ledger = Ledger(samples, tolerance)
-    # All are started first, and those that wait are finished last: they wait while the others compute.
+    # All are started first, and those that run elsewhere are waited for last: they go on while the others compute.
     finishes = {reward.name: reward.start(samples) for reward in rewards}
-    for reward in sorted(rewards, key=attrgetter("is_async")):
+    for reward in sorted(rewards, key=attrgetter("elsewhere")):
         ledger.open(reward.name)
         for members, scores in finishes[reward.name]():
             ledger.enter(reward, members, scores)

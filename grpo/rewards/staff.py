@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from grpo.rewards.scoring import Reward
 from grpo.rewards.worker import Setup
 from grpo.rewards.workers import Pool, memory_of_one, portable, sources_of, way_workers
 
+HERE, WORKERS = "here", "elsewhere"
+NOT_KNOWN: Mapping[str, str] = {}
 SLOW = 0.5  # seconds of a step that a reward takes, from which on it is called elsewhere
 _MOST = 8  # workers, where nobody says how many
 _LARGEST = 1 << 20  # bytes of a function that is moved unasked: a larger one holds a model
@@ -30,14 +32,20 @@ _LARGEST = 1 << 20  # bytes of a function that is moved unasked: a larger one ho
 
 @contextmanager
 def staffed(
-    rewards: list[Reward], asked: int, completions: int, log: Path | None, note: Callable[[str], object]
+    rewards: list[Reward],
+    asked: int,
+    completions: int,
+    log: Path | None,
+    note: Callable[[str], object],
+    before: Mapping[str, str] = NOT_KNOWN,
 ) -> Iterator[list[Reward]]:
     """Inside, the rewards, with workers for those that get some.
 
     asked: --reward-workers. completions: of a step. log: what rewards print in workers. note: is told who is called
-    where.
+    where. before: where a resumed run called them, which it goes on to do unless something else is asked for: what is
+    measured is never twice the same.
     """
-    functions = _to_move(rewards, asked, completions, note)
+    functions = _to_move(rewards, asked, completions, note, before)
     if not functions:
         yield rewards
         return
@@ -51,11 +59,13 @@ def staffed(
         pool.close()
 
 
-def _to_move(rewards: list[Reward], asked: int, completions: int, note: Callable[[str], object]) -> dict[str, bytes]:
+def _to_move(
+    rewards: list[Reward], asked: int, completions: int, note: Callable[[str], object], before: Mapping[str, str]
+) -> dict[str, bytes]:
     """The functions to be called in workers, pickled; `note` is told why others are not where one might expect it."""
     functions = {}
     for reward in rewards:
-        if not _wants(reward, asked, completions):
+        if not _wants(reward, asked, completions, before.get(reward.name)):
             continue
         try:
             function = portable(reward.callee.function)
@@ -68,10 +78,17 @@ def _to_move(rewards: list[Reward], asked: int, completions: int, note: Callable
     return functions
 
 
-def _wants(reward: Reward, asked: int, completions: int) -> bool:
-    if reward.is_async or asked == 0 or reward.options.workers == 0:
+def _wants(reward: Reward, asked: int, completions: int, before: str | None) -> bool:
+    if reward.elsewhere or asked == 0 or reward.options.workers == 0:  # an async one is in the event loop
         return False
-    return asked > 0 or bool(reward.options.workers) or reward.pace.of_a_completion() * completions > SLOW
+    if asked > 0 or reward.options.workers:
+        return True
+    return before == WORKERS if before else reward.pace.of_a_completion() * completions > SLOW
+
+
+def placed(rewards: list[Reward]) -> dict[str, str]:
+    """Where they are called, for a checkpoint."""
+    return {reward.name: WORKERS if reward.elsewhere else HERE for reward in rewards}
 
 
 def _try_to_send(reward: Reward) -> None:

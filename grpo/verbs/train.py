@@ -35,7 +35,7 @@ from grpo.record.starts import write_start
 from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
-from grpo.rewards.staff import staffed
+from grpo.rewards.staff import NOT_KNOWN, placed, staffed
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -72,7 +72,8 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
     with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         config = resolved.config
         completions = config.prompts_per_step * config.group_size
-        at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say)
+        before = read_state(checkpoint)[0].placed if checkpoint else NOT_KNOWN
+        at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say, before)
         with memory_in_words(config, folder), at_work as questions.rewards:
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
             _record_start(run, resolved, as_saved, questions, command)
@@ -112,7 +113,7 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
             remove_unused(saved.folder)
         raise
     write_config(saved)
-    run.progress.run = saved.id
+    run.progress.run, run.progress.placed = saved.id, placed(questions.rewards)
     for line in opening(resolved.config, run.policy, run.engine):
         say(line)
     for line in what_comes(resolved.config, resolved.task, saved):
