@@ -19,7 +19,7 @@ from grpo.rewards.stated import last_box
 
 # What data sets call them, the likeliest first; at any depth, and whatever their case.
 QUESTIONS: Sequence[str] = (
-    "question problem prompt query instruction input user_prompt text task description statement q"
+    "question problem prompt query instruction input user_prompt text task description statement ctx q"
 ).split()
 ANSWERS: Sequence[str] = (
     "answer final_answer ground_truth gold gold_answer answerkey answer_key correct_answer correct expected_answer "
@@ -77,6 +77,7 @@ class Columns:
     lettered: tuple[str, ...] = ()  # a column for each option instead: A, B, C, D
     options_have_text: bool = False  # they are {"text": [...]}
     context: Path | None = None  # what the question is about
+    chat_is_answered: bool = False  # its last message is the assistant's
     chat_says_from: bool = False  # messages are {"from": ..., "value": ...}, as ShareGPT has them
 
 
@@ -92,22 +93,32 @@ def quoted(text: str) -> str:
 def guess_columns(rows: Sequence[Row], said: dict[str, Path]) -> Columns:
     """Where question, answer and options stand in these rows. said: what the user says of them."""
     paths = _paths(rows)
-    chat = said.get("question") or _chat(rows, paths)
-    is_chat = chat is not None and _is_chat(_first(rows, chat))
-    question = chat if is_chat or "question" in said else _named(paths, rows, QUESTIONS, _is_text)
+    question = said.get("question") or _named(paths, rows, QUESTIONS, _is_text) or _named(paths, rows, CHATS, _is_chat)
+    chat = question if question and _is_chat(_first(rows, question)) else None
     lettered = next((names for names in _lettered(rows) if len(names) > 1), ())
     taken = {(name,) for name in lettered} | ({question.steps} if question else set())
     answer = said.get("answer") or _named([p for p in paths if p.steps not in taken], rows, ANSWERS, _is_answer)
-    if answer is None and is_chat and chat and _last_speaker(rows, chat) == "assistant":
+    is_answered = chat is not None and _last_speaker(rows, chat) == "assistant"
+    if answer is None and chat and is_answered:
         answer = Path((*chat.steps, -1, "value" if "value" in _first(rows, chat)[-1] else "content"))
     options = _named(paths, rows, OPTIONS, _is_options)
     has_text = options is not None and isinstance(_first(rows, options), dict)
-    says_from = is_chat and chat is not None and "from" in _first(rows, chat)[0]
+    says_from = chat is not None and "from" in _first(rows, chat)[0]
     outer = [path for path in paths if len(path.steps) == 1 and path not in (question, answer)]
     about = _named(outer, rows, CONTEXTS, _is_text)
     if question and question.steps == ("instruction",):  # as Alpaca has it
         about = _named(outer, rows, ["input"], _is_text) or about
-    return Columns(question, is_chat, answer, options, () if options else lettered, has_text, about, says_from)
+    return Columns(
+        question=question,
+        chat=chat is not None,
+        answer=answer,
+        options=options,
+        lettered=() if options else lettered,
+        options_have_text=has_text,
+        context=about,
+        chat_says_from=says_from,
+        chat_is_answered=is_answered,
+    )
 
 
 def _paths(rows: Sequence[Row]) -> list[Path]:
@@ -155,10 +166,6 @@ def _is_options(value: Any) -> bool:
     return isinstance(values, list) and len(values) > 1 and all(isinstance(each, (str, int, float)) for each in values)
 
 
-def _chat(rows: Sequence[Row], paths: Sequence[Path]) -> Path | None:
-    return _named(paths, rows, CHATS, _is_chat)
-
-
 def _is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -196,6 +203,8 @@ def guess_reward(values: Sequence[Any], options: Sequence[Sequence[Any] | None])
     if not values:
         return "none"
     texts = [str(value).strip() for value in values]
+    if all(isinstance(value, bool) for value in values):
+        return "label"
     if all(options):
         if _all(zip(texts, options, strict=True), lambda both: both[0] in map(str, both[1])) and not all(
             map(_is_letter, texts)

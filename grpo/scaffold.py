@@ -86,9 +86,8 @@ def _imports(found: Found) -> str:
 
 def _rows(columns: Columns, found: Found) -> str:
     question = f"question = {columns.question.source}" if columns.question else 'question = row["TODO"]  # which one?'
-    inside = columns.question and columns.answer and columns.answer.steps[: len(columns.question.steps)]
-    if columns.chat and inside == getattr(columns.question, "steps", None):
-        question += "[:-1]"  # its last message is the answer
+    if columns.chat_is_answered:
+        question += "[:-1]"
     lines = [question]
     if columns.context and not columns.chat:
         lines.append(f'question = f"{{{columns.context.source.replace(chr(34), chr(39))}}}\\n\\n{{question}}".strip()')
@@ -105,6 +104,8 @@ def _rows(columns: Columns, found: Found) -> str:
         lines.append(f"answer = LETTERS[int({given})]")
     elif found.kind == "option" and found.has_options:
         lines.append(f"answer = LETTERS[options.index(str({given}).strip())]")
+    elif found.kind == "label":
+        lines.append(f"answer = None if {given} is None else str({given}).strip()")
     elif given:
         lines.append(f"answer = {given}")
     answer = ', "answer": answer' if given else ""

@@ -36,6 +36,14 @@ CASES = {
                 "3?\n\nA. w\nB. x", "(B)"),
     "labels": (each(lambda n: {"text": f"film {n}", "label": ("bad", "good")[n % 2]}), "correctness",
                "film 3\n\nAnswer with one of: bad, good", "good"),
+    "boolq": (each(lambda n: {"question": f"{n}", "passage": "p", "answer": n % 2 == 1}), "correctness",
+              "p\n\n3\n\nAnswer with one of: False, True", "True"),
+    "hellaswag": (each(lambda n: {"ctx": f"{n}", "endings": ["w", "x"], "label": str(n % 2)}), "choice",
+                  "3\n\nA. w\nB. x", "B"),
+    "open-r1": (
+        each(lambda n: {"problem": f"{n}?", "solution": "long", "answer": f"{n}", "messages": [
+            {"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "long"}]}), "number", "3?", "3"),
+    "aime": (each(lambda n: {"ID": n, "Problem": f"{n}?", "Solution": "long", "Answer": n}), "number", "3?", "3"),
     "words": (each(lambda n: {"question": f"{n}?", "answers": {"text": [f"name {n}"], "at": [0]}, "context": f"c{n}"}),
               "correctness", "c3\n\n3?", "name 3"),
     "alpaca": (each(lambda n: {"instruction": "add", "input": f"{n}+{n}", "output": str(2 * n)}), "number",

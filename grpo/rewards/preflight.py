@@ -68,7 +68,7 @@ class Trial:
     """What a reward paid so far."""
 
     reward: Reward
-    parts: list[Tensor] = field(default_factory=list)  # a row each: [completions]
+    parts: list[list[float]] = field(default_factory=list)  # a row each, of its completions; NaN for no score
     seconds: float = 0.0
     calls: int = 0  # completions scored
 
@@ -98,7 +98,7 @@ def preflight(
     _check_that_something_applies(tried, gold)
     checks = [_check(trial, kinds, tried) for trial in trials]
     attainable = sum(check.weight * check.best for check in checks)
-    totals = _totals(trials, kinds[:scored_by_all], rewards)
+    totals = _totals(trials, kinds[:scored_by_all])
     if calls.thorough:
         notes += _noticed(rewards, first, calls)
     return Preflight(
@@ -154,7 +154,7 @@ def preflight_without_gold(
     calls = calls or Calls()
     probes = ((prompt, list(map(calls.completion, texts))) for prompt, texts in rows)
     tried, trials, notes = try_rewards(rewards, probes, calls)
-    silent = [trial.reward.name for trial in trials if all(paid.isnan().all() for paid in trial.parts)]
+    silent = [trial.reward.name for trial in trials if all(all(map(math.isnan, paid)) for paid in trial.parts)]
     if len(silent) == len(trials):
         raise UserError(
             f"No reward applies to anything that was tried ({', '.join(silent)} returned None for {len(tried)} "
@@ -201,7 +201,7 @@ def _try(trial: Trial, rows: list[tuple[Prompt, list[Completion]]], calls: Calls
     groups = [as_groups(prompt, completions) for prompt, completions in rows]
     score(list(itertools.chain(*groups)), [trial.reward])
     for (_, completions), of_row in zip(rows, groups, strict=True):
-        paid = torch.cat([group.parts[trial.reward.name] for group in of_row])
+        paid = [value for group in of_row for value in group.parts[trial.reward.name].tolist()]
         trial.parts.append(paid[: len(completions)])
     trial.seconds += time.monotonic() - began
     trial.calls += sum(len(group.completions) for of_row in groups for group in of_row)
@@ -262,15 +262,15 @@ def _check_that_something_applies(rows: list[int], gold: dict[str, Tensor]) -> N
 # ---- what was paid
 
 
-def _gold(parts: list[Tensor]) -> Tensor:
-    return torch.stack([part[0] for part in parts])
+def _gold(parts: list[list[float]]) -> Tensor:
+    return torch.tensor([part[0] for part in parts])
 
 
 def _check(trial: Trial, kinds: list[tuple[str, ...]], rows: list[int]) -> RewardCheck:
     """What a reward paid for each kind of text, and which gold answers got less than its best."""
     reward, paid = trial.reward, {}
     for of_row, part in zip(kinds, trial.parts, strict=False):  # of a slow one there are fewer
-        for kind, value in zip(of_row, part.tolist(), strict=True):
+        for kind, value in zip(of_row, part, strict=True):
             paid.setdefault(kind, []).append(value)
     applied = {kind: [value for value in values if not math.isnan(value)] for kind, values in paid.items()}
     lowest = {kind: min(values, default=math.inf) for kind, values in applied.items()}
@@ -295,13 +295,13 @@ def _check(trial: Trial, kinds: list[tuple[str, ...]], rows: list[int]) -> Rewar
     )
 
 
-def _totals(trials: list[Trial], kinds: list[tuple[str, ...]], rewards: list[Reward]) -> dict[str, list[float]]:
+def _totals(trials: list[Trial], kinds: list[tuple[str, ...]]) -> dict[str, list[float]]:
     """Kind of text -> what the rewards pay for it together, for each row that it was tried on."""
     totals: dict[str, list[float]] = {}
     for row, of_row in enumerate(kinds):
-        paid = weighted_sum({trial.reward.name: trial.parts[row] for trial in trials}, rewards)
-        for kind, value in zip(of_row, paid.tolist(), strict=True):
-            totals.setdefault(kind, []).append(value)
+        for place, kind in enumerate(of_row):
+            paid = [trial.reward.weight * trial.parts[row][place] for trial in trials]
+            totals.setdefault(kind, []).append(sum(value for value in paid if not math.isnan(value)))
     return totals
 
 
@@ -309,8 +309,8 @@ def _at_best(trials: list[Trial], checks: list[RewardCheck], num_rows: int) -> d
     """Name of a reward -> which completions of the first rows got its best."""
     found = {}
     for trial, check in zip(trials, checks, strict=True):
-        paid = torch.cat(trial.parts[: min(num_rows, PROBED)])
-        found[check.name] = set((paid == check.best).nonzero().flatten().tolist())
+        paid = itertools.chain.from_iterable(trial.parts[: min(num_rows, PROBED)])
+        found[check.name] = {place for place, value in enumerate(paid) if value == check.best}
     return found
 
 
