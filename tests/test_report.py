@@ -273,6 +273,19 @@ def test_a_page_is_written_whole_and_through_no_link(tmp_path):
     assert not list(run.glob(".report*"))
 
 
+def test_links_in_a_run_that_was_downloaded_are_not_followed(tmp_path):
+    run, mine = make_run(tmp_path / "run", steps=3), tmp_path / "mine.json"
+    mine.write_text(json.dumps({"id": "x", "command": "my secret", "config": {"seed": "my secret"}, "step": 1}) + "\n")
+    for name in ("starts.jsonl", "prompts.jsonl", "config.json"):
+        (run / name).unlink()
+        (run / name).symlink_to(mine)
+    assert "my secret" not in render([Reading(run)])
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to(mine)
+    with pytest.raises(UserError, match="is no run's folder"):
+        Reading(run)
+
+
 # ---- as a run goes
 
 
@@ -377,6 +390,28 @@ def test_the_verdict_is_that_of_the_paired_test(tmp_path, better, judgement):
     lines = lines_of(folder / "held_out.jsonl")
     shares = [[line["parts"]["correctness"] >= 2 for line in lines if line["step"] == step] for step in (0, 12)]
     assert found.paired.difference == pytest.approx(np.mean(shares[1]) - np.mean(shares[0]))
+
+
+def test_a_verdict_begins_where_the_last_prompts_were_first_asked(tmp_path):
+    """A run that went on with other held-out prompts was scored anew at that step."""
+    folder = make_run(tmp_path / "run", steps=20)
+    lines = lines_of(folder / "held_out.jsonl")
+    others = [line | {"id": f"another {line['id']}"} for line in lines if line["step"] >= 10]
+    kept = [line for line in lines if line["step"] <= 10]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*kept, *others]))
+    found = verdict(read(folder))
+    assert (found.first.step, found.last.step, found.paired.prompts) == (10, 20, 18)
+
+
+def test_answers_of_many_evaluations_are_thinned_and_the_ends_are_kept(tmp_path):
+    folder = make_run(tmp_path / "run", steps=120, evaluate_every=1, groups=1, tokens=False)
+    reading = read(folder)
+    assert len(reading.held_out) <= 25 and {0, 120} <= set(reading.held_out)
+    assert verdict(reading).paired.prompts == 18
+    anew = [line | {"parts": {"correctness": 0.0}} for line in lines_of(folder / "held_out.jsonl")[-36:]]
+    with (folder / "held_out.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in anew))
+    assert set(held_out_scores(read(folder), 120, "eval/pass@1").values()) == {0.0}
 
 
 def test_health_says_where_a_number_first_left_its_range(tmp_path):

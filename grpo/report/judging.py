@@ -6,6 +6,7 @@ Pure functions, which know nothing of pages.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -214,6 +215,7 @@ class Suspicions:
     opening_before: float  # that share in the first steps
     opening_after: float  # and in the last
     correlation: float  # of reward and length; NaN where either stands still
+    paid: list[tuple[str, float, float]]  # (reward, its mean in the first steps, in the last ones)
     points: list[tuple[int, float, bool | None]]
 
 
@@ -234,7 +236,20 @@ def suspicions(reading: Reading) -> Suspicions:
         opening_after=_mean([share for _, _, share in shares[-edge:]]),
         correlation=float(np.corrcoef(lengths, rewards)[0, 1]) if moves else math.nan,
         points=reading.points,
+        paid=[(name.removeprefix("reward/"), *_ends(reading.metrics[name])) for name in reward_names(reading)],
     )
+
+
+def reward_names(reading: Reading) -> list[str]:
+    """The metrics of the rewards, without their failures and without the parts that a reward names."""
+    return [name for name in reading.metrics if re.fullmatch("reward/(?!(mean|std)$)[^/]+", name)]
+
+
+def _ends(points: Mapping[int, float]) -> tuple[float, float]:
+    """The means of the first and of the last steps."""
+    values = [value for _, value in sorted(points.items()) if math.isfinite(value)]
+    edge = max(1, round(LAST_SHARE * len(values)))
+    return _mean(values[:edge]), _mean(values[-edge:])
 
 
 def _mean(values: Sequence[float]) -> float:

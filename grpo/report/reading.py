@@ -25,6 +25,7 @@ from grpo.folder import CONFIG_FILE, read_json
 
 STEPS = 24  # whose completions are kept; half as many at times
 GROUPS = 4  # of each
+EVALUATIONS = 24  # whose held-out answers are kept; half as many at times
 HELD_OUT_PROMPTS = 48  # whose answers are kept
 LONGEST_TEXT = 8_000  # characters of a text that is kept
 OPENING = 4  # words by which answers are said to begin alike ...
@@ -109,8 +110,9 @@ class Tail:
         self.began = 0  # where the line that was given last begins
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """A last line without its end is still being written."""
-        if not self.path.is_file():
+        """A last line without its end is still being written. A link is not followed: whoever packed a run would choose
+        what of this machine is on a page that is passed on."""
+        if not _is_file(self.path):
             return
         with self.path.open("rb") as file:
             file.seek(self.at)
@@ -130,6 +132,10 @@ class Tail:
             return _object(file.readline()) or {}
 
 
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         read = json.loads(line)
@@ -147,9 +153,9 @@ class Reading:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if not folder.is_dir() or not (folder / "metrics.jsonl").exists():
+        if not folder.is_dir() or not _is_file(folder / "metrics.jsonl"):
             raise UserError(f"{folder} is no run's folder: there is no metrics.jsonl in it. Give one of runs/.")
-        self.config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+        self.config = read_json(folder / CONFIG_FILE) if _is_file(folder / CONFIG_FILE) else {}
         names = ("metrics", "prompts", "tokens", "completions", "held_out", "starts")
         self._tails = {name: Tail(folder / f"{name}.jsonl") for name in names}
         self.starts: list[dict[str, Any]] = []
@@ -164,6 +170,7 @@ class Reading:
         self.suspects: list[Answer] = []  # wrong and best paid, the best paid first and the latest of these
         self.points: list[tuple[int, float, bool | None]] = []  # (tokens, reward, right) of some completions
         self.counts: Counter[bool | None] = Counter()  # completions by right and wrong
+        self._evaluations = Thinned(EVALUATIONS)
         self.held_out: dict[int, dict[str, list[Answer]]] = {}  # step -> id of a prompt -> answers, the texts of some
         self.held_out_prompts: list[str] = []  # whose texts are kept
         self._stride = 1
@@ -198,6 +205,7 @@ class Reading:
         self._end_step()
         for record in self._tails["held_out"].lines():
             self._held_out(answer_of(record, solved))
+        self.held_out = {step: by_prompt(answers) for step, answers in self._evaluations.steps.items()}
 
     def of_step(self, step: int) -> dict[int, list[Answer]]:
         """group -> its answers, the best paid first, with the traces of their tokens."""
@@ -247,10 +255,18 @@ class Reading:
             self.held_out_prompts.append(answer.prompt)
         if answer.prompt not in self.held_out_prompts or answer.member > 0:
             answer.text = Text("", answer.text.length)
-        answers = self.held_out.setdefault(answer.step, {}).setdefault(answer.prompt, [])
-        if answers and answers[-1].member >= answer.member:  # scored anew, after other rewards say: that counts
-            answers.clear()
-        answers.append(answer)
+        self._evaluations.add(answer.step, answer)
+
+
+def by_prompt(answers: list[Answer]) -> dict[str, list[Answer]]:
+    """id of a prompt -> its answers. Where a step was scored anew, after its rewards were changed say, that counts."""
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        several = found.setdefault(answer.prompt, [])
+        if several and several[-1].member >= answer.member:
+            several.clear()
+        several.append(answer)
+    return found
 
 
 class Thinned:

@@ -20,6 +20,7 @@ from grpo.report.judging import (
     health,
     held_out_scores,
     paired,
+    reward_names,
     suspicions,
     verdict,
 )
@@ -207,8 +208,6 @@ def in_count(count: float) -> str:
 def charts(reading: Reading) -> list[Chart]:
     """In the order of the page."""
     m = reading.metrics
-    parts = [name for name in m if name.startswith("reward/") and name.count("/") == 1]
-    parts = [name for name in parts if name not in ("reward/mean", "reward/std")]
     rewards = [Line("total", m.get("reward/mean", {}), 0, reading.bands.get("reward/mean", {}))]
     right, wrong = ({step: pair[i] for step, pair in reading.right_lengths.items()} for i in (0, 1))
     made = [
@@ -216,7 +215,7 @@ def charts(reading: Reading) -> list[Chart]:
         _held_out_chart(reading),
         *(
             chart(name.removeprefix("reward/"), [Line(name, m[name], 1, reading.bands.get(name, {}))], "one reward")
-            for name in parts[:PARTS_SHOWN]
+            for name in reward_names(reading)[:PARTS_SHOWN]
         ),
         chart(
             "Length",
