@@ -151,7 +151,11 @@ def test_dark_mode_print_and_a_page_without_its_script(browser, file):
         page.locator("#theme").click()
         backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert backgrounds[0] == backgrounds[3] != backgrounds[1] == backgrounds[2]
-    page.emulate_media(media="print")
+    page.emulate_media(media="print", color_scheme="dark")  # paper is white
+    colours = page.evaluate(
+        "[document.body, document.querySelector('.cards div')].map((e) => getComputedStyle(e).color)"
+    )
+    assert set(colours) == {"rgb(28, 32, 38)"}
     assert not page.locator(".browser").is_visible() and page.locator(".health").is_visible()
     still = browser.new_context(java_script_enabled=False).new_page()
     still.goto(f"file://{file / 'one.html'}")
