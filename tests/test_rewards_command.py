@@ -16,7 +16,7 @@ from grpo.record.files import Files
 from grpo.rewards import math as math_reward
 from grpo.rewards.__main__ import main
 from grpo.rewards.names import installed_rewards
-from grpo.rewards.shipped import SHIPPED
+from grpo.rewards.shipped import _HERE, MAKERS, SHIPPED
 from grpo.types import Completion, Group, Prompt
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +83,11 @@ def test_what_ships_is_at_hand_by_name_however_old_the_installation_is():
     assert all(len(installed_rewards()[name]) == 1 for name in SHIPPED)
 
 
+def test_what_others_call_them_is_here():
+    for name in _HERE.values():
+        assert name in (*SHIPPED, *MAKERS)
+
+
 def test_the_list_says_of_every_reward_what_it_takes_pays_and_gave_just_now(capsys, own):
     code, out, _ = run(capsys, "--module", own)
     assert code == 0
@@ -144,6 +149,8 @@ def test_it_is_a_command():
     ("argv", "told"),
     [
         (["mth", "--completion", "x"], "Did you mean `math`"),
+        (["accuracy_reward", "--completion", "x"], "Here it is `math`"),
+        (["len_reward", "--completion", "x"], "Here it is `short_when_right`. It makes a reward"),
         (["math", "--completion", "x"], "asks for `answer`.*--answer"),
         (["code", "--completion", "x"], "asks for `tests`.*--column tests="),
         (["number", "--completion", "4", "--answer", "x"], "no number"),

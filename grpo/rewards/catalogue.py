@@ -26,9 +26,9 @@ import grpo.rewards
 from grpo.errors import UserError, in_words, user_code
 from grpo.rewards.here import living_watchdog
 from grpo.rewards.names import installed_rewards
+from grpo.rewards.shipped import MAKERS
 from grpo.watchdog import Limit
 
-_MAKERS = ("tags", "overlong", "short_when_right", "cosine", "repetition_penalty", "judge")
 _SEEN_IN = {"completion", "completions"}  # arguments that a reward has at least one of
 _RANGE = re.compile(r"^[ \t]*Range:[ \t]*(.+?)\.?[ \t]*$", re.M)
 _LONGEST_DEFAULT = 30  # characters
@@ -61,7 +61,7 @@ def installed() -> list[Listed]:
 
 def makers() -> list[Listed]:
     """What ships and gives a reward where a task calls it."""
-    functions = {name: getattr(grpo.rewards, name) for name in _MAKERS}
+    functions = {name: getattr(grpo.rewards, name) for name in MAKERS}
     return [listed(name, "ships with grpo", function) for name, function in functions.items()]
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from grpo.errors import UserError, nearest, user_code
-from grpo.rewards.shipped import SHIPPED
+from grpo.rewards.shipped import SHIPPED, hint_of
 from grpo.rewards.values import shown
 
 ENTRY_POINTS = "grpo.rewards"
@@ -102,7 +102,7 @@ def _installed_reward(name: str) -> Callable:
     if name not in installed:
         dotted = " Between module and function stands a colon." if "." in name else ""
         raise UserError(
-            f"No installed package offers a reward `{name}`.{nearest(name, installed)}{dotted} "
+            f"No installed package offers a reward `{name}`.{hint_of(name) or nearest(name, installed)}{dotted} "
             f"Installed: {', '.join(installed) or 'none'}. "
             "A reward of your own is named `package.module:function`."
         )
