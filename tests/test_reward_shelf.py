@@ -63,17 +63,17 @@ def test_a_name_is_that_of_its_function(name):
 def test_what_is_made_by_a_call_can_be_sent_to_workers():
     from grpo.rewards import cosine, exact_match, overlong, repetition_penalty, short_when_right, tags
 
-    for made, given in (
-        (tags("a", "b"), ["<a>1</a><b>2</b>"]),
-        (overlong(10, 5), ["", [0] * 8]),
-        (short_when_right(exact_match), [["?"] * 2, ["1"] * 2, [[0], [0] * 2], ["1"] * 2]),
-        (cosine(exact_match, 10), ["1", [0] * 5, "1"]),
-        (repetition_penalty(1), ["a a"]),
+    for made, name, given in (
+        (tags("a", "b"), "tags_a_b", ["<a>1</a><b>2</b>"]),
+        (overlong(10, 5), "overlong", ["", [0] * 8]),
+        (short_when_right(exact_match), "short_when_right", [["?"] * 2, ["1"] * 2, [[0], [0] * 2], ["1"] * 2]),
+        (cosine(exact_match, 10), "cosine", ["1", [0] * 5, "1"]),
+        (repetition_penalty(1), "repetition_penalty", ["a a"]),
     ):
         sent = pickle.loads(pickle.dumps(made))
         assert sent(*given) == made(*given) != 0
         assert sent.__name__ == made.__name__
-        assert name_of(made) == made.__name__
+        assert name_of(made) == name
     for name, function in REWARDS.items():
         assert pickle.loads(pickle.dumps(function)) is function, name
 

@@ -60,7 +60,9 @@ class Overlong:
     # These are objects and no functions in functions, so that worker processes can be given them.
     max_completion_tokens: int
     buffer: int
-    __name__: str = "overlong"
+
+    def __post_init__(self) -> None:
+        self.__name__ = "overlong"
 
     def __call__(self, completion: str, completion_ids: Sequence[int]) -> float:
         over = len(completion_ids) - (self.max_completion_tokens - self.buffer)
@@ -94,7 +96,9 @@ class ShortWhenRight:
 
     right: Callable[[str, Any], float]
     threshold: float
-    __name__: str = "short_when_right"
+
+    def __post_init__(self) -> None:
+        self.__name__ = "short_when_right"
 
     def __call__(
         self, prompts: list[Any], completions: list[Any], completion_ids: list[Any], answer: list[Any]
@@ -140,7 +144,9 @@ class Cosine:
     right: Callable[[str, Any], float]
     max_completion_tokens: int
     threshold: float
-    __name__: str = "cosine"
+
+    def __post_init__(self) -> None:
+        self.__name__ = "cosine"
 
     def __call__(self, completion: str, completion_ids: Sequence[int], answer: Any) -> float:
         share = min(1.0, len(completion_ids) / self.max_completion_tokens)

@@ -39,7 +39,9 @@ class RepetitionPenalty:
     """
 
     words: int
-    __name__: str = "repetition_penalty"
+
+    def __post_init__(self) -> None:
+        self.__name__ = "repetition_penalty"
 
     def __call__(self, completion: str) -> float:
         return 0.0 - _share_repeated(completion, self.words)
