@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, isolated, next_power_of_2, tl, triton
 from grpo_kernels.nf4 import NF4, dequantize_into, nf4_dequantize
-from grpo_kernels.nf4_product import is_fused, nf4_linear_with_a
+from grpo_kernels.nf4_product import nf4_linear_with_a
+from grpo_kernels.nf4_tilings import is_fused
 
 MOST_DECODED_ROWS = 256
 
