@@ -617,7 +617,7 @@ def test_a_run_keeps_its_task_and_its_folder(task_file, toy_run, tmp_path, capsy
 
 
 def test_a_folder_to_score_that_is_not_there(tmp_path, capsys):
-    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no file or folder", "typo")
+    fails(["--eval", str(tmp_path / "typo")], capsys, "There is no folder", "typo")
     fails(["--eval", str(tmp_path)], capsys, "is no run", "give the task file")
 
 
