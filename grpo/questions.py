@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -44,6 +44,7 @@ class Questions:
     rewards: list[Reward]
     longest: int  # no prompt has more tokens
     max_completion_tokens: int
+    left_out: list[str] = field(default_factory=list)  # rows that cannot be used, a sentence each
 
     @property
     def longest_sequence(self) -> int:
@@ -85,7 +86,11 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     count = f"{len(train_prompts):,} training and {len(test_prompts):,} held-out rows"
     later = ", made when they are asked" if isinstance(train_prompts, Prompts) else ""
     note(f"{count} of {config.data or task.data}, prompts of at most {longest:,} tokens{later}.")
-    return Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, config.max_completion_tokens)
+    left_out = [
+        told for rows in {id(each.rows): each.rows for each in (train, test)}.values() for told in rows.reading.bad
+    ]
+    most = config.max_completion_tokens
+    return Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, most, left_out)
 
 
 def _short_enough(asker: Asker, split: Split, note: Note) -> Split:

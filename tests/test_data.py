@@ -260,6 +260,29 @@ def test_what_lies_here_comes_before_the_hub(tmp_path, monkeypatch):
     assert list(read_rows("openai/gsm8k", "train", name="main")) == ONE
 
 
+def test_the_hub_s_configuration_is_the_one_that_is_said_else_the_task_s_else_its_only_one(monkeypatch):
+    """What the hub has is made up here: there is no network."""
+    asked = []
+
+    def load_dataset(name, configuration=None, **arguments):
+        asked.append((name, configuration, arguments))
+        if configuration not in (None, "socratic"):
+            raise ValueError(f"BuilderConfig '{configuration}' not found. Available: ['default']")
+        held = datasets.Dataset.from_list(TWO)
+        return datasets.DatasetDict({"train": held, "validation": held})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_rows("me/gsm:socratic", "train", name="main", revision="r")) == TWO
+    assert asked == [("me/gsm", "socratic", {"revision": "r"})]
+    source = Source("me/gsm")
+    assert list(read_rows(source, "test", name="main")) == TWO and "split validation" in next(
+        iter(source.reading.notes)
+    )
+    assert [configuration for _, configuration, _ in asked[1:]] == ["main", None]
+    with pytest.raises(UserError, match=r"me/gsm:none is neither .* BuilderConfig 'none' not found"):
+        read_rows("me/gsm:none", "train", name="main")
+
+
 # ---- columns
 
 

@@ -8,8 +8,8 @@ import types
 
 import pytest
 from rich.console import Console
+from scored import COLUMNS, make_prompt, named
 from small_task import SMALL_CONFIG, task_with
-from test_scoring import COLUMNS, make_prompt, named
 from toy_task import SMALL, TASK
 
 from grpo.errors import UserError
@@ -360,6 +360,21 @@ def test_the_table_fits_into_eighty_columns():
     assert "…" not in "".join(lines) and sum("another row's gold" in line for line in lines) == len(
         preflight_tables(report)
     )
+
+
+def test_rows_that_are_left_out_are_listed_in_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"question": "2?", "answer": "2"}\n3\n')
+    task = TASK.format(
+        rewards="{says: 1.0}", extra="from grpo.data import read_rows\nrows = lambda s, d: read_rows(d, s)"
+    )
+    (tmp_path / "toy.py").write_text(task)
+    flags = "--model embedded --data rows.jsonl --held-out 1 --skip-bad-rows".split()
+    assert main(["toy.py", "--check", *flags]) == 0
+    assert "note: 1 row left out: " in capsys.readouterr().out
+    [path] = (tmp_path / "runs").glob("check-toy-*.jsonl")
+    [listed] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert "line 3 is '3'" in listed["left_out"]
 
 
 def test_rows_whose_gold_fails_are_listed_in_a_file(tmp_path, monkeypatch, capsys):

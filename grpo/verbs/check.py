@@ -31,7 +31,7 @@ def check(resolved: Resolved) -> int:
         say(f"note: {warning}")
     for remark in report.remarks:
         say(remark)
-    if report.failing:
+    if report.failing or questions.left_out:
         say(_listed(report, resolved, questions))
     if resolved.task.gold is None:
         say("Every reward ran; without `gold` nobody can say whether it pays for the right thing. The task is ready.")
@@ -65,11 +65,14 @@ def _show(report: Preflight) -> None:
 
 
 def _listed(report: Preflight, resolved: Resolved, questions: Questions) -> str:
-    """Write the rows whose gold answer gets less than full marks into a file of its own; says where."""
+    """Write the rows that are left out, and those whose gold answer gets less than full marks, into a file of its own;
+    says where."""
     path = resolved.here / "runs" / f"check-{resolved.task.name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
+            for told in questions.left_out:
+                file.write(json.dumps({"left_out": told}) + "\n")
             for place, rewards in report.failing.items():
                 is_train = place < len(questions.train)
                 prompt = questions.train[place] if is_train else questions.test[place - len(questions.train)]
@@ -82,6 +85,10 @@ def _listed(report: Preflight, resolved: Resolved, questions: Questions) -> str:
                 }
                 file.write(json.dumps(row, ensure_ascii=False, default=repr) + "\n")
     except (OSError, ValueError) as error:  # a full disk; rows that hold themselves, or half a surrogate pair
-        return f"note: the rows whose gold answer gets less cannot be listed in {path}: {in_words(error)}."
-    count = len(report.failing)
-    return f"note: {count:,} row{'s' * (count > 1)} whose gold answer gets less than full marks: {path}"
+        return f"note: the rows that are left out or fail cannot be listed in {path}: {in_words(error)}."
+    counts = [
+        (len(questions.left_out), "left out"),
+        (len(report.failing), "whose gold answer gets less than full marks"),
+    ]
+    told = " and ".join(f"{count:,} row{'s' * (count > 1)} {words}" for count, words in counts if count)
+    return f"note: {told}: {path}"
