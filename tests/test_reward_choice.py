@@ -34,6 +34,14 @@ from grpo.rewards import choice
         "The correct option is B",
         "The correct choice is (b).",
         "Option B",
+        "The best answer is B because A is wrong.",
+        "My answer: B",
+        "So, the answer is B) 42",
+        "Thus the correct option is (B) 42.",
+        "B\n\nExplanation: A is no capital.",
+        "Answer: I think (B)",
+        "The correct answer is **B**.",
+        "The answer is option (B): Lima",
         "Therefore, B is correct.",
         "(B) is the right one: (B) is right.",
         "The answer is not A. It is B.",
@@ -89,6 +97,11 @@ def test_several_right_letters_have_to_be_chosen_exactly(completion):
 
 def test_letters_beyond_e():
     assert choice("The answer is (J).", "J") == choice("Z", "Z") == choice("The answer is I.", "I") == 1.0
+
+
+def test_an_article_is_no_choice():
+    assert choice("The best answer is A because B is wrong.", "A") == 1.0
+    assert choice("The answer is a cat.", "A") == choice("A cat is in the list.", "A") == 0.0
 
 
 @pytest.mark.parametrize("gold", [1, "", None, "Lima", "1", ["B"], "a cat"])

@@ -103,6 +103,24 @@ def test_the_list_says_of_every_reward_what_it_takes_pays_and_gave_just_now(caps
     assert "not_a_reward" not in out
 
 
+def test_packages_are_named_and_one_that_is_broken_does_not_hide_the_others(capsys, tmp_path, monkeypatch):
+    for package, module in (("good-rewards", "own_rewards:short"), ("bad-rewards", "nothing_of_this_name:x")):
+        folder = tmp_path / f"{package.replace('-', '_')}-1.5.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.5\n")
+        (folder / "entry_points.txt").write_text(f"[grpo.rewards]\nof_{package.partition('-')[0]} = {module}\n")
+    (tmp_path / "own_rewards.py").write_text(OWN)
+    (tmp_path / "helper_beside.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = run(capsys)
+    entries = {entry.partition("\n")[0]: entry for entry in out.split("\n\n")}
+    assert code == 0
+    assert "package good-rewards 1.5   range 0 or 1" in entries["of_good(completion)"]
+    assert "it raised ModuleNotFoundError" in entries["of_bad"]
+    assert "math(completion, answer)" in entries
+    assert run(capsys, "of_good", "--completion", "12")[1] == "of_good 1\n"
+
+
 def test_a_reward_and_a_maker_are_shown_alone(capsys, own):
     assert "range 0 or 1" in run(capsys, "math")[1]
     assert "range 0 or 1" in run(capsys, "short", "--module", own)[1]

@@ -14,7 +14,8 @@ _JOINED = r"(?:\s*(?:,|/|&|\band\b|\bor\b)+\s*(?:and\s+|or\s+)?)"
 _BARE = r"[(\[*_`$\\{\s]*([A-Za-z])(?![A-Za-z'’])[)\]*_`$\\}\s]*"
 _LETTERS = re.compile(rf"{_BARE}(?:{_JOINED}{_BARE})*", re.I)
 _LEADING = re.compile(r"(?:the\s+)?(?:correct\s+)?(?:options?|choices?|letters?|answers?)\b[\s:]*", re.I)
-_WORD = re.compile(r"\s*(?:[Aa]\s+(?!is\b|and\b|or\b)[a-z]|I(?:\s+[a-z]|['’]))")  # "a cat" is no choice of A
+_WORD = re.compile(r"\s*(?:a\s+(?!is\b|and\b|or\b)[a-z]|I(?:\s+[a-z]|['’]))")  # "a cat" is no choice of A
+_SENTENCE = re.compile(r"\s*A\s+(?!is\b|and\b|or\b)[a-z]")  # nor is a text that begins with "A cat"
 _ALONE = re.compile(r"(?<![\w'’])[(\[*]*([A-Z])[)\]*]*(?=[.,:;)\]*]|\s*$|\s*\n)", re.M)
 _ON_ITS_LINE = re.compile(r"^[ \t>*_(\[]*([A-Z])(?:[)\].:*_]+(?:[ \t].*)?|[ \t]*)$", re.M)
 _NAMED = re.compile(
@@ -57,7 +58,8 @@ def _chosen(text: str) -> frozenset[str]:
     tail = text[-_TAIL:]
     if named := _NAMED.findall(tail):
         return frozenset("".join(named[-1]).upper())
-    return ("\n" not in tail.strip() and _letters(tail)) or _alone(tail)
+    is_line = "\n" not in tail.strip() and not _SENTENCE.match(tail)
+    return (is_line and _letters(tail)) or _alone(tail)
 
 
 def _alone(text: str) -> frozenset[str]:
