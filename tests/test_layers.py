@@ -54,7 +54,7 @@ LAYERS = (
         "resolve": ("grpo.resolve",),
         "new": ("grpo.guess", "grpo.scaffold", "grpo.new"),
     },
-    {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",)},
+    {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",), "export": ("grpo.export.*",)},
     {"loop": ("grpo.train",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},

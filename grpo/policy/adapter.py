@@ -3,6 +3,7 @@
 adapter_files(policy)           the files of the adapter as it is
 load_adapter(policy, folder)    the policy computes with the adapter in a folder what PEFT computes
 describe(folder)                the rank and the scale of the adapter in a folder, before there is a model
+factors_in(folder)              what it adds to each linear, for whoever has no policy
 """
 
 from __future__ import annotations
@@ -118,6 +119,40 @@ def describe(folder: Path) -> Described:
     if not ranks:
         raise UserError(f"The adapter in {folder} holds no factors of any linear layer. Choose another.")
     return Described(max(ranks), settings.alpha_over(max(ranks)), settings.base)
+
+
+@dataclass(frozen=True)
+class LinearFactors:
+    """What an adapter adds to the weight [M, K] of a linear: scale * B A, in float32."""
+
+    a: Tensor  # [r, K]
+    b: Tensor  # [M, r]
+    scale: float
+
+
+def factors_in(folder: Path) -> dict[str, LinearFactors]:
+    """Hugging Face name of a linear -> its factors, of the adapter in a folder.
+
+    Raises:
+        UserError: the files are missing or damaged, or it is not plain LoRA of linears.
+    """
+    settings = read_settings(folder / SETTINGS)
+    tensors = _read_tensors(folder)
+    names = [match[1] for name in tensors if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name))]
+    surplus = sorted(tensors.keys() - {tensor_name(name, x) for name in names for x in "AB"})
+    if surplus or not names:
+        raise UserError(
+            f"The adapter in {folder} holds {f'{surplus[0]}, which is' if surplus else 'nothing that is'} no factor of "
+            f"a linear layer. {REMEDY}"
+        )
+    found = {}
+    for name in names:
+        a, b = tensors[tensor_name(name, "A")], tensors.get(tensor_name(name, "B"))
+        rank = settings.rank_of(name)
+        if b is None or a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] == rank:
+            raise UserError(f"The adapter in {folder} is damaged: the factors of {name} do not go with rank {rank}.")
+        found[name] = LinearFactors(a, b, settings.alpha_over(rank, name) / rank)
+    return found
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: no such model here or on the hub, or it comes without a tokenizer.
     """
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, name)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, name)
     # Without its files transformers makes an empty tokenizer of the model's kind.
     if not tokenizer("1 + 1", add_special_tokens=False)["input_ids"]:
         raise UserError(
@@ -110,13 +110,13 @@ def ends_of_completion(name: str, tokenizer: Any) -> list[int]:
     Raises:
         UserError: there is none, or the generation settings name what is no token.
     """
-    settings = _from_hub(lambda source, trust_remote_code: _generation_settings(source), name)
+    settings = from_hub(lambda source, trust_remote_code: _generation_settings(source), name)
     return stop_tokens(settings.eos_token_id, tokenizer, vocabulary_size(name))
 
 
 def vocabulary_size(name: str) -> int:
     """How many tokens the model's embedding has a row for."""
-    return _from_hub(AutoConfig.from_pretrained, name).get_text_config().vocab_size
+    return from_hub(AutoConfig.from_pretrained, name).get_text_config().vocab_size
 
 
 def context_length(name: str, config: RolloutConfig) -> int:
@@ -125,7 +125,7 @@ def context_length(name: str, config: RolloutConfig) -> int:
     Raises:
         UserError: --max-context is more than the model can.
     """
-    settings = _from_hub(AutoConfig.from_pretrained, name).get_text_config()
+    settings = from_hub(AutoConfig.from_pretrained, name).get_text_config()
     # Models whose positions are relative (Bloom) or none (Mamba) name no limit.
     built_for = getattr(settings, "max_position_embeddings", UNLIMITED_CONTEXT)
     if config.max_context > built_for:
@@ -246,7 +246,7 @@ def kept_dtype(base: str, computed: torch.dtype) -> torch.dtype:
 def _read_checkpoint(name: str, dtype: torch.dtype, note: Callable[[str], object], progressed: Progressed) -> Any:
     """The Hugging Face model on the CPU, in `dtype` but for the linears that the checkpoint has in NF4. Its weights are
     promised, not read, where they can be."""
-    settings = _from_hub(AutoConfig.from_pretrained, name)
+    settings = from_hub(AutoConfig.from_pretrained, name)
     quantized = is_quantized(settings, name)
     # Sizes that do not match come back in the report, like weights that are missing: both are told in one sentence.
     how = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -255,7 +255,7 @@ def _read_checkpoint(name: str, dtype: torch.dtype, note: Callable[[str], object
         read = partial(AutoModelForCausalLM.from_pretrained, device_map="cpu", **how)
     else:
         read = partial(_promised_or_whole, settings, how, note, progressed)
-    model, report = _from_hub(read, name)
+    model, report = from_hub(read, name)
     _check_complete(name, model, report)
     if getattr(model, "_hf_peft_config_loaded", False):
         _refuse_adapter(name)
@@ -275,7 +275,7 @@ def _promised_or_whole(
     """The model, with promises for weights if its checkpoint allows it, and transformers' report."""
     why_whole = "they are not in safetensors files"
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
-    if kind and (files := _safetensors_files(settings, source)):
+    if kind and (files := safetensors_files(settings, source)):
         try:
             return _promised(kind, settings, how, Checkpoint(files, progressed), source)
         except NotPromised:
@@ -285,7 +285,7 @@ def _promised_or_whole(
     return whole
 
 
-def _safetensors_files(settings: Any, source: str) -> list[str]:
+def safetensors_files(settings: Any, source: str) -> list[str]:
     """The checkpoint's safetensors files, got from the hub where they are not here; none, if it has no such files or
     its config names others."""
     if getattr(settings, "transformers_weights", None):
@@ -420,7 +420,7 @@ def _check_no_adapter(name: str, folder: Path) -> None:
     )
 
 
-def _from_hub(load: Any, name: str) -> Any:
+def from_hub(load: Any, name: str) -> Any:
     """load(source), with the dozen ways in which a hub can fail, or a file be damaged, told as one sentence."""
     source = model_source(name)
     _check_no_adapter(name, Path(source))

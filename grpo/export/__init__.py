@@ -1,0 +1,8 @@
+"""Export: what a run has learned, for other programs. Knows nothing of training.
+
+    RUN, --checkpoint -> source.find: the adapter, its base, and what that was trained as
+                      -> adapter.py: PEFT's files, with the tokenizer        (by itself)
+                      -> merged.py: one model of 16 bits, shard by shard     (--merged)
+
+Everything is written into a new folder, which is whole or not there (folder.py).
+"""

@@ -1,0 +1,126 @@
+"""The command `python -m grpo.export RUN --to DIR`: what a run has learned, in the format that other programs read.
+
+    python -m grpo.export runs/gsm8k-20260101-120000 --to my-adapter            PEFT's adapter, of the best checkpoint
+    python -m grpo.export runs/gsm8k-20260101-120000 --to my-model --merged     one model of 16 bits
+
+Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from grpo.errors import UserError, is_out_of_memory, nearest
+from grpo.terminal import plain, plain_logs, say, working
+
+PROGRAM = "python -m grpo.export"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write what a run has learned into a new folder: the adapter in PEFT's format, or a whole model."""
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
+    """A run's folder, one checkpoint, or the folder of an adapter that PEFT wrote."""
+    to: str = ""
+    """The folder to write into. One that has something in it is refused."""
+    checkpoint: str = "best"
+    """Of a run's checkpoints: best (by its held-out score), last, or the number of a step."""
+    model: str | None = None
+    """The base model, where it is elsewhere than the run or the adapter says: a folder, or a name of the hub."""
+    merged: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Add the adapter to its base, and write the whole model."""
+    onto: Literal["trained", "original"] = "trained"
+    """What --merged adds to: the weights that were trained over, which are the dequantised ones if those were NF4, or
+    those of the checkpoint that the base was made from."""
+    dtype: Literal["auto", "bf16", "float16", "float32"] = "auto"
+    """Of the merged weights. auto: that of the base's checkpoint if it is of 16 bits, else bf16."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line, by default the process's own. Returns the exit code."""
+    try:
+        if argv is None:
+            plain_logs()
+        export(_parse(list(sys.argv[1:] if argv is None else argv)))
+        return 0
+    except UserError as error:
+        told = str(error)
+    except OSError as error:
+        told = f"{error.filename or 'The system'}: {error.strerror or error}."
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        told = "This machine's memory does not hold the export. Close other programs, or export the adapter alone."
+    except KeyboardInterrupt:
+        print("Stopped; nothing is left of the export.", file=sys.stderr)
+        return 130
+    print(f"error: {plain(told)}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: list[str]) -> Options:
+    """The options.
+
+    Raises:
+        UserError: a flag that does not exist, or one that is missing.
+        SystemExit: after help; and code 2 after a value that cannot be read.
+    """
+    try:
+        with redirect_stderr(StringIO()):
+            options, unknown = tyro.cli(
+                Options, args=argv, prog=PROGRAM, return_unknown_args=True, config=(tyro.conf.DisallowNone,)
+            )
+    except SystemExit:
+        tyro.cli(Options, args=argv, prog=PROGRAM, config=(tyro.conf.DisallowNone,))
+        raise
+    if unknown:
+        known = [f"--{name.replace('_', '-')}" for name in Options.__dataclass_fields__ if name != "run"]
+        raise UserError(f"There is no use for {unknown[0]}.{nearest(unknown[0], known)} --help lists the flags.")
+    if not (options.run and options.to):
+        raise UserError(f"Say what to export and where to: {PROGRAM} RUN --to DIR.")
+    if not options.merged and (options.onto, options.dtype) != ("trained", "auto"):
+        raise UserError(
+            "--onto and --dtype are of --merged: an adapter is exported as it is. Give --merged, or no such flag."
+        )
+    return options
+
+
+def export(options: Options) -> None:
+    """Do what the options say.
+
+    Raises:
+        UserError: what is asked for cannot be had, or the folder is not free.
+    """
+    from grpo.export.adapter import copy_companions, write_adapter
+    from grpo.export.folder import check_free, new_folder
+    from grpo.export.merged import write_merged
+    from grpo.export.source import find
+    from grpo.policy.adapter import factors_in
+
+    to = Path(options.to)
+    check_free(to)
+    source = find(options.run, options.checkpoint, options.model)
+    with new_folder(to) as folder:
+        if options.merged:
+            with working("merging") as progressed:
+                factors = factors_in(source.folder)
+                told = write_merged(source, factors, folder, options.onto, options.dtype, progressed)
+            told += copy_companions(source, folder)
+        else:
+            told = write_adapter(source, folder)
+    for line in told:
+        say(line)
+    say(f"written to {to}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""The adapter by itself, in PEFT's format, with its model's tokenizer beside it. Knows nothing of weights of models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from grpo.export.source import Source
+from grpo.policy.adapter import SETTINGS, WEIGHTS, factors_in, tensor_name
+from grpo.policy.companions import companions
+
+
+def write_adapter(source: Source, folder: Path) -> list[str]:
+    """Copy the adapter; returns what is to be told. One that PEFT pickled is written as safetensors."""
+    factors = factors_in(source.folder)
+    shutil.copyfile(source.folder / SETTINGS, folder / SETTINGS)
+    if (source.folder / WEIGHTS).is_file():
+        shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
+    else:
+        tensors = {tensor_name(n, x): t.contiguous() for n, f in factors.items() for x, t in (("A", f.a), ("B", f.b))}
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return [
+        f"the adapter of {source.title}: rank {source.rank}, {len(factors)} linears, over {source.base}",
+        *copy_companions(source, folder),
+    ]
+
+
+def copy_companions(source: Source, folder: Path) -> list[str]:
+    """Copy what makes the tokenizer and the generation; returns a sentence where there is no tokenizer."""
+    found = companions(source.base, ask=True)
+    for name, path in found.items():
+        shutil.copyfile(path, folder / name)
+    if any(name.startswith(("tokenizer", "tekken", "vocab")) for name in found):
+        return []
+    return [f"note: no tokenizer is beside it: {source.base} has none, or is not to be had now."]
