@@ -24,7 +24,6 @@ from grpo.rewards.values import Missing, Score
 from grpo.watchdog import Limit
 
 AsyncLimit = Callable[[], AbstractAsyncContextManager[Any]]  # the time that one call may take
-Result = Callable[[str, Future[list[Outcome]]], list[Outcome]]  # what it is in words, what is waited for -> its result
 
 _LOOK = 0.5  # seconds between two looks at whether the loop still runs
 _PATIENCE = 2.0  # seconds that the loop gets to stop a late call by itself, which tells its row

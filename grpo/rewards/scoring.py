@@ -126,7 +126,10 @@ def _limit(options: Options, timeout: float | None) -> Limit | None:
     name, seconds = "the --reward-timeout", timeout
     if options.time_limit is not None:
         name, seconds = "its time_limit", options.time_limit
-    remedy = "A time-out is never scored 0: mend the reward, or give it more time."
+    remedy = (
+        "A time-out is never scored 0: mend the reward, give it more time, or have workers call it, which are ended "
+        "alone (--reward-workers 2)."
+    )
     return Limit(seconds, name, remedy) if seconds else None
 
 

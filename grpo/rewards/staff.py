@@ -26,7 +26,7 @@ from grpo.rewards.workers import Pool, memory_of_one, portable, sources_of, way_
 HERE, WORKERS = "here", "elsewhere"
 NOT_KNOWN: Mapping[str, str] = {}
 SLOW = 0.5  # seconds of a step that a reward takes, from which on it is called elsewhere
-_MOST = 8  # workers, where nobody says how many
+_FEWEST, _MOST = 2, 8  # workers, where nobody says how many: many rewards wait more than they compute
 _LARGEST = 1 << 20  # bytes of a function that is moved unasked: a larger one holds a model
 
 
@@ -124,7 +124,7 @@ def _check_light(function: bytes) -> None:
 
 def _size(moved: list[Reward], asked: int) -> int:
     wanted = max(reward.options.workers or 0 for reward in moved)
-    return asked if asked > 0 else max(wanted, min(_MOST, num_cores() - 1), 1)
+    return asked if asked > 0 else max(wanted, _FEWEST, min(_MOST, num_cores() - 1))
 
 
 def num_cores() -> int:

@@ -86,7 +86,13 @@ class Worker:
         ours, theirs = socket.socketpair()
         # So that a process which does not read cannot hold us.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND, 0))
-        command = [sys.executable, "-P", "-c", _BOOT.format(theirs.fileno()), json.dumps(sys.path)]
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            _BOOT.format(theirs.fileno()),
+            json.dumps([str(place) for place in sys.path]),
+        ]
         # One computes on one core: there are several. Sets of texts have one order in all of them.
         environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"} | dict(os.environ)
         with theirs:
