@@ -306,6 +306,42 @@ def test_a_sink_of_others_that_fails_is_left_out_and_told_once(tmp_path, capsys)
     assert len(list(read_lines(tmp_path / "metrics.jsonl"))) == 6
 
 
+class Listening(Sink):
+    def __init__(self):
+        self.heard = []
+
+    def resumed(self, recorded, start_step):
+        self.heard.append(("resumed", [step for step, _ in recorded], start_step))
+
+    def evaluation(self, step, scores, groups=()):
+        self.heard.append(("evaluation", step, len(groups)))
+
+    def step(self, step, metrics):
+        self.heard.append(("step", step))
+
+    def completions(self, step, groups, tokens):
+        self.heard.append(("completions", step, len(groups)))
+
+    def close(self):
+        self.heard.append(("close",))
+
+
+def test_a_sink_hears_of_everything_in_its_order(tmp_path):
+    with Recorder(tmp_path, 9, 0, "toy", NAMES) as recorder:
+        record_steps(recorder, 0, 2)
+        position = recorder.position()
+        record_steps(recorder, 2, 3)
+    sink = Listening()
+    with Recorder(tmp_path, 9, 2, "toy", NAMES, position) as recorder:
+        recorder.add(sink)
+        record_steps(recorder, 2, 4)
+    assert sink.heard == [
+        ("resumed", [0, 0, 1], 2),
+        *(("completions", 2, 1), ("step", 2)),
+        *(("evaluation", 3, 1), ("completions", 3, 1), ("step", 3), ("close",)),
+    ]
+
+
 def test_each_start_is_written_down(tmp_path):
     write_start(tmp_path, {"command": "python -m grpo.run a.py", "steps": 3})
     with (tmp_path / "starts.jsonl").open("a") as file:

@@ -54,25 +54,22 @@ class Recorder:
         self._files = Files(run_dir, position, gold)
         self._console = Console(total_steps, start_step, task_name, reward_names, headline)
         curves = Curves(self._files.metrics_path, run_dir / "curves.png", self.message)
+        self._start_step = start_step
+        self._sinks: list[Sink] = []
         # The files first: the others may be made from them.
-        self._sinks: list[Sink] = [self._files, TensorBoard(run_dir / "tensorboard", start_step), self._console, curves]
+        for sink in (self._files, TensorBoard(run_dir / "tensorboard", start_step), self._console, curves):
+            self.add(sink)
         self._traced = traced
         self._untrained, self._cut_off, self._failed = Untrained(), CutOff(), Failed()
         for step, record in self._files.recorded:
             list(self._untrained.seen(step, record))
             self._failed.seen(record)
             list(self._cut_off.seen(step, {name: value for name, value in record.items() if value is not None}))
-        for sink in self._sinks:
-            sink.resumed(self._files.recorded, start_step)
 
     def add(self, sink: Sink) -> None:
-        """One more, who hears all that comes from now on; before the run begins, what was recorded before it too."""
+        """One more, before the run begins."""
+        sink.resumed(self._files.recorded, self._start_step)
         self._sinks.append(sink)
-
-    @property
-    def recorded(self) -> Sequence[tuple[int, dict[str, float | None]]]:
-        """What stays of metrics.jsonl in a run that goes on."""
-        return self._files.recorded
 
     def __enter__(self) -> Self:
         self._console.start()
