@@ -205,20 +205,15 @@ def guess_reward(values: Sequence[Any], options: Sequence[Sequence[Any] | None])
     texts = [str(value).strip() for value in values]
     if all(isinstance(value, bool) for value in values):
         return "label"
-    if all(options):
-        if _all(zip(texts, options, strict=True), lambda both: both[0] in map(str, both[1])) and not all(
-            map(_is_letter, texts)
-        ):
-            return "option"
-        if _all(zip(texts, options, strict=True), lambda both: both[0].isdigit() and int(both[0]) < len(both[1])):
-            return "index"
+    if all(options) and (kind := _among(texts, [list(map(str, each or ())) for each in options])):
+        return kind
     if all(map(_is_letter, texts)):
         return "letter"
     if all("####" in text for text in texts) and _agree(number, texts):
         return "hash"
     if all(map(_NUMBER.fullmatch, texts)) and _agree(number, texts):
         return "number"
-    if all(last_box(text) for text in texts):
+    if all(map(last_box, texts)):
         return "boxed"
     if max(map(len, texts)) > 4 * SHORT or sum(map(len, texts)) > SHORT * len(texts):
         return "long"
@@ -227,16 +222,20 @@ def guess_reward(values: Sequence[Any], options: Sequence[Sequence[Any] | None])
     return "label" if 1 < len(set(texts)) <= min(FEW, len(texts) // 3) else "text"
 
 
+def _among(texts: Sequence[str], options: Sequence[Sequence[str]]) -> Kind | None:
+    """How the answers name their options, if not by letters."""
+    both = list(zip(texts, options, strict=True))
+    if all(text in given for text, given in both) and not all(map(_is_letter, texts)):
+        return "option"
+    return "index" if all(text.isdigit() and int(text) < len(given) for text, given in both) else None
+
+
 def _is_letter(text: str) -> bool:
     bare = text.strip("()[]. ")
     fits = len(bare) == 1 and bare.upper() in LETTERS
     with suppress(ValueError):
         return fits and choice(f"<answer>{text}</answer>", text) == 1.0
     return False
-
-
-def _all(things: Iterable[Any], holds: Callable[[Any], bool]) -> bool:
-    return all(map(holds, things))
 
 
 def _agree(reward: Callable[[str, object], float], golds: Iterable[str]) -> bool:

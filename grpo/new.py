@@ -160,7 +160,8 @@ def _told(found: Found, file: FilePath) -> list[str]:
     if found.has_bad_rows:
         told.append("Some rows cannot be read, or have no question or no answer: they are left out (skip_bad_rows).")
     if found.held_out:
-        told.append(f"There is no test split: {found.held_out} prompts are held out.")
+        prompts = "1 prompt is" if found.held_out == 1 else f"{found.held_out} prompts are"
+        told.append(f"There is no test split: {prompts} held out.")
     return [*told, f"Next: python -m grpo.run {file} --check"]
 
 

@@ -211,21 +211,21 @@ def test_the_gold_answer_in_other_clothes():
     paid = {check.name: check.mean for check in report.checks}
     for kind, expected in {
         "gold": (1, 2, 0.5),
-        "+ new line": (1, 2, 0),
-        "+ spaces": (1, 2, 0),
-        "+ period": (1, 2, 0),
+        "with a new line": (1, 2, 0),
+        "with spaces": (1, 2, 0),
+        "with a period": (1, 2, 0),
         "twice": (1, 2, 0),
         r"in \boxed{}": (1, 0, 0),
-        "full-width digits": (1, 0, 0.5),
-        "Arabic digits": (0, 0, 0.5),
+        "in full-width digits": (1, 0, 0.5),
+        "in Arabic digits": (0, 0, 0.5),
         "another row's gold": (0, 0, 0.5),
         "empty": (0, 0, 0),
         "the prompt": (0, 0, 0),
     }.items():
-        expected = (number(full_width(10), "10") if kind == "full-width digits" else expected[0], *expected[1:])
+        expected = (number(full_width(10), "10") if kind == "in full-width digits" else expected[0], *expected[1:])
         assert tuple(paid[name][kind] for name in ("number", "correctness", "strict_xml")) == expected, kind
     told = " ".join(report.remarks)
-    assert r"`correctness` does not take the gold answer in \boxed{}, full-width digits, Arabic digits." in told
+    assert r"`correctness` does not take the gold answer in \boxed{}, in full-width digits, in Arabic digits." in told
 
 
 def full_width(value):

@@ -20,7 +20,15 @@ from grpo.types import Completion
 
 GOLD = "gold"
 BASE = (GOLD, "empty", "truncated", "shuffled")
-SAME = ("+ new line", "+ spaces", "+ period", "twice", r"in \boxed{}", "full-width digits", "Arabic digits")
+SAME = (
+    "with a new line",
+    "with spaces",
+    "with a period",
+    "twice",
+    r"in \boxed{}",
+    "in full-width digits",
+    "in Arabic digits",
+)
 WRONG = ("empty", "truncated", "shuffled", "another row's gold", "the prompt")
 TRICK = "trick: "  # how the names of tricks begin
 _FULL_WIDTH = str.maketrans("0123456789", "０１２３４５６７８９")
@@ -77,13 +85,13 @@ def _text(material: Material, name: str) -> str | None:
     gold, answer = material.gold, material.answer
     has_digits = bool(re.search(r"[0-9]", gold))
     texts: dict[str, str | None] = {
-        "+ new line": f"{gold}\n",
-        "+ spaces": f"  {gold}  ",
-        "+ period": f"{gold.rstrip()}.",
+        "with a new line": f"{gold}\n",
+        "with spaces": f"  {gold}  ",
+        "with a period": f"{gold.rstrip()}.",
         "twice": f"{gold}\n{gold}",
         r"in \boxed{}": None if answer is None else f"The answer is $\\boxed{{{answer.strip()}}}$.",
-        "full-width digits": gold.translate(_FULL_WIDTH) if has_digits else None,
-        "Arabic digits": gold.translate(_ARABIC) if has_digits else None,
+        "in full-width digits": gold.translate(_FULL_WIDTH) if has_digits else None,
+        "in Arabic digits": gold.translate(_ARABIC) if has_digits else None,
         "another row's gold": material.other,
         "the prompt": material.asked,
     }
