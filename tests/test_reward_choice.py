@@ -60,6 +60,8 @@ from grpo.rewards import choice
         "<think>The answer is A.</think>\nB",
         "答案是B",
         "答案：B",
+        "故选B。",
+        "故选：（B）",
     ],
 )
 def test_a_choice_is_read_as_models_write_it(completion):

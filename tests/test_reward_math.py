@@ -411,6 +411,9 @@ RIGHT += [
 ]
 
 RIGHT_PLACE = [
+    ("所以答案是：$\\frac{1}{2}$。", "0.5"),
+    ("答案是42。因为 6*7=42", "42"),
+    ("最终答案为 $x=５$。", "5"),
     ("Final Answer: The smallest $n$ is 34.", "34"),
     ("Final Answer: The area of $ABCD$ is 120. I hope it is correct.", "120"),
     ("Final Answer: She left 3 hours ago. I hope it is correct.<|im_start|>user\nNow another: 5", "3"),

@@ -3,6 +3,7 @@ r"""The right letter of a multiple choice, wherever the completion states it. Kn
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from grpo.rewards.gold import answer_text
 from grpo.rewards.stated import behind_words, in_answer_tags, last_box, visible
@@ -72,6 +73,7 @@ def _alone(text: str) -> frozenset[str]:
 
 def _letters(text: str) -> frozenset[str]:
     """The letters that a text begins with: `(B)`, `B. Lima`, `A, C and D`, `AC`; none where it begins with a word."""
+    text = unicodedata.normalize("NFKC", text)  # full-width brackets and letters
     text = _LEADING.sub("", _WRAPPED.sub("", text.strip()), count=1)
     together = _NOISE.sub("", text).rstrip(".")
     if 1 < len(together) <= 10 and together.isupper() and together.isalpha() and len(set(together)) == len(together):

@@ -24,7 +24,7 @@ _JOINED = re.compile(r"\s*(?:,|,?\s*(?:and|or)\b|;)\s*")
 _NUMBER_IN_TEXT = re.compile(
     r"(?<![\w.])[-+\N{MINUS SIGN}]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s?%?|(?<![\w.\d])-?\.\d+", re.ASCII
 )
-_END_OF_SENTENCE = re.compile(r"[.;!?](?=\s|$|\*)|,?\s(?:because|since|which|where|so|as|when|for)\b")
+_END_OF_SENTENCE = re.compile(r"[.;!?](?=\s|$|\*)|[。；！？]|,?\s(?:because|since|which|where|so|as|when|for)\b")
 
 
 def answers(completion: str) -> list[list[str]]:
@@ -211,7 +211,7 @@ _UNIT = re.compile(
     ) \.? \s* $
     """
 )
-_END = re.compile(r"(?:\\\\|[\s.,;:!])+$")
+_END = re.compile(r"(?:\\\\|[\s.,;:!。，；！])+$")
 
 
 def cleaned(text: str) -> str:

@@ -27,13 +27,14 @@ _DISPLAYS = (("$$", "$$"), ("\\[", "\\]"))
 _TAIL = 3000  # characters from the end in which "the answer is" is looked for
 _STATED = re.compile(
     r"""(?ix)
-    (?: \b(?:ans|answers?|final\ result)\b | (?m:^A)(?=:) | 答案 )
+    (?: \b(?:ans|answers?|final\ result)\b | (?m:^A)(?=:) | 答案 | [故应]选 )
     [*_]*
     (?: [^\n:.=?!]{0,60}? \b(?:is|are|was|be|equals)\b (?!\s+(?:not\b|(?:incorrect|wrong|correct|right)\s*[.,!]))
         (?: \s+ (?:therefore|thus|then|hence|indeed|simply|just|actually|only|about|either|option|choice)\b )*
         \s* [:：=]?
       | [^\n:.=?!]{0,60}? [:：=]
       | [是为]
+      | (?<=选)
       | [ \t*_#]* \n
     )
     [\s*_]*
