@@ -184,6 +184,18 @@ def test_tensors_that_are_missing_too_many_not_finite_or_of_another_rank(config,
     assert "is of rank 3, and --lora-rank is 4. Give --lora-rank 3." in refused(policy, tmp_path)
 
 
+@pytest.mark.parametrize("within", ["base_model.model.model.language_model.", "base_model.model.language_model.model."])
+def test_an_adapter_that_was_trained_within_a_model_that_sees(within, config, policy, groups, tmp_path):
+    theirs = written(config, tmp_path)
+    tensors = {name.replace("base_model.model.model.", within): tensor
+               for name, tensor in load_file(tmp_path / WEIGHTS).items()}  # fmt: skip
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert load_adapter(policy, tmp_path) == []
+    assert_equal(policy, theirs, groups)
+    save_file(tensors | {within + "vision.lora_A.weight": torch.ones(4, 4)}, tmp_path / WEIGHTS)
+    assert "go with no linear layer of this model" in refused(policy, tmp_path)
+
+
 def test_an_adapter_for_another_model(tiny_config, policy, tmp_path):
     deeper = build_policy(tiny_config("gpt2", lora_rank=4))
     for name, content in adapter_files(deeper).items():

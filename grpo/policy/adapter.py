@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, folder: Path) -> Factors:
     """The factors of each linear that has an adapter in the files, which are whole and hold nothing else."""
     linears = {tensor_name(name, x): name for name in ours for x in "AB"}
+    tensors = _of_the_text(tensors, linears)
     surplus = sorted(tensors.keys() - linears.keys())
     if beyond := sorted({name for name in surplus if BEYOND.search(name)}):
         raise UserError(
@@ -208,6 +210,14 @@ def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Fact
     return {
         name: (tensors[tensor_name(name, "A")], tensors[tensor_name(name, "B")]) for name in ours if name in adapted
     }
+
+
+def _of_the_text(tensors: dict[str, Tensor], linears: Collection[str]) -> dict[str, Tensor]:
+    """The tensors by the names that the model has for itself. One that was trained within a larger model that sees,
+    too, has "language_model" in its names."""
+    renamed = {name.replace(".language_model.", ".", 1): tensor for name, tensor in tensors.items()}
+    fits = len(renamed) == len(tensors) and renamed.keys() <= set(linears)
+    return renamed if fits else tensors
 
 
 def _check_shapes(theirs: Factors, settings: AdapterSettings, ours: Factors, folder: Path) -> None:
