@@ -49,7 +49,7 @@ def test_they_are_told_apart_in_bf16_and_with_freshly_initialised_weights_too(na
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config((FUSED | GENERIC)[name](), dtype=torch.bfloat16).eval()
     if name in FUSED:
-        assert len(recognise(model, longest=64).layers) == model.config.num_hidden_layers
+        assert len(recognise(model, longest=64).layers) == model.config.get_text_config().num_hidden_layers
     else:
         with pytest.raises(NotRecognisedError):
             recognise(model, longest=64)

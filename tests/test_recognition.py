@@ -115,6 +115,22 @@ def test_a_frame_that_computes_something_else_is_told():
         recognise(model, longest=64)
 
 
+def test_code_that_cannot_be_tried_is_no_reason_not_to_train():
+    model = fresh("gemma2")
+
+    def strict(self, hidden_states, cache_position, **rest):
+        raise AssertionError("never so far")
+
+    layer = model.model.layers[0]
+    layer.__class__ = type("Strict", (type(layer),), {"forward": strict})
+    with pytest.raises(NotRecognisedError, match="layer 0 alone raises TypeError: "):
+        recognise(model, longest=64)
+    tokens = {"forward": lambda self, input_ids, **rest: [][0]}
+    model.model.__class__ = type("Broken", (type(model.model),), tokens)
+    with pytest.raises(NotRecognisedError, match="only looks on in its place raises IndexError"):
+        recognise(model, longest=64)
+
+
 def test_attention_to_what_is_to_come_is_told():
     model = fresh("gemma3", use_bidirectional_attention=True)
     with pytest.raises(NotRecognisedError, match="attends to something else than the past"):

@@ -19,6 +19,9 @@ from typing import Literal
 # What a norm makes of x; the kinds are told apart by what they compute.
 NormKind = Literal["rms", "rms of 1 + weight", "layer"]
 
+# Where a model may have its layers, with embedding, last norm and rotary embedding beside them.
+BODIES = ("model", "model.language_model")
+
 # A layer's projections, and the Hugging Face linears whose rows each holds in order: one of these.
 LINEARS: dict[str, tuple[tuple[str, ...], ...]] = {
     "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.qkv_proj",)),
@@ -86,6 +89,7 @@ class LayerForm:
 class ModelForm:
     """A whole model: embedding, layers, last norm, head."""
 
+    body: str  # Hugging Face's name of the module that has the layers: of a model that also sees, the part for text
     layers: tuple[LayerForm, ...]
     norm: NormKind
     softcap: float | None  # of the logits

@@ -121,7 +121,8 @@ class FusedModel(nn.Module):
 
     def __init__(self, model: Any, form: ModelForm, store: ProjectionStore, recompute: bool):
         super().__init__()
-        body = model.model
+        body = model.get_submodule(form.body)
+        self.name = form.body
         self.embed = body.embed_tokens
         self.rope = body.rotary_emb
         self.norm = build_norm(body.norm, form.norm)
@@ -170,11 +171,11 @@ class FusedModel(nn.Module):
 
     def small_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of all that is neither a projection's base nor a table: norms and biases."""
-        yield from weights_of(self.norm, "model.norm")
+        yield from weights_of(self.norm, f"{self.name}.norm")
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, FusedLayer)
             for name, weight in layer.norms():
-                yield f"model.layers.{index}.{name}", weight
+                yield f"{self.name}.layers.{index}.{name}", weight
             for name in layer.form.linears:
                 yield from getattr(layer, name).biases()
 
@@ -201,9 +202,10 @@ def fuse(model: Any, form: ModelForm, build: Callable[[str, list, list[str]], Pr
     build: (name, linears, their Hugging Face names) -> Projection.
     """
     store = ProjectionStore()
-    for index, (layer, of_layer) in enumerate(zip(model.model.layers, form.layers, strict=True)):
+    layers = model.get_submodule(form.body).layers
+    for index, (layer, of_layer) in enumerate(zip(layers, form.layers, strict=True)):
         for name, parts in of_layer.linears.items():
             linears = [layer.get_submodule(part) for part in parts]
-            names = [f"model.layers.{index}.{part}" for part in parts]
+            names = [f"{form.body}.layers.{index}.{part}" for part in parts]
             store.add(f"{index}.{name}", build(f"{index}.{name}", linears, names))
     return store

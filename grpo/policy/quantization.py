@@ -74,7 +74,7 @@ def choose(
     states = exact_states(model, form, prompts, device)[rows]
     linears = {
         f"{index}.{name}": [(linear := layer.get_submodule(part), linear.weight) for part in parts]
-        for index, (layer, of_layer) in enumerate(zip(model.model.layers, form.layers, strict=True))
+        for index, (layer, of_layer) in enumerate(zip(model.get_submodule(form.body).layers, form.layers, strict=True))
         for name, parts in of_layer.linears.items()
     }
     store = fuse(model, form, build)
@@ -105,7 +105,7 @@ def spread(count: int, most: int) -> Tensor:
 def exact_states(model: Any, form: ModelForm, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
     """What the head reads of all prompts, [N, D]: by Hugging Face's layers in float32, of which one is read at a
     time."""
-    body = model.model
+    body = model.get_submodule(form.body)
     states = [body.embed_tokens(torch.tensor([tokens])).float() for tokens in prompts]
     for promised, of_layer in zip(body.layers, form.layers, strict=True):
         layer = read_copy(promised).to(device)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
 
-from grpo.policy.form import BLOCK_NORMS, HEAD_NORMS, LINEARS, ROW_NORMS, LayerForm, ModelForm, NormForm, Scores
+from grpo.errors import is_out_of_memory
+from grpo.policy.form import BLOCK_NORMS, BODIES, HEAD_NORMS, LINEARS, ROW_NORMS, LayerForm, ModelForm, NormForm, Scores
 from grpo.policy.fused import FusedLayer, half_angles, packed
 from grpo.policy.linears import NF4Linear
 from grpo.policy.norms import build_norm, epsilon_of, kind_of
@@ -50,14 +51,14 @@ def recognise(model: Any, longest: int) -> ModelForm:
     Raises:
         NotRecognisedError: FusedModel cannot compute what it computes.
     """
-    _check_body(model)
-    body = model.model
+    name = _name_of_body(model)
+    body = model.get_submodule(name)
     linears = [_linears_of(index, layer) for index, layer in enumerate(body.layers)]
     norm = kind_of(read_copy(body.norm))
     if norm is None:
         raise NotRecognisedError("its last norm is of an unknown kind")
     softcap = getattr(body.config, "final_logit_softcapping", None)
-    handed = _watch(model, norm, softcap)
+    handed = _watch(model, body, norm, softcap)
     found: dict[str, LayerForm] = {}
     forms = []
     for index, layer in enumerate(body.layers):
@@ -65,20 +66,22 @@ def recognise(model: Any, longest: int) -> ModelForm:
         if kind not in found:
             found[kind] = _form_of(body, index, linears[index], handed[index], longest)
         forms.append(found[kind])
-    return ModelForm(tuple(forms), norm, softcap)
+    return ModelForm(name, tuple(forms), norm, softcap)
 
 
 # ---- structure
 
 
-def _check_body(model: Any) -> None:
-    """Embedding, layers, norm and rotary embedding below `model`, and a head without a bias."""
-    body = getattr(model, "model", None)
-    named = {"embed_tokens", "layers", "norm", "rotary_emb"}
-    if body is None or not named <= {name for name, _ in body.named_children()} or len(body.layers) == 0:
-        raise NotRecognisedError(f"it is not made of {', '.join(sorted(named))} alone")
+def _name_of_body(model: Any) -> str:
+    """The module with embedding, layers, norm and rotary embedding, beside a head without a bias."""
+    needed = {"embed_tokens", "layers", "norm", "rotary_emb"}
+    modules = dict(model.named_modules())
+    found = [name for name in BODIES if name in modules and needed <= dict(modules[name].named_children()).keys()]
+    if not found or len(modules[found[0]].layers) == 0:
+        raise NotRecognisedError(f"it is not made of {', '.join(sorted(needed))} alone")
     if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
         raise NotRecognisedError("its head is no plain product")
+    return found[0]
 
 
 def _linears_of(index: int, layer: Any) -> dict[str, tuple[str, ...]]:
@@ -140,15 +143,16 @@ class _Onlooker(nn.Module):
         return hidden_states
 
 
-def _watch(model: Any, norm: Any, softcap: float | None) -> list[Handed]:
+def _watch(model: Any, body: Any, norm: Any, softcap: float | None) -> list[Handed]:
     """The frame computes logits as FusedModel would, and hands its layers this."""
-    body, layers = model.model, model.model.layers
+    layers = body.layers
     onlookers = [_Onlooker(layer) for layer in layers]
     tokens = torch.arange(TOKENS, device=body.embed_tokens.weight.device)
     with _made_small(body.config):
         body.layers = nn.ModuleList(onlookers)
         try:
-            theirs = model(input_ids=tokens[None], use_cache=False).logits[0]
+            with _not_recognised_if_raised("a layer that only looks on in its place"):
+                theirs = model(input_ids=tokens[None], use_cache=False).logits[0]
         finally:
             body.layers = layers
     embedded = body.embed_tokens(tokens)
@@ -157,6 +161,18 @@ def _watch(model: Any, norm: Any, softcap: float | None) -> list[Handed]:
     if not _agree(ours, theirs):
         raise NotRecognisedError("its logits are more than a product of its last norm's output and its head")
     return [_read_handed(body, embedded, index, each.handed) for index, each in enumerate(onlookers)]
+
+
+@contextmanager
+def _not_recognised_if_raised(tried: str) -> Iterator[None]:
+    """Inside runs code of transformers in a way that it may not be made for."""
+    try:
+        yield
+    except Exception as error:  # whatever it raises, the model may still be trained as it is
+        if is_out_of_memory(error):
+            raise
+        words = (str(error).splitlines() or [""])[0][:80]
+        raise NotRecognisedError(f"{tried} raises {type(error).__name__}: {words}") from error
 
 
 @contextmanager
@@ -237,7 +253,8 @@ def _computes(layer: Any, form: LayerForm, body: Any, index: int) -> bool:
         return False
     if not _sizes_fit(layer, form):
         return False
-    theirs = run_layer(layer, form, x[None], angles)[0]
+    with _not_recognised_if_raised(f"layer {index} alone"):
+        theirs = run_layer(layer, form, x[None], angles)[0]
     ours = FusedLayer(layer, form, {name: _Together(layer, parts) for name, parts in form.linears.items()}, index)
     return _agree(ours(x, half_angles(*angles), packed(GroupLayout.of([TOKENS]))) - x, theirs - x)
 
