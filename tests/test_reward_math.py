@@ -436,6 +436,8 @@ RIGHT_PLACE = [
 ]
 
 WRONG += [
+    (r"\boxed{R\pi^2}", r"\pi R"),
+    (r"\boxed{B\cos x}", "B"),
     (r"\boxed{x^{2}3}", "x^{23}"),
     (r"\boxed{\overline{z}}", "z"),
     (r"\boxed{(2,\infty)}", r"x\ge 2"),

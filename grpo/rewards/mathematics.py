@@ -28,7 +28,7 @@ _MOST_DIGITS = 5000.0  # of a number that is computed
 _PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _PERCENT = re.compile(r"(.*\d)\s*\\%")
 _OPTION = re.compile(r"\b(?i:option|choice|answer)\b\W*")
-_LETTER = re.compile(r"\W*(?:\\\w+\{)?\W*([A-Z])(?:[^\w\s^=+*/-].*|\s*[.:)].*)?", re.S)
+_LETTER = re.compile(r"\W*(?:\\\w+\{)?\W*([A-Z])(?:\s*[)}\].:,].*)?", re.S)
 _UNDONE = re.compile(r"\\(?:sum|prod|i*int|oint|lim(?:sup|inf)?)(?![A-Za-z])")
 _ALREADY_COMPUTED = re.compile(r"\\[dt]?binom\b.*\d{4}|\\(?:pmod|bmod|mod|gcd|lcm)\b.*\^|C\(\d{4}", re.S)
 
@@ -114,9 +114,9 @@ def _number_among_words(text: str) -> tuple[Decimal, bool] | None:
 def _as_letters(mine: str, right: str) -> bool | None:
     r"""The letter of a choice, where the gold answer is one: `B`, `(B)`, \text{(B)}; None where it is not, or may be a
     variable that the completion writes in a formula."""
-    gold = re.fullmatch(r"[A-Z]", re.sub(r"\\\w+|\W", "", right))
+    gold = re.fullmatch(r"\W*([A-Z])\W*", right)
     chosen = _LETTER.fullmatch(_OPTION.sub("", mine)) if gold else None
-    return chosen[1] == gold[0] if gold and chosen else None
+    return chosen[1] == gold[1] if gold and chosen else None
 
 
 def _as_words(mine: str, right: str) -> bool | None:
