@@ -118,7 +118,9 @@ def test_a_batch_that_raises_fails_as_a_whole():
 
 
 @pytest.mark.parametrize(
-    ("share", "num_samples", "most"), [(0.0, 10, 0), (0.1, 10, 1), (0.1, 9, 1), (0.25, 8, 2), (1.0, 4, 4)]
+    ("share", "num_samples", "most"),
+    [(0.0, 10, 0), (0.29, 100, 29), (0.1, 10, 1), (0.1, 9, 1), (0.25, 8, 2), (1.0, 4, 4)],
+,
 )
 def test_more_failures_than_the_share_end_the_run_with_the_first(share, num_samples, most):
     groups = [group_of(*["bad"] * most, *["a"] * (num_samples - most))]
@@ -259,7 +261,7 @@ def test_a_run_in_which_a_reward_fails_goes_on_counts_and_says_so(tmp_path, caps
 @pytest.mark.slow
 def test_a_run_in_which_rewards_fail_is_resumed_bit_for_bit(tmp_path, capsys):
     (tmp_path / "toy.py").write_text(FAILING)
-    flags = [*SMALL, "--max-reward-failures", "0.9", "--save-every", "2", "--kl-coef", "0.1", "--epochs", "2"]
+    flags = [*SMALL, "--max-reward-failures", "0.9", "--save-every", "2", "--eval-every", "2", "--kl-coef", "0.1", "--epochs", "2"]
     for name, steps in (("whole", 4), ("part", 2)):
         assert main([str(tmp_path / "toy.py"), *flags, "--steps", str(steps), "--run-dir", str(tmp_path / name)]) == 0
     assert main(["--resume", str(tmp_path / "part"), "--steps", "4"]) == 0
@@ -298,3 +300,26 @@ def test_a_long_run_with_a_reward_that_fails_now_and_then_ends_well(tmp_path, ca
     assert len(steps) == 60
     assert 20 <= count <= 60
     assert f"warning: `judge` failed on {count:.0f} completions" in capsys.readouterr().out
+
+
+GONE = """
+calls = 0
+def judge(completion):
+    global calls
+    calls += 1
+    if calls > 130:
+        raise ConnectionError("the judge is gone")
+    return 0.25
+"""
+
+
+@pytest.mark.slow
+def test_a_run_whose_reward_fails_for_good_stops_saved_with_the_first_traceback(tmp_path, capsys):
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, judge: 1.0, says: 1.0}", extra=GONE))
+    flags = [*SMALL, "--steps", "60", "--eval-every", "0", "--save-every", "50", "--run-dir", str(tmp_path / "run")]
+    assert main([str(tmp_path / "toy.py"), *flags]) == 2
+    error = capsys.readouterr().err
+    for words in ("Rewards have failed on 2 of 8", "Traceback", "in judge", "the judge is gone", "--resume"):
+        assert words in error
+    done = [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl") if "reward/mean" in line]
+    assert list((tmp_path / "run" / "checkpoints").glob(f"step-{len(done):06d}"))

@@ -41,7 +41,7 @@ class Tolerance:
 
     def most(self, num_samples: int) -> int:
         """So many completions may fail."""
-        return max(1, int(self.share * num_samples)) if self.share else 0
+        return max(1, math.floor(self.share * num_samples + 1e-9)) if self.share else 0
 
     def counted(self) -> dict[str, float]:
         """The metrics of what has failed since this was last asked."""
@@ -94,6 +94,8 @@ class Ledger:
     def close(self, groups: list[Group]) -> None:
         """Write into the groups of the S completions what has failed, and what rewards said of them."""
         places = [(group, index) for group in groups for index in range(len(group.completions))]
+        for group in groups:
+            group.failed, group.extra = {}, {}
         for name, why in self.failed.items():
             for at, words in sorted(why.items()):
                 group, index = places[at]
@@ -146,8 +148,8 @@ def _why(missing: Score | Missing) -> str:
 def _told(name: str, error: UserError, missing: Missing) -> str:
     return "\n".join(
         [
-            f"note: {error} It is left out of its group and of the loss. Further failures of `{name}` are counted in "
-            f"{FAILED.format(name)} alone, and stand in completions.jsonl and rewards.log.",
+            f"note: {error} What it failed on is left out of its group and of the loss. Further failures of `{name}` "
+            f"are counted in {FAILED.format(name)}, and stand in completions.jsonl and rewards.log.",
             *missing.trace.splitlines(),
         ]
     )

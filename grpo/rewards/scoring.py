@@ -68,7 +68,6 @@ class Scorer:
     rewards: list[Reward]
     tolerance: Tolerance
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
-
     steps: int = 1  # of the run
 
     def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
@@ -107,14 +106,11 @@ def build_rewards(
         function = reward_of(key)
         name, options = name_of(key), options_of(function)
         limit, pace = _limit(options, timeout), Pace()
-        if is_async(function):
-            way: Way = partial(way_async, limit, options.concurrency)
-        else:
-            way = partial(way_here, limit, pace)
+        in_loop = is_async(function)
+        way: Way = partial(way_async, limit, options.concurrency) if in_loop else partial(way_here, limit, pace)
         way = _with_more_tries(options, group_size, way)
         callee = callee_of(name, function, columns, chat, samples, way, options.batch == "group")
         weight = _checked_weight(name, weight)
-        in_loop = is_async(function)
         of_calls = (callee, options, limit, pace, samples, group_size)
         built.append(Reward(name, weight, way(callee), in_loop, *of_calls, elsewhere=in_loop))
     _check_together(built)
