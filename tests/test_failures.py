@@ -120,7 +120,6 @@ def test_a_batch_that_raises_fails_as_a_whole():
 @pytest.mark.parametrize(
     ("share", "num_samples", "most"),
     [(0.0, 10, 0), (0.29, 100, 29), (0.1, 10, 1), (0.1, 9, 1), (0.25, 8, 2), (1.0, 4, 4)],
-,
 )
 def test_more_failures_than_the_share_end_the_run_with_the_first(share, num_samples, most):
     groups = [group_of(*["bad"] * most, *["a"] * (num_samples - most))]
@@ -261,7 +260,7 @@ def test_a_run_in_which_a_reward_fails_goes_on_counts_and_says_so(tmp_path, caps
 @pytest.mark.slow
 def test_a_run_in_which_rewards_fail_is_resumed_bit_for_bit(tmp_path, capsys):
     (tmp_path / "toy.py").write_text(FAILING)
-    flags = [*SMALL, "--max-reward-failures", "0.9", "--save-every", "2", "--eval-every", "2", "--kl-coef", "0.1", "--epochs", "2"]
+    flags = [*SMALL, *"--max-reward-failures 0.9 --save-every 2 --eval-every 2 --kl-coef 0.1 --epochs 2".split()]
     for name, steps in (("whole", 4), ("part", 2)):
         assert main([str(tmp_path / "toy.py"), *flags, "--steps", str(steps), "--run-dir", str(tmp_path / name)]) == 0
     assert main(["--resume", str(tmp_path / "part"), "--steps", "4"]) == 0
