@@ -2,6 +2,7 @@
 
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-adapter            PEFT's adapter, of the best checkpoint
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-model --merged     one model of 16 bits
+    python -m grpo.export runs/gsm8k-20260101-120000 --to my-gguf --gguf        the adapter for llama.cpp and Ollama
 
 Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence, and nothing is left.
 """
@@ -9,17 +10,21 @@ Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sen
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from grpo.errors import UserError, is_out_of_memory, nearest
 from grpo.terminal import plain, plain_logs, say, working
+
+if TYPE_CHECKING:
+    from grpo.export.source import Source
 
 PROGRAM = "python -m grpo.export"
 
@@ -43,6 +48,11 @@ class Options:
     those of the checkpoint that the base was made from."""
     dtype: Literal["auto", "bf16", "float16", "float32"] = "auto"
     """Of the merged weights. auto: that of the base's checkpoint if it is of 16 bits, else bf16."""
+    gguf: tyro.conf.FlagCreatePairsOff[bool] = False
+    """The adapter as a GGUF file, which llama.cpp and Ollama put over a GGUF of the base, and a Modelfile. With
+    --merged the whole model."""
+    llama_cpp: str | None = None
+    """For --merged --gguf: a checkout of llama.cpp, whose convert_hf_to_gguf.py is run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,11 +97,20 @@ def _parse(argv: list[str]) -> Options:
         raise UserError(f"There is no use for {unknown[0]}.{nearest(unknown[0], known)} --help lists the flags.")
     if not (options.run and options.to):
         raise UserError(f"Say what to export and where to: {PROGRAM} RUN --to DIR.")
-    if not options.merged and (options.onto, options.dtype) != ("trained", "auto"):
-        raise UserError(
-            "--onto and --dtype are of --merged: an adapter is exported as it is. Give --merged, or no such flag."
-        )
+    _check_combination(options)
     return options
+
+
+def _check_combination(options: Options) -> None:
+    if not options.merged and (options.onto, options.dtype) != ("trained", "auto"):
+        raise UserError("--onto and --dtype are of --merged: an adapter is exported as it is. Give --merged too.")
+    if options.llama_cpp is not None and not (options.merged and options.gguf):
+        raise UserError("--llama-cpp is for the whole model as a GGUF. Give --merged and --gguf too.")
+    if options.merged and options.gguf and options.llama_cpp is None:
+        raise UserError(
+            "A whole model becomes a GGUF by llama.cpp's own converter: give --llama-cpp PATH, a checkout of it. "
+            "Without --merged the adapter alone is written, which needs none."
+        )
 
 
 def export(options: Options) -> None:
@@ -100,26 +119,52 @@ def export(options: Options) -> None:
     Raises:
         UserError: what is asked for cannot be had, or the folder is not free.
     """
-    from grpo.export.adapter import copy_companions, write_adapter
     from grpo.export.folder import check_free, new_folder
-    from grpo.export.merged import write_merged
     from grpo.export.source import find
-    from grpo.policy.adapter import factors_in
 
     to = Path(options.to)
     check_free(to)
+    write = _writer(options)
     source = find(options.run, options.checkpoint, options.model)
     with new_folder(to) as folder:
-        if options.merged:
-            with working("merging") as progressed:
-                factors = factors_in(source.folder)
-                told = write_merged(source, factors, folder, options.onto, options.dtype, progressed)
-            told += copy_companions(source, folder)
-        else:
-            told = write_adapter(source, folder)
+        told = write(source, folder)
     for line in told:
         say(line)
     say(f"written to {to}")
+
+
+def _writer(options: Options) -> Callable[[Source, Path], list[str]]:
+    """What writes what is asked for.
+
+    Raises:
+        UserError: something that it needs is not here.
+    """
+    if options.merged:
+        from grpo.export.llama_cpp import converter_in
+
+        return partial(_merge, options, converter_in(options.llama_cpp) if options.llama_cpp is not None else None)
+    if options.gguf:
+        from grpo.export.lora_gguf import check_installed, write_lora_gguf
+
+        check_installed()
+        return write_lora_gguf
+    from grpo.export.adapter import write_adapter
+
+    return write_adapter
+
+
+def _merge(options: Options, converter: Path | None, source: Source, folder: Path) -> list[str]:
+    from grpo.export.adapter import copy_companions
+    from grpo.export.llama_cpp import convert
+    from grpo.export.merged import write_merged
+
+    with working("merging") as progressed:
+        dtype, told = write_merged(source, folder, options.onto, options.dtype, progressed)
+    told += copy_companions(source, folder)
+    if converter:
+        with working("llama.cpp's converter"):
+            told += convert(converter, source, folder, dtype)
+    return told
 
 
 if __name__ == "__main__":

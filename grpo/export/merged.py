@@ -29,7 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.export.source import Source
-from grpo.policy.adapter import LinearFactors
+from grpo.policy.adapter import LinearFactors, factors_in
 from grpo.policy.companions import file_of
 from grpo.policy.linears import is_quantized
 from grpo.policy.load import Loaded, from_hub, load_model, safetensors_files
@@ -54,19 +54,19 @@ class Base:
 
 def write_merged(
     source: Source,
-    factors: Mapping[str, LinearFactors],
     folder: Path,
     onto: str,
     dtype: str,
     progressed: Progressed = no_progress,
-) -> list[str]:
-    """Write the merged model's weights and config.json; returns what is to be told.
+) -> tuple[str, list[str]]:
+    """Write the merged model's weights and config.json; returns the name of their dtype, and what is to be told.
 
     onto: "trained" or "original"; dtype: a name of DTYPES, or "auto": that of the checkpoint, if it is of 16 bits.
 
     Raises:
         UserError: the checkpoint is not to be had, is of another model, or not in a format that can be read.
     """
+    factors = factors_in(source.folder)
     settings = from_hub(AutoConfig.from_pretrained, source.base)
     is_4_bits = is_quantized(settings, source.base)
     files = from_hub(lambda name, trust_remote_code: safetensors_files(settings, name), source.base)
@@ -80,10 +80,11 @@ def write_merged(
     _write_shards(base, factors, kept, folder)
     _write_settings(source, kept, folder)
     which = "its NF4 weights as they were trained over, dequantised" if dequantised else "its own weights"
-    told = [f"{source.title} merged in float32 with {source.base}: {which}, written in {str(kept).partition('.')[2]}"]
+    written = str(kept).partition(".")[2]
+    told = [f"{source.title} merged in float32 with {source.base}: {which}, written in {written}"]
     if source.config is None and not dequantised:
         told.append("note: nothing here says whether the adapter was trained over these or over NF4 made of them.")
-    return told
+    return written, told
 
 
 # ---- what the adapter is added to
