@@ -49,7 +49,7 @@ from grpo.rewards.kept import Log
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
-from grpo.rollout.vllm_compat import is_installed
+from grpo.rollout.vllm_compat import why_not
 from grpo.seeds import Purpose, mix_seed
 from grpo.start import begin, keep
 from grpo.stream import PromptStream
@@ -259,8 +259,8 @@ def rehearse(
 
 
 def suits_vllm(config: Config, policy: Policy) -> bool:
-    """Whether vLLM is the better engine: it is here, there is a GPU, and it can hold this base as the policy does."""
-    return policy.device.type == "cuda" and is_installed() and config.base in ("bf16", "nf4")
+    """Whether vLLM is the better engine."""
+    return not why_not(config, policy.device)
 
 
 def build_scorer(

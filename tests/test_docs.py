@@ -32,6 +32,7 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 # Flags of programs that are not in this repository, where the documents use them.
 OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
+OWN_FLAGS = {"--json"}  # of the commands beside python -m grpo.run
 REWARD_FLAGS = {f"--{name}" for name in RewardOptions.__dataclass_fields__}  # of python -m grpo.rewards
 
 TOPS = ("examples", "grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
@@ -103,7 +104,7 @@ def test_flags_in_the_documents_exist(document, flags):
         program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
         own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_with_siblings(program[1]))) if program else set()
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
-        unknown = used - (own if program else flags | OTHER_PROGRAMS | REWARD_FLAGS)
+        unknown = used - (own if program else flags | OTHER_PROGRAMS | REWARD_FLAGS | OWN_FLAGS)
         assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
 
 

@@ -162,7 +162,7 @@ def load_model(
     build = partial(_projection, config=config, dtype=dtype, device=device)
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
-    _settle_tables(model)
+    settle_tables(model)
     form = _form_of(model, longest, note)
     if config.quantization == "dynamic":
         form = _check_dynamic(config.model, model, form, dense or [])
@@ -324,7 +324,7 @@ def _refuse_adapter(name: str) -> NoReturn:
     )
 
 
-def _settle_tables(model: Any) -> None:
+def settle_tables(model: Any) -> None:
     """Read what is outside of the layers: embedding, head, last norm."""
     layers = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     settle(model, torch.device("cpu"), lambda name: not name.startswith(tuple(layers)))

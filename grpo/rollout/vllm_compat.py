@@ -1,6 +1,7 @@
 """All that we touch of vLLM beyond what its public interface promises, found by looking and never by version number.
 Knows nothing of policies or prompts.
 
+why_not()           what speaks against vLLM as the engine, without importing it
 import_vllm()       vLLM, set up to run in this process; or one sentence that says what to install
 process_unchanged() what building an engine does to the process, undone
 OwnStream           the hand-over of the GPU between the trainer's stream and vLLM's
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 
 from grpo import generators
+from grpo.config import ModelConfig
 from grpo.errors import UserError
 from grpo.policy.adapter import tensor_name
 
@@ -63,6 +65,16 @@ def is_installed() -> bool:
     """Whether there is a package called vllm, without importing it. A mere folder of that name has no origin."""
     spec = importlib.util.find_spec("vllm")
     return spec is not None and spec.origin is not None
+
+
+def why_not(config: ModelConfig, device: torch.device) -> str:
+    """Why vLLM is not the better engine for a policy on `device`, a clause; empty if it is: it is here, there is a GPU,
+    and it can hold this base as the policy does."""
+    if device.type != "cuda":
+        return "the policy is not on a GPU"
+    if not is_installed():
+        return "it is not installed"
+    return "" if config.base in ("bf16", "nf4") else f"its base would not be in {config.base}"
 
 
 def import_vllm(device: torch.device) -> Any:
