@@ -158,7 +158,7 @@ def test_a_torch_that_cannot_be_imported(tmp_path):
     (tmp_path / "toy.py").write_text(GOOD + "\nnothing.there")
     done = in_a_process(tmp_path, "toy.py", packages=packages)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
-    assert "libcudart.so.13" in done.stdout and "torch is 2.10.0, and grpo 0.1.0 is for torch" in done.stdout
+    assert "libcudart.so.13" in done.stdout and "torch is 2.10.0, and grpo " in done.stdout
     assert "NameError" in done.stdout, "the task file is looked at all the same"
 
 

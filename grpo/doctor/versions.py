@@ -1,7 +1,7 @@
 """Versions: what is installed, beside what is allowed and what was run. Imports none of it but torch and transformers.
 
-What is allowed is what the installed package says of itself (pyproject.toml wrote it), and what the others say of each
-other: a vLLM is built for one torch.
+What is allowed stands in pyproject.toml, which a clone has and an installed package has kept as its metadata; and what
+the others say of each other: a vLLM is built for one torch.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib
 import platform
 import sys
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from grpo.doctor.findings import Finding, found
+from grpo.doctor.findings import Finding, found, looked
 
 # What was run together: each row on one machine, by tests and benchmarks.
 TESTED: tuple[dict[str, str], ...] = (
@@ -68,8 +72,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: found for name, found in there.items() if found}
 
 
+def of_clone() -> dict[str, Any]:
+    """The project's table of the pyproject.toml beside this package; empty where it is installed without one."""
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    read = looked(lambda: tomllib.loads(file.read_text())["project"])
+    return read if read and read.get("name") == PROGRAM else {}
+
+
 def requirements_of(name: str) -> list[Asked]:
-    """What an installed package asks for on this system; nothing where it is not here."""
+    """What a package asks for on this system; nothing where it is not here."""
+    if name == PROGRAM and (clone := of_clone()):
+        extras = [line for lines in clone["optional-dependencies"].values() for line in lines]
+        lines = dict.fromkeys(clone["dependencies"], False) | dict.fromkeys(extras, True)
+        asked = [Asked(Requirement(line), name, optional) for line, optional in lines.items()]
+        return [each for each in asked if not each.requirement.marker or each.requirement.marker.evaluate()]
     try:
         lines = distribution(name).requires or []
     except PackageNotFoundError:
@@ -91,12 +107,10 @@ def look_at_versions() -> list[Finding]:
     """What is missing, too old, too new, or not made for each other; in the end what is there."""
     findings: list[Finding] = []
     asked = requirements_of(PROGRAM)
-    if not installed(PROGRAM):
-        told = "This package runs, but is not installed, so nothing says which versions it is for."
-        findings.append(Finding("note", "versions", told, "pip install -e ."))
-    wrong_python = installed(PROGRAM) and _python_is_wrong()
-    if wrong_python:
-        findings.append(wrong_python)
+    if not asked:
+        told = "This package is neither installed nor run from a clone, so nothing says which versions it is for."
+        findings.append(Finding("hinders", "versions", told, f"pip install {PROGRAM}"))
+    findings += _python()
     for each in asked:
         findings += _unmet(each)
     ours = {canonicalize_name(name) for name in MATRIX}
@@ -109,14 +123,14 @@ def look_at_versions() -> list[Finding]:
     return findings
 
 
-def _python_is_wrong() -> Finding | None:
-    from packaging.specifiers import SpecifierSet
-
-    wanted = distribution(PROGRAM).metadata.get("Requires-Python") or ""
+def _python() -> list[Finding]:
+    """Python is of a version that is allowed."""
+    in_metadata = distribution(PROGRAM).metadata.get("Requires-Python") if installed(PROGRAM) else ""
+    wanted = of_clone().get("requires-python") or in_metadata or ""
     if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        return None
+        return []
     told = f"Python is {platform.python_version()}, and {PROGRAM} is for {wanted}."
-    return Finding("stops", "versions", told, "Make a virtual environment with a Python in that range.")
+    return [Finding("stops", "versions", told, "Make a virtual environment with a Python in that range.")]
 
 
 def _unmet(asked: Asked) -> list[Finding]:
@@ -124,6 +138,8 @@ def _unmet(asked: Asked) -> list[Finding]:
     extra brings is missing where it is used."""
     requirement, is_ours = asked.requirement, asked.of == PROGRAM
     there, name = installed(requirement.name), requirement.name
+    if asked.optional and name not in MATRIX:  # it draws, logs or tests
+        return []
     command = f'pip install "{name}{requirement.specifier}"'
     if not there:
         if asked.optional or (not is_ours and canonicalize_name(name) not in ("torch", "transformers")):
@@ -131,7 +147,8 @@ def _unmet(asked: Asked) -> list[Finding]:
         return [Finding("stops", "versions", f"{name} is not installed, which {asked.of} needs.", command)]
     if requirement.specifier.contains(there, prereleases=True):
         return []
-    told = f"{name} is {there}, and {asked.of} {installed(asked.of)} is for {name} {requirement.specifier}."
+    asker = " ".join(filter(None, [asked.of, installed(asked.of)]))
+    told = f"{name} is {there}, and {asker} is for {name} {requirement.specifier}."
     stops = is_ours and not asked.optional
     return [Finding("stops" if stops else "hinders", "versions", told, command)]
 
