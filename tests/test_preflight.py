@@ -345,7 +345,21 @@ def test_a_million_characters_are_tried_and_what_fails_on_them_is_told_and_stops
 
     told = thorough({careful: 1.0, fails: 1.0}).notes
     assert max(longest) == 1_000_000
-    assert [note[:70] for note in told] == ["On a million characters `fails` fails, and would on a completion as lo"]
+    assert [note[:53] for note in told] == ["On a text of 100,000 characters `fails` fails, and wo"]
+
+
+def test_a_reward_whose_time_grows_fast_is_tried_on_no_longer_text(monkeypatch):
+    """As slow as the square of the length: on a million characters it would never come back."""
+    now, longest = [0.0], []
+
+    def square(completion):
+        now[0] += len(completion) ** 2 / 5e7
+        longest.append(len(completion))
+        return 1.0
+
+    monkeypatch.setattr("grpo.rewards.preflight.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    assert thorough({square: 1.0}).notes == ["`square` takes 2.0 s for a text of 10,000 characters."]
+    assert max(longest) == 10_000
 
 
 def test_the_table_fits_into_eighty_columns():

@@ -34,8 +34,8 @@ ALL_PROBES = 8  # rows that every probe is made of, where it is thorough
 PROBED = 64  # rows that the probes of BASE are made of there; of the others gold alone is tried
 ENOUGH_ROWS = 6  # that a trick is tried on, before anything is said of it
 LOOKED_AHEAD = 256  # gold answers that the most usual one is found among
-LONG = 1_000_000  # characters
-LONG_SECONDS = 1.0  # for so many of them, that nobody minds
+LENGTHS = (1_000, 10_000, 100_000, 1_000_000)  # characters
+LONG_SECONDS = 1.0  # for a long text, that nobody minds
 
 
 @dataclass(frozen=True)
@@ -389,16 +389,19 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _long(reward: Reward, prompt: Prompt, gold: str, calls: Calls) -> Iterator[str]:
-    """What it does with a million characters."""
-    text = (f"{gold}\n" * (LONG // (len(gold) + 1) + 1))[:LONG]
-    completion = Completion([0], [0.0], text, finish="length", policy_version=0)
-    groups = [Group(prompt, [completion] * (1 if reward.callee.fits is fit_one else calls.group_size))]
-    began = time.monotonic()
-    try:
-        score(groups, [reward])
-    except UserError as error:
-        yield f"On a million characters `{reward.name}` fails, and would on a completion as long as that: {error}"
-        return
-    seconds = (time.monotonic() - began) / len(groups[0].completions)
-    if seconds > LONG_SECONDS:
-        yield f"`{reward.name}` takes {seconds:.1f} s for a million characters."
+    """What it does with a text of a million characters. It gets there by shorter ones: one whose time grows with the
+    square of the length would hold the interpreter for so long that the watchdog ends the process."""
+    for length in LENGTHS:
+        text = (f"{gold}\n" * (length // (len(gold) + 1) + 1))[:length]
+        completion = Completion([0], [0.0], text, finish="length", policy_version=0)
+        groups = [Group(prompt, [completion] * (1 if reward.callee.fits is fit_one else calls.group_size))]
+        began = time.monotonic()
+        try:
+            score(groups, [reward])
+        except UserError as error:
+            yield f"On a text of {length:,} characters `{reward.name}` fails, and would on such a completion: {error}"
+            return
+        seconds = (time.monotonic() - began) / len(groups[0].completions)
+        if seconds > LONG_SECONDS:
+            yield f"`{reward.name}` takes {seconds:.1f} s for a text of {length:,} characters."
+            return
