@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from grpo.errors import in_words
+from grpo.errors import WHAT_USER_CODE_RAISES, in_words
 from grpo.rewards.scoring import Reward
 from grpo.rewards.worker import Setup
 from grpo.rewards.workers import Pool, memory_of_one, portable, sources_of, way_workers
@@ -101,7 +101,7 @@ def _try_to_send(reward: Reward) -> None:
         for name, value in call.arguments.items():
             try:
                 pickle.dumps(value)
-            except Exception as error:
+            except WHAT_USER_CODE_RAISES as error:
                 raise ValueError(f"its argument `{name}` cannot be sent to another: {in_words(error)}") from error
 
 

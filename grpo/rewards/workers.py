@@ -34,7 +34,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from grpo.errors import UserError, in_words
+from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words
 from grpo.rewards.attempt import ADVICE
 from grpo.rewards.calling import Callee, Finish, Outcome, Start
 from grpo.rewards.samples import Logged, Samples
@@ -68,7 +68,7 @@ def portable(function: Callable) -> bytes:
         raise ValueError("it is defined in the script that was started: put it into a module")
     try:
         return pickle.dumps(function)
-    except Exception as error:
+    except WHAT_USER_CODE_RAISES as error:
         what = getattr(function, "__qualname__", "")
         if "<lambda>" in what or "<locals>" in what:
             raise ValueError("it is made inside of a function: define it at the top of a file") from error
@@ -295,7 +295,7 @@ def _start(pool: Pool, limit: Limit | None, lane: Lane, callee: Callee, samples:
         seed = zlib.crc32(drawn_by.encode(errors="replace"))
         try:
             arguments = pickle.dumps((apart.logged, call.arguments), pickle.HIGHEST_PROTOCOL)
-        except Exception as error:
+        except WHAT_USER_CODE_RAISES as error:
             future: Future[Reply] = Future()
             future.set_result(Reply([_not_sent(error)] * len(call.members)))
         else:
@@ -315,7 +315,7 @@ def _finish(samples: Samples, under_way: list[tuple[Any, Future[Reply]]]) -> Ite
             future.cancel()
 
 
-def _not_sent(error: Exception) -> Missing:
+def _not_sent(error: BaseException) -> Missing:
     return Missing(
         f"could not be sent to a worker process ({in_words(error)}) with",
         "Say @reward(workers=0) above it: then it is called in the run's own process.",
