@@ -79,6 +79,7 @@ SHOWN = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3 (text)",
+    "gemma3-sees": "Gemma 3 that also sees (text is trained)",
     "phi3": "Phi-3, Phi-4",
     "glm": "GLM-4 (2024)",
     "glm4": "GLM-4 (0414)",
@@ -165,7 +166,8 @@ def settings_of(family: str) -> Any:
         if family == "gpt2":
             settings.n_head = 2  # heads of a size that vLLM has attention for on a CPU
         else:
-            settings.hidden_size, settings.head_dim = 128, 32
+            text = settings.get_text_config()
+            text.hidden_size, text.head_dim = 128, 32
     settings.architectures = [type(transformers.AutoModelForCausalLM.from_config(settings)).__name__]
     return settings
 
@@ -339,7 +341,7 @@ def vllm_cell(told: str, shown: str, remarks: list[str]) -> str:
 def noted(remark: str, remarks: list[str]) -> str:
     """The number of a remark, in brackets. Where checkpoints lay says nothing."""
     words = [word for word in remark.split() if not word.startswith("/tmp")]
-    remark = " ".join(words).replace("from with", "from it with").replace("|", "/")
+    remark = " ".join(words).replace("from with", "from it with").replace("of are", "of it are").replace("|", "/")
     if remark not in remarks:
         remarks.append(remark)
     return f"({remarks.index(remark) + 1})"

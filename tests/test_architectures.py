@@ -161,8 +161,11 @@ MODELS = {
         dict(**SIZES, residual_multiplier=0.5, embedding_multiplier=3.0, logits_scaling=2.0, attention_multiplier=0.3),
     ),
     "nemotron": ("NemotronConfig", dict(**SIZES)),
-    "smollm3": ("SmolLM3Config", dict(**SIZES)),
-    "exaone4": ("Exaone4Config", dict(**SIZES, sliding_window=8)),
+    "smollm3": ("SmolLM3Config", dict(**SIZES, no_rope_layers=[1, 0])),
+    "exaone4": (
+        "Exaone4Config",
+        dict(**SIZES, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
     "mpt": ("MptConfig", dict(vocab_size=101, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, eos_token_id=2)),
     "helium": ("HeliumConfig", dict(**HEADS)),
     "ernie": ("Ernie4_5Config", dict(**HEADS)),

@@ -274,6 +274,7 @@ class SharedLink:
             # vLLM keeps compiled code on disk and knows nothing of our tensors: without this, code compiled over a bf16
             # base would be run over an NF4 base of the same model.
             "additional_config": {"grpo": vllm_weights.layout_key(policy.store)},
+            **vllm_weights.text_alone(policy.model, policy.source),
         }
 
     def building(self) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from grpo_kernels.nf4 import BLOCK
 from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -37,12 +38,16 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from grpo.errors import UserError, is_out_of_memory
+from grpo.policy.fused import FusedModel
 from grpo.policy.load import Model
 from grpo.policy.projections import Base, Projection, ProjectionStore
 from grpo.rollout.vllm_compat import reason_of
 
 # The name under which vLLM knows the quantisation config and the loader.
 SHARED = "grpo_shared"
+
+# Where a model for text alone has its layers.
+TEXT = "model"
 
 # vLLM pads its tables to a multiple of this many rows.
 VOCABULARY_MULTIPLE = 64
@@ -102,6 +107,27 @@ def _padded(table: Tensor) -> Tensor:
     """[V, D] -> [V rounded up, D], the table itself where nothing is missing."""
     missing = -table.shape[0] % VOCABULARY_MULTIPLE
     return nn.functional.pad(table, (0, 0, 0, missing)) if missing else table
+
+
+def text_alone(model: Model, source: str) -> dict[str, Any]:
+    """Arguments of vllm.LLM such that of a model that also sees the part for text is built, if that is what we have."""
+    if not isinstance(model, FusedModel) or model.name == TEXT:
+        return {}
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(source).get_text_config())]
+
+    def of_text(settings: Any) -> Any:
+        text = settings.get_text_config()
+        text.architectures = [kind.__name__]
+        return text
+
+    return {"hf_overrides": of_text}
+
+
+def _as_text(model: Model, name: str) -> str:
+    """A weight's name in the model that is for text alone."""
+    if isinstance(model, FusedModel) and name.startswith(f"{model.name}."):
+        return f"{TEXT}.{name.removeprefix(f'{model.name}.')}"
+    return name
 
 
 def layout_key(store: ProjectionStore) -> str:
@@ -426,7 +452,9 @@ class SharedLoader(BaseModelLoader):
         parameters = {name for name, _ in model.named_parameters()} - _names_of_tables(model)
         try:
             # By name, so that what is in one module comes together.
-            loaded = model.load_weights(sorted([*stand_ins.named, *loan.model.small_weights()], key=lambda w: w[0]))
+            named = [*stand_ins.named, *loan.model.small_weights()]
+            weights = {_as_text(loan.model, name): weight for name, weight in named}
+            loaded = model.load_weights((name, weights[name]) for name in sorted(weights))
         except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise

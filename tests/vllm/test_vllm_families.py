@@ -23,6 +23,7 @@ CASES = [
     ("gemma", "float32"),  # a table that asks for no method; the head is tied to it
     ("gemma2", "nf4"),
     ("gemma3", "bf16"),
+    ("gemma3-sees", "nf4"),  # the part for text of a larger model
     ("phi3", "nf4"),  # joined in the checkpoint
     ("glm4", "nf4"),
     ("stablelm", "bf16"),
@@ -40,8 +41,8 @@ def config_of(folder, name, base, **overrides):
     if name == "gpt2":
         settings.n_head = 2  # heads of a size that vLLM has attention for on a CPU
     else:
-        settings.hidden_size = 128
-        settings.head_dim = 32
+        text = settings.get_text_config()
+        text.hidden_size, text.head_dim = 128, 32
     write_checkpoint(folder, settings, vary_norms=True)
     defaults = dict(base=base, device="cpu", engine="vllm", lora_rank=3, lora_alpha=6.0, max_completion_tokens=23,
                     mask_truncated=False)  # fmt: skip
