@@ -1,6 +1,6 @@
 # Everyday commands. `make check` is what a change must pass before it is sent.
 
-.PHONY: check lint test test-slow test-gpu test-vllm bench tables
+.PHONY: check lint test test-slow test-gpu test-vllm bench models tables
 
 check: lint test
 
@@ -28,6 +28,10 @@ bench:
 	python benchmarks/kernels.py --peers
 	python benchmarks/step.py
 	python benchmarks/memory.py
+
+# Tries every family of models, in some ten minutes; with vLLM where it is installed.
+models:
+	python scripts/write_models_table.py
 
 # The tables in the docs are written from benchmarks/results/*.json, grpo/metrics.py and grpo/recipes.py, never by hand.
 tables:

@@ -50,14 +50,17 @@ Tried on tiny random models, on a CPU, with {versions}. Speed on a GPU is in [fi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="one family, by its name in tests/tiny_models.py or tests/test_architectures.py")
+    parser.add_argument(
+        "--only",
+        help="families with commas between, by their names in tests/tiny_models.py or tests/test_architectures.py",
+    )
     parser.add_argument("--in-this-process", action="store_true", help="what a child is started with")
     arguments = parser.parse_args()
     if arguments.in_this_process:
         for family in arguments.only.split(","):
             print(json.dumps({family: tried_or_failed(family)}), flush=True)
         return
-    children = [[arguments.only]] if arguments.only else [[family] for family in SHOWN] + [others()]
+    children = [arguments.only.split(",")] if arguments.only else [[family] for family in SHOWN] + [others()]
     found: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(CHILDREN) as pool:
         for out in pool.map(in_a_child, children):
