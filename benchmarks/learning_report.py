@@ -90,7 +90,7 @@ def run_of(base: str, folder: Path, record: Path) -> dict[str, Any]:
 
 def _chosen(config: dict[str, Any]) -> dict[str, Any]:
     """The values of a run's configuration that are no defaults, without its paths."""
-    defaults = asdict(Config())
+    defaults = json.loads(json.dumps(asdict(Config())))  # as the file has them
     chosen = [name for name, value in config.items() if value != defaults[name]]
     return {name: config[name] for name in chosen if name not in ("model", "run_dir", "data")}
 

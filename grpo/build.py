@@ -215,8 +215,12 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     engine.release()
     held = 0 if plan.gives_cache_back else plan.kv_cache
     taken = memory.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
-    engine = dict(engine_bytes=max(0, taken), cache_stands=plan.kv_cache, gives_cache_back=(plan.gives_cache_back,))
-    need = replace(plan.need, **engine)
+    need = replace(
+        plan.need,
+        engine_bytes=max(0, taken),
+        cache_stands=plan.kv_cache,
+        gives_cache_back=(plan.gives_cache_back,),
+    )
     plan = memory.choose(plan.sizes, need, plan.limit, _asked(config))
     policy.model.treat(plan.treatments)
     note(plan.table())

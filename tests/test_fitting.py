@@ -80,8 +80,9 @@ def gradient_of(policy, config, groups, most=10_000, where="forward"):
 
 
 def assert_same_step(one, other):
+    """Equal but for the order of float32 sums, which makes 2e-6 here; a completion less or twice would make 1e-2."""
     assert other[0].norm() > 1e-4
-    assert (one[0] - other[0]).norm() <= 1e-6 * other[0].norm()
+    assert (one[0] - other[0]).norm() <= 4e-6 * other[0].norm()
     assert one[1] == pytest.approx(other[1], rel=1e-6, abs=1e-6)
 
 

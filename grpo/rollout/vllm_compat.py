@@ -160,7 +160,7 @@ def load_model_class(source: str) -> None:
     from vllm import ModelRegistry
 
     for architecture in AutoConfig.from_pretrained(source).architectures or []:
-        entry = getattr(ModelRegistry, "models", {}).get(architecture)
+        entry: Any = getattr(ModelRegistry, "models", {}).get(architecture)
         if hasattr(entry, "load_model_cls"):
             with suppress(Exception):  # vLLM will try again, and has sentences of its own for what is wrong
                 ModelRegistry.register_model(architecture, entry.load_model_cls())
