@@ -4,11 +4,15 @@
         adapter_model.safetensors, adapter_config.json   PEFT's format, float32
         optimizer.safetensors                            the optimizer's moments
         rng.safetensors                                  random states of torch, CUDA, numpy and Python
+        README.md, tokenizer.json, chat_template.jinja   for other programs: how it is used, the model's tokenizer
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
-                                                         with the size and SHA-256 of every other file, and of itself
+                                                         with the size and SHA-256 of the first four, and of itself
 
 A checkpoint is written under another name, synced to the disk and renamed: there is a whole one or none. Only folders
 whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
+
+`best` in the run's folder is a text file of one line, the best checkpoint's path from there: a link would be lost on
+some file systems, in archives and on the hub.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.folder import CHECKPOINTS, STATE, is_checkpoint, list_checkpoints, resume_folder, run_of
+from grpo.folder import BEST, CHECKPOINTS, STATE, is_checkpoint, list_checkpoints, resume_folder, run_of
 from grpo.generators import Generators, from_tensors
 from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files, load_adapter
+from grpo.policy.companions import companions, contents
 from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
+from grpo.usage import README, usage_of_adapter
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
 FORMAT = "grpo-checkpoint-2"
@@ -80,12 +86,16 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
         RNG: save(generators.tensors()),
     }
+    title = f"{folder.name}, step {progress.step}"
+    readme = usage_of_adapter(title, policy.source, str(final), policy.store.rank, in_a_run=True)
+    # No part of the state: whoever changes them, to serve another chat template say, can still go on with the run.
+    beside = dict(contents(companions(policy.source))) | {README: readme.encode()}
     draft = checkpoints / f".{final.name}.partial"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        for name, content in files.items():
+        for name, content in (files | beside).items():
             write_synced(draft / name, content)
         state = {
             "format": FORMAT,
@@ -98,6 +108,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
         sync_folder(checkpoints)
+        _point_to_best(folder, progress.best_step, final)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -236,6 +247,15 @@ def best_checkpoint(path: Path) -> Path:
         raise UserError(f"{path} has no checkpoint to score yet. Go on with it: --resume {run_of(path)}.")
     best = last.with_name(f"step-{read_state(last)[0].best_step:06d}")
     return best if best.is_dir() else last
+
+
+def _point_to_best(folder: Path, best_step: int, last: Path) -> None:
+    """Let `best` name the checkpoint that --eval and an export take: the best by held-out score, else the last."""
+    best = last.with_name(f"step-{best_step:06d}")
+    draft = folder / f".{BEST}.partial"
+    draft.unlink(missing_ok=True)  # of a run that was downloaded it may be a link to some other file
+    write_synced(draft, f"{CHECKPOINTS}/{(best if best.is_dir() else last).name}\n".encode())
+    draft.replace(folder / BEST)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ runs/<task>-<time>/
     config.json                the run's id, the task file and its SHA-256, every value and where it came from
     metrics.jsonl, completions.jsonl, prompts.jsonl ...               what grpo/record writes
     checkpoints/step-000010/   what grpo/checkpoint.py writes; left-step-000010 is of a course that the run has left
+    best                       the path from here of the best checkpoint, a line of text
     starts.jsonl               each start: its command, versions, device
     start_adapter/             the adapter that the run began from, if it did
     left-1/                    what was recorded before a run without a checkpoint started over
@@ -34,6 +35,7 @@ CONFIG_FILE = "config.json"
 STATE = "state.json"  # of a checkpoint, written last
 CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 CHECKPOINTS = "checkpoints"  # the folder in a run's
+BEST = "best"  # the file in a run's that names its best checkpoint
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
 START = "start_adapter"  # the folder in a run's of the adapter that it began from
 Origin = Literal["default", "task", "embedded", "recipe", "flag", "adapter"]  # of a value of a run

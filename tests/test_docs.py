@@ -14,6 +14,7 @@ import pytest
 
 import grpo
 from grpo.config import field_names
+from grpo.export.__main__ import Options as ExportOptions
 from grpo.rewards.__main__ import Options as RewardOptions
 from grpo.run import main
 from grpo.task import Task
@@ -33,6 +34,9 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
 OWN_FLAGS = {"--json"}  # of the commands beside python -m grpo.run
+OTHER_PROGRAMS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--lora"}  # vLLM's, llama.cpp's
+# Of python -m grpo.export.
+EXPORT_FLAGS = {f"--{name.replace('_', '-')}" for name in ExportOptions.__dataclass_fields__}
 REWARD_FLAGS = {f"--{name}" for name in RewardOptions.__dataclass_fields__}  # of python -m grpo.rewards
 
 TOPS = ("examples", "grpo", "kernels", "tasks", "docs", "tests", "scripts", "benchmarks")
@@ -104,7 +108,7 @@ def test_flags_in_the_documents_exist(document, flags):
         program = re.search(r"python ((?:scripts|benchmarks|tests)/[\w/]+\.py)", span)
         own = set(re.findall(r"\"(--[a-z][a-z0-9-]*)\"", text_with_siblings(program[1]))) if program else set()
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
-        unknown = used - (own if program else flags | OTHER_PROGRAMS | REWARD_FLAGS | OWN_FLAGS)
+        unknown = used - (own if program else flags | OTHER_PROGRAMS | REWARD_FLAGS | EXPORT_FLAGS | OWN_FLAGS)
         assert not unknown, f"{document}: no such flag in `{span}`: {unknown}"
 
 

@@ -161,6 +161,7 @@ def test_the_whole_run_of_a_model_with_a_tokenizer(trained, tmp_path, capsys):
         assert main([str(trained), "--to", str(out), *flags]) == 0
         tokenizer = transformers.AutoTokenizer.from_pretrained(out)
         assert tokenizer.chat_template and tokenizer("2 + 2")["input_ids"]
+        assert f"from_pretrained({json.dumps(str(out))})" in (out / "README.md").read_text()
         assert transformers.GenerationConfig.from_pretrained(out).eos_token_id is not None
 
 

@@ -1,6 +1,10 @@
 """The GGUF of an adapter is the adapter, and llama.cpp computes with it what PEFT computes."""
 
+import json
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -168,6 +172,28 @@ def test_the_whole_model_goes_through_the_converter_that_is_given(trained, tmp_p
     assert main([str(trained), *flags]) == 0
     assert (tmp_path / "out" / "model.gguf").read_text() == "bf16"
     assert "FROM ./model.gguf" in (tmp_path / "out" / "Modelfile").read_text().splitlines()
+
+
+def test_the_commands_in_the_document_do_what_it_says(trained, tmp_path, monkeypatch):
+    document = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkout(tmp_path / "llama.cpp", "pathlib.Path(out).write_text(kind)")
+    commands = "".join(re.findall(r"```bash\n(.*?)```", document, re.S)).splitlines()
+    assert len(commands) == 6
+    for command in commands:
+        python, _, module, *flags = shlex.split(command)
+        assert (python, module) == ("python", "grpo.export")
+        assert main([str(trained) if flag == "RUN" else flag for flag in flags]) == 0
+        out = tmp_path / flags[flags.index("--to") + 1]
+        expected = {"--llama-cpp": "model.gguf", "--merged": "model.safetensors", "--gguf": "adapter.gguf"}
+        written = next((file for flag, file in expected.items() if flag in flags), "adapter_model.safetensors")
+        assert (out / written).is_file()
+    base = json.loads((tmp_path / "my-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    program = re.search(r"```python\n(.*?)```", document, re.S)[1]
+    there = {}
+    exec(program.replace('"RUN"', repr(str(trained))).replace('"MODEL"', repr(base)), there)
+    assert isinstance(there["model"], peft.PeftModel) and there["tokenizer"].chat_template
 
 
 @pytest.mark.parametrize(

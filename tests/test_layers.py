@@ -23,6 +23,7 @@ LAYERS = (
         "watchdog": ("grpo.watchdog",),
         "metrics": ("grpo.metrics",),
         "recipes": ("grpo.recipes",),
+        "usage": ("grpo.usage",),
         "embedded": ("grpo.embedded.*",),
     },
     {

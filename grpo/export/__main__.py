@@ -22,6 +22,7 @@ import tyro
 
 from grpo.errors import UserError, is_out_of_memory, nearest
 from grpo.terminal import plain, plain_logs, say, working
+from grpo.usage import README, usage_of_adapter, usage_of_gguf, usage_of_model
 
 if TYPE_CHECKING:
     from grpo.export.source import Source
@@ -128,9 +129,18 @@ def export(options: Options) -> None:
     source = find(options.run, options.checkpoint, options.model)
     with new_folder(to) as folder:
         told = write(source, folder)
+        (folder / README).write_text(_readme(options, source), encoding="utf-8")
     for line in told:
         say(line)
     say(f"written to {to}")
+
+
+def _readme(options: Options, source: Source) -> str:
+    if options.merged:
+        return usage_of_model(source.title, source.base, options.to, options.gguf)
+    if options.gguf:
+        return usage_of_gguf(source.title, source.base, options.to)
+    return usage_of_adapter(source.title, source.base, options.to, source.rank, in_a_run=False)
 
 
 def _writer(options: Options) -> Callable[[Source, Path], list[str]]:

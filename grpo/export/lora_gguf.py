@@ -87,7 +87,8 @@ def write_lora_gguf(source: Source, folder: Path) -> list[str]:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for linear, factor in factors.items():
-        name = names.get_name(linear)
+        # Within a model that sees, the text's has a name of its own.
+        name = names.get_name(linear) or names.get_name(linear.replace("language_model.", "", 1))
         if name is None:
             raise UserError(f"llama.cpp has no weight for the adapter's {linear}. Give the --model of the adapter.")
         writer.add_tensor(f"{name}.weight.lora_a", factor.a.contiguous().numpy())

@@ -13,7 +13,7 @@ base in 16 bits no more than a shard is in memory, of one in 4 bits the quantise
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -105,12 +105,12 @@ def _base(
     source: Source,
 ) -> Base:
     quantised = _quantised(loaded) if loaded else {}
-    wanted = [*quantised, *factors]
-    linears = _names_in_files(wanted, tensors, source)
+    linears = _names_in_files(factors, tensors, source)
+    of_the_base = _names_in_files(quantised, tensors, source)
     extra = {key for key in tensors if _is_of_4_bits(key, tensors)}
-    read = {key: quantised[name] for key, name in linears.items() if name in quantised}
+    read = {key: quantised[name] for key, name in of_the_base.items()}
     for key in tensors:
-        if loaded and f"{key}.absmax" in tensors and key not in linears:  # the head, dense since it was loaded
+        if loaded and f"{key}.absmax" in tensors and key not in read:  # the head, dense since it was loaded
             read[key] = partial(value_of, loaded.model.head)
     return Base({key: tensor for key, tensor in tensors.items() if key not in extra}, linears, read, transposed)
 
@@ -142,16 +142,15 @@ def _is_of_4_bits(key: str, tensors: Mapping[str, Tensor]) -> bool:
     return bool(weight) and weight in tensors
 
 
-def _names_in_files(names: list[str], tensors: Mapping[str, Tensor], source: Source) -> dict[str, str]:
+def _names_in_files(names: Collection[str], tensors: Mapping[str, Tensor], source: Source) -> dict[str, str]:
     """Name of a tensor in the files -> name of the linear, for all of these. A checkpoint of more than a language
     model, or an old one, has its names after another prefix than the model that is trained."""
-    names = list(dict.fromkeys(names))
     for taken in PREFIXES:
         for put in PREFIXES:
             found = {f"{put}{name[len(taken) :]}.weight": name for name in names if name.startswith(taken)}
             if len(found) == len(names) and found.keys() <= tensors.keys():
                 return found
-    missing = next(name for name in names if f"{name}.weight" not in tensors) if names else ""
+    missing = next((name for name in names if f"{name}.weight" not in tensors), "")
     raise UserError(
         f"The checkpoint of {source.base} has no {missing}.weight, which the adapter belongs to. Give the --model that "
         "it was trained with; if this is the one, merge with PEFT's merge_and_unload."
