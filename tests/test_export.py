@@ -10,6 +10,7 @@ import torch
 import transformers
 from bnb_reference import BLOCK, dequantize_4bit
 from safetensors.torch import load_file
+from test_run import files_of_at_most
 from tiny_models import CPU, VOCABULARY, build_policy, one_batch, randomise, reference_logprobs
 
 from grpo.checkpoint import Progress, save_checkpoint
@@ -165,7 +166,7 @@ def test_the_whole_run_of_a_model_with_a_tokenizer(trained, tmp_path, capsys):
         assert transformers.GenerationConfig.from_pretrained(out).eos_token_id is not None
 
 
-@pytest.mark.parametrize(("which", "step"), [("last", 4), ("2", 2), ("best", None)])
+@pytest.mark.parametrize(("which", "step"), [("last", 4), ("step-000002", 2), ("best", None)])
 def test_a_checkpoint_is_chosen(which, step, trained, tmp_path):
     assert main([str(trained), "--to", str(tmp_path / "out"), "--checkpoint", which]) == 0
     written = (tmp_path / "out" / WEIGHTS).read_bytes()
@@ -215,3 +216,22 @@ def test_a_folder_with_something_in_it_is_left_as_it_is(trained, tmp_path, capsy
     (tmp_path / "empty").mkdir()
     assert main([str(trained), "--to", str(tmp_path / "empty")]) == 0
     assert (tmp_path / "empty" / SETTINGS).exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--merged"], ["--gguf"]], ids=str)
+def test_a_disk_that_is_full_is_told_and_nothing_is_left(flags, trained, tmp_path, capsys):
+    out = tmp_path / "out"
+    with files_of_at_most(30_000):
+        told = told_of(capsys, trained, "--to", out, *flags)
+    assert "too large" in told or "could not be written" in told
+    assert not out.exists()
+
+
+def test_a_signal_stops_it_and_nothing_is_left(trained, tmp_path):
+    """The converter that is run asks for the export to be stopped, and waits."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    flags = ["--merged", "--gguf", "--llama-cpp", str(tmp_path)]
+    assert main([str(trained), "--to", str(tmp_path / "out"), *flags]) == 143
+    assert not (tmp_path / "out").exists()

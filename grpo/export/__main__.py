@@ -4,11 +4,13 @@
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-model --merged     one model of 16 bits
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-gguf --gguf        the adapter for llama.cpp and Ollama
 
-Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence, and nothing is left.
+Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence; 130, 143 or 129 stopped by
+Ctrl-C, SIGTERM or SIGHUP. But for the first, nothing is left of the export.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -20,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from grpo.errors import UserError, is_out_of_memory, nearest
+from grpo.errors import Stopped, UserError, is_out_of_memory, nearest
+from grpo.guards import stopped_by_signals
 from grpo.terminal import plain, plain_logs, say, working
 from grpo.usage import README, usage_of_adapter, usage_of_gguf, usage_of_model
 
@@ -59,21 +62,23 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, by default the process's own. Returns the exit code."""
     try:
-        if argv is None:
-            plain_logs()
-        export(_parse(list(sys.argv[1:] if argv is None else argv)))
-        return 0
+        with stopped_by_signals():
+            if argv is None:
+                plain_logs()
+            export(_parse(list(sys.argv[1:] if argv is None else argv)))
+            return 0
     except UserError as error:
         told = str(error)
     except OSError as error:
-        told = f"{error.filename or 'The system'}: {error.strerror or error}."
+        file = error.filename2 or error.filename
+        told = f"{file}: {error.strerror or error}." if file else f"The export could not be written ({error})."
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         told = "This machine's memory does not hold the export. Close other programs, or export the adapter alone."
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("Stopped; nothing is left of the export.", file=sys.stderr)
-        return 130
+        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
     print(f"error: {plain(told)}", file=sys.stderr)
     return 2
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
+from grpo.export.folder import write_tensors
 from grpo.export.source import Source
 from grpo.policy.adapter import SETTINGS, WEIGHTS, factors_in, tensor_name
 from grpo.policy.companions import companions
@@ -20,7 +19,7 @@ def write_adapter(source: Source, folder: Path) -> list[str]:
         shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
     else:
         tensors = {tensor_name(n, x): t.contiguous() for n, f in factors.items() for x, t in (("A", f.a), ("B", f.b))}
-        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+        write_tensors(tensors, folder / WEIGHTS)
     return [
         f"the adapter of {source.title}: rank {source.rank}, {len(factors)} linears, over {source.base}",
         *copy_companions(source, folder),

@@ -7,10 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from grpo.checkpoint import sync_folder
 from grpo.errors import UserError
 
 DRAFT = ".export.partial"  # the folder in it that is written into first
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for want of space say.
+    """
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:  # the format's own class, of the system's errors too
+        raise OSError(None, str(error), str(path)) from error
 
 
 @contextmanager

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_dequantize
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.export.folder import write_tensors
 from grpo.export.source import Source
 from grpo.policy.adapter import LinearFactors, factors_in
 from grpo.policy.companions import file_of
@@ -175,7 +175,7 @@ def _write_shards(base: Base, factors: Mapping[str, LinearFactors], dtype: torch
     for number, keys in enumerate(shards, 1):
         name = SAFE_WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         written = {key: _value(key, base, factors, dtype) for key in keys}
-        save_file(written, folder / name, {"format": "pt"})
+        write_tensors(written, folder / name)
         index |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         total = sum(path.stat().st_size for path in folder.glob("model-*.safetensors"))

@@ -42,7 +42,7 @@ def find(run: str, checkpoint: str, model: str | None) -> Source:
         folder = _checkpoint(path, checkpoint)
         progress = check_files(folder)
         check_run(folder, saved.id)
-        base = model or model_source(saved.config.model)
+        base = model_source(model or saved.config.model)
         title = f"{saved.name}, step {progress.step}"
         return Source(folder, title, _there(base, run), describe(folder).rank, saved.config, tuple(progress.dense))
     if checkpoint != "best":
@@ -71,12 +71,13 @@ def _checkpoint(path: Path, which: str) -> Path:
     if which == "last":
         return there[-1]
     steps = {str(read_step(each)): each for each in there}
-    if which not in steps:
+    step = which.removeprefix("step-").lstrip("0")
+    if step not in steps:
         raise UserError(
             f"--checkpoint is {which}, and {run_of(path)} has those of steps {', '.join(steps)}. Give one of them, "
             "best or last."
         )
-    return steps[which]
+    return steps[step]
 
 
 def _best(path: Path, has_any: bool) -> Path:
