@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import sys
+import threading
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from grpo.guards import stops_gently
 from grpo.rewards import build_rewards, kept, score
 from grpo.rewards.draws import Draws, apart
 from grpo.rewards.failures import Tolerance
-from grpo.rewards.kept import Log
+from grpo.rewards.kept import Log, printed_to
 from grpo.rewards.scoring import Scorer
 from grpo.types import Completion, Group, Prompt
 
@@ -190,6 +191,28 @@ def test_what_rewards_print_goes_to_a_file_and_not_to_the_screen(tmp_path, capfd
     assert capfd.readouterr() == ("", "")
     print("again on the screen")
     assert capfd.readouterr().out == "again on the screen\n"
+
+
+def test_lines_of_threads_stay_whole(tmp_path):
+    path = tmp_path / "rewards.log"
+    log, turns = Log(path), threading.Barrier(2)
+
+    def prints(word):
+        for _ in range(3):
+            log.write(word)
+            turns.wait()
+            log.write("\n")
+            turns.wait()
+
+    threads = [threading.Thread(target=prints, args=(word,)) for word in ("one", "two")]
+    with printed_to(log):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print("no end", end="")
+        print(" yet", end="", flush=True)
+    assert sorted(path.read_text().splitlines()) == ["no end yet", *["one"] * 3, *["two"] * 3]
 
 
 def test_a_log_that_cannot_be_written_fails_no_reward(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_LOG = 256 << 20  # bytes that one process writes: a night of a reward that prints everything
+LONGEST_BEGUN = 1 << 20  # characters of a line without an end that are kept waiting for it
 # What programs set handlers for. To ask for all of them takes longer than many a reward.
 _CAUGHT = [getattr(signal, f"SIG{name}") for name in "INT TERM HUP QUIT ALRM CHLD USR1 USR2 PIPE TSTP WINCH".split()]
 _ENVIRONMENT: Any = os.environb if os.supports_bytes_environ else os.environ
@@ -115,27 +116,47 @@ _THINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 
 
 class Log(io.TextIOBase):
-    """Takes whatever is printed; a disk that is full is no reason for a reward to fail."""
+    """Takes whatever is printed, a thread's lines whole; a disk that is full is no reason for a reward to fail."""
 
     encoding = "utf-8"  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
     def __init__(self, path: Path):
         self._path = path
         self._left = LARGEST_LOG
+        self._begun: dict[int, str] = {}  # by thread: a line that has no end yet
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str) -> int:
+        # `print` writes a line in pieces, between which other threads print.
+        thread = threading.get_ident()
+        lines, newline, begun = (self._begun.pop(thread, "") + text).rpartition("\n")
+        if len(begun) > LONGEST_BEGUN:
+            lines, newline, begun = lines + newline + begun, "", ""
+        if begun:
+            self._begun[thread] = begun
+        self._append(lines + newline)
+        return len(text)
+
+    def flush(self) -> None:
+        """What has no end of line yet, too."""
+        while self._begun:
+            self._append(self._begun.popitem()[1])
+
+    def _append(self, text: str) -> None:
         encoded = text.encode(errors="backslashreplace")[: self._left]
         self._left -= len(encoded)
-        with suppress(OSError), self._path.open("ab") as file:
-            file.write(encoded)
-        return len(text)
+        if encoded:
+            with suppress(OSError), self._path.open("ab") as file:
+                file.write(encoded)
 
 
 @contextmanager
 def printed_to(log: io.TextIOBase) -> Iterator[None]:
     """Inside, what Python prints goes to the log."""
     with redirect_stdout(log), redirect_stderr(log):
-        yield
+        try:
+            yield
+        finally:
+            log.flush()
