@@ -63,7 +63,7 @@ def test_the_adapter_opens_in_peft_and_computes_the_same(name, run_of, checkpoin
     assert_same(policy, theirs, groups)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt2", "gemma3-sees"])
 def test_the_merged_model_opens_in_transformers_and_computes_the_same(name, run_of, groups, tmp_path):
     run, policy = run_of(name)
     assert main([str(run), "--to", str(tmp_path / "out"), "--merged", "--dtype", "float32"]) == 0
@@ -83,7 +83,7 @@ def test_the_merged_weights_are_rounded_once(name, run_of, tmp_path):
     assert json.loads((tmp_path / "auto" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "gpt2"])
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt2", "gemma3-sees"])
 def test_over_a_base_in_4_bits_the_dequantised_one_is_merged_with(name, run_of, checkpoint, groups, tmp_path, capsys):
     run, policy = run_of(name, "nf4")
     assert main([str(run), "--to", str(tmp_path / "out"), "--merged", "--dtype", "float32"]) == 0
@@ -235,3 +235,16 @@ def test_a_signal_stops_it_and_nothing_is_left(trained, tmp_path):
     flags = ["--merged", "--gguf", "--llama-cpp", str(tmp_path)]
     assert main([str(trained), "--to", str(tmp_path / "out"), *flags]) == 143
     assert not (tmp_path / "out").exists()
+
+
+def test_the_text_of_a_model_that_sees_is_a_gguf_of_the_text_s_names(run_of, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    run, policy = run_of("gemma3-sees")
+    assert main([str(run), "--to", str(tmp_path / "out"), "--gguf"]) == 0
+    read = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    written = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in read.tensors}
+    factors = {name: (a, b) for name, a, b in policy.store.factors()}
+    a, b = next(pair for name, pair in factors.items() if name.endswith("layers.1.mlp.down_proj"))
+    assert len(written) == 2 * len(factors)
+    assert torch.equal(written["blk.1.ffn_down.weight.lora_a"], a)
+    assert torch.equal(written["blk.1.ffn_down.weight.lora_b"], b)

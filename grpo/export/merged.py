@@ -38,7 +38,7 @@ from grpo.policy.promises import Checkpoint, Progressed, no_progress, value_of
 SHARD_BYTES = 4 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 SIXTEEN_BITS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PREFIXES = ("", "model.", "language_model.", "model.language_model.", "transformer.")
+PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "language_model.", "transformer.")
 OF_MORE = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")  # a vision tower's
 
 
