@@ -338,8 +338,8 @@ def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     except UserError:
         if need.engine_bytes < ENGINE_BYTES:  # there is to be none
             raise
-        least = need.engine_bytes - ENGINE_BYTES + LEAST_ENGINE_BYTES
-        return choose(sizes, replace(need, engine_bytes=least), limit, asked)
+        # Where it was expected to have a copy of the weights, it may share them after all.
+        return choose(sizes, replace(need, engine_bytes=LEAST_ENGINE_BYTES), limit, asked)
 
 
 def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
