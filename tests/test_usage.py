@@ -11,7 +11,7 @@ import torch
 import transformers
 from test_checkpoint import flipped
 
-from grpo.folder import list_checkpoints
+from grpo.folder import leave_later, list_checkpoints
 from grpo.run import main
 from grpo.usage import README, usage_of_adapter, usage_of_gguf, usage_of_model
 
@@ -73,3 +73,10 @@ def test_what_is_for_other_programs_may_be_changed_or_gone(toy_run):
     shutil.rmtree(list_checkpoints(toy_run)[0])
     assert main(["--resume", str(toy_run), "--steps", "5"]) == 0
     assert (toy_run / (toy_run / "best").read_text().strip()).is_dir()
+
+
+@pytest.mark.parametrize("names", [2, 4])
+def test_best_never_names_a_checkpoint_that_was_left(names, toy_run):
+    (toy_run / "best").write_text(f"checkpoints/step-{names:06d}\n")
+    leave_later(toy_run, 2)
+    assert (toy_run / "best").exists() == (names == 2)
