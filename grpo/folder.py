@@ -280,7 +280,7 @@ def leave_later(folder: Path, step: int) -> list[Path]:
         left_path = path.with_name(LEFT + path.name)
         shutil.rmtree(left_path, ignore_errors=True)
         left.append(path.rename(left_path))
-    with suppress(OSError):  # a pointer to what was left is none; the next checkpoint writes it anew
+    with suppress(OSError, ValueError):  # a pointer to what was left is none; the next checkpoint writes it anew
         if not (folder / (folder / BEST).read_text(encoding="utf-8").strip()).is_dir():
             (folder / BEST).unlink()
     return left
