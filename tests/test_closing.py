@@ -8,6 +8,7 @@ from made_up_run import make_run
 
 from grpo.checkpoint import Progress
 from grpo.command import parse
+from grpo.export.__main__ import _parse as read_export
 from grpo.report.__main__ import main as report
 from grpo.verbs.closing import closing
 
@@ -38,7 +39,7 @@ def test_what_was_learnt_where_it_is_and_what_comes_next(run, capsys):
 def test_the_commands_are_understood(run, tmp_path, monkeypatch, capsys):
     progress = Progress(step=12, best_step=12, first_scores=SCORES, last_scores=SCORES)
     commands = [shlex.split(line, comments=True) for line in closing(run, progress, 12) if line.startswith("  python")]
-    assert len(commands) == 3
+    assert len(commands) == 4
     another = make_run(tmp_path / "another", steps=3)
     for command in commands:
         assert command[:2] == ["python", "-m"]
@@ -46,6 +47,9 @@ def test_the_commands_are_understood(run, tmp_path, monkeypatch, capsys):
             options, flags = parse(command[3:])
             assert str(run) in (options.eval, options.resume)
             assert flags in ({}, {"steps": 24})
+        elif command[2] == "grpo.export":
+            options = read_export(command[3:])
+            assert (options.run, options.to) == (str(run), "FOLDER")
         else:
             words = {"ANOTHER": str(another), "FILE": str(tmp_path / "both.html")}
             assert report([words.get(word, word) for word in command[3:]]) == 0

@@ -20,6 +20,7 @@ NEXT = (
     ("python -m grpo.run --eval {run}", "held-out scores of its best checkpoint"),
     ("python -m grpo.run --resume {run} --steps {more}", "twice as long"),
     ("python -m grpo.report {run} ANOTHER --out FILE", "beside another run"),
+    ("python -m grpo.export {run} --to FOLDER", "the best adapter; --merged the whole model, --gguf for llama.cpp"),
 )
 
 
