@@ -59,7 +59,12 @@ LAYERS = (
     {"loop": ("grpo.train",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},
-    {"command": ("grpo.run",), "doctor": ("grpo.doctor.*",), "command of the rewards": ("grpo.rewards.__main__",)},
+    {
+        "command": ("grpo.run",),
+        "doctor": ("grpo.doctor.*",),
+        "chat": ("grpo.chat.*",),
+        "command of the rewards": ("grpo.rewards.__main__",),
+    },
     {"what a task file imports": ("grpo",)},
 )
 

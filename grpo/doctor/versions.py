@@ -125,7 +125,7 @@ def look_at_versions() -> list[Finding]:
 
 def _python() -> list[Finding]:
     """Python is of a version that is allowed."""
-    in_metadata = distribution(PROGRAM).metadata.get("Requires-Python") if installed(PROGRAM) else ""
+    in_metadata = distribution(PROGRAM).metadata["Requires-Python"] if installed(PROGRAM) else ""
     wanted = of_clone().get("requires-python") or in_metadata or ""
     if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
         return []

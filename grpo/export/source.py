@@ -82,9 +82,7 @@ def _checkpoint(path: Path, which: str) -> Path:
 
 def _best(path: Path, has_any: bool) -> Path:
     if not has_any:
-        raise UserError(
-            f"{path} has no checkpoint to export yet. Go on with it: python -m grpo.run --resume {run_of(path)}."
-        )
+        raise UserError(f"{path} has no checkpoint yet. Go on with it: python -m grpo.run --resume {run_of(path)}.")
     return best_checkpoint(path)
 
 
