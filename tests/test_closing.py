@@ -6,6 +6,7 @@ import shlex
 import pytest
 from made_up_run import make_run
 
+from grpo.chat.__main__ import _parser as chat_parser
 from grpo.checkpoint import Progress
 from grpo.command import parse
 from grpo.export.__main__ import _parse as read_export
@@ -39,7 +40,7 @@ def test_what_was_learnt_where_it_is_and_what_comes_next(run, capsys):
 def test_the_commands_are_understood(run, tmp_path, monkeypatch, capsys):
     progress = Progress(step=12, best_step=12, first_scores=SCORES, last_scores=SCORES)
     commands = [shlex.split(line, comments=True) for line in closing(run, progress, 12) if line.startswith("  python")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     another = make_run(tmp_path / "another", steps=3)
     for command in commands:
         assert command[:2] == ["python", "-m"]
@@ -47,6 +48,8 @@ def test_the_commands_are_understood(run, tmp_path, monkeypatch, capsys):
             options, flags = parse(command[3:])
             assert str(run) in (options.eval, options.resume)
             assert flags in ({}, {"steps": 24})
+        elif command[2] == "grpo.chat":
+            assert chat_parser().parse_args(command[3:]).run == str(run)
         elif command[2] == "grpo.export":
             options = read_export(command[3:])
             assert (options.run, options.to) == (str(run), "FOLDER")

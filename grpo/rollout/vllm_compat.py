@@ -332,6 +332,12 @@ def inner_model(llm: Any) -> Any:
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
 
+def has_graphs(llm: Any) -> bool:
+    """Whether it captures CUDA graphs after all: with some attention it cannot, and turns them off."""
+    settings = getattr(llm.llm_engine.vllm_config, "compilation_config", None)
+    return getattr(getattr(settings, "cudagraph_mode", None), "name", "") != "NONE"
+
+
 def shut_down(llm: Any) -> None:
     """End an engine that nobody else holds on to: its worker, its process groups, its memory."""
     from vllm.distributed import cleanup_dist_env_and_memory

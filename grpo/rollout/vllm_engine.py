@@ -120,6 +120,11 @@ class VllmEngine:
             self.close()
             raise
         note(f"vllm: {self.link.told}")
+        if self._captures() and not vllm_compat.has_graphs(self.llm):
+            note(
+                "note: vLLM captures no decode steps as CUDA graphs with this GPU's attention, which makes sampling "
+                "slower. --rollout-graphs compiled captures what it can."
+            )
 
     def _built(self, vllm: Any, longest: int) -> tuple[Link, Any]:
         """vLLM over the policy's weights; where it builds this model otherwise, over its own."""
@@ -211,11 +216,13 @@ class VllmEngine:
     def _can_release(self) -> bool:
         return self.config.release_kv_cache and self.device.type == "cuda"
 
+    def _captures(self) -> bool:
+        return self.config.rollout_graphs != "none" and self.device.type == "cuda"
+
     def _arguments(self, longest: int) -> dict[str, Any]:
         """Of vllm.LLM, but for the link's."""
         config, dtype = self.config, self.policy.store.compute_dtype
         sequences = sequences_at_once(config)
-        captured = config.rollout_graphs != "none" and self.device.type == "cuda"
         sizes = [size for size in GRAPH_SIZES if size < sequences] + [sequences]
         compilation = {"cudagraph_capture_sizes": sizes} | GRAPHS.get(config.rollout_graphs, {})
         return {
@@ -229,9 +236,9 @@ class VllmEngine:
             "enable_sleep_mode": self._can_release(),
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
-            "enforce_eager": not captured,
+            "enforce_eager": not self._captures(),
             "seed": config.seed,
-            **({"compilation_config": compilation} if captured else {}),
+            **({"compilation_config": compilation} if self._captures() else {}),
             **(_gpu_arguments() if self.device.type == "cuda" else _cpu_arguments(longest)),
         }
 

@@ -17,6 +17,7 @@ from grpo.report import REPORT, paired_line
 
 PLACES = (("report", REPORT), ("completions", "completions.jsonl"), ("numbers", "metrics.jsonl"))
 NEXT = (
+    ("python -m grpo.chat {run}", "talk to it, and to its base beside it"),
     ("python -m grpo.run --eval {run}", "held-out scores of its best checkpoint"),
     ("python -m grpo.run --resume {run} --steps {more}", "twice as long"),
     ("python -m grpo.report {run} ANOTHER --out FILE", "beside another run"),

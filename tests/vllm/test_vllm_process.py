@@ -44,6 +44,7 @@ def test_building_and_sampling_leave_the_process_as_it_was(vllm_config):
     before = state_of_the_process()
     engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 60)
     assert state_of_the_process() == before
+    assert not vllm_compat.has_graphs(engine.llm)  # on a CPU there are none
     rollout(engine, prompts(), 3, seed=1)
     engine.logprobs([[5, 6]], [[7, 8]])
     engine.sync()
