@@ -217,7 +217,7 @@ def lines_of(findings: list[Finding]) -> list[str]:
     """The verdict, and each finding with its remedy below it, the heaviest first."""
     stops, hinders = (sum(each.weight == weight for each in findings) for weight in ("stops", "hinders"))
     verdict = "A run would not start" if stops else "A run would start"
-    counts = [f"{count} {what}" for count, what in ((stops, "to mend"), (hinders, "in its way")) if count]
+    counts = [f"{stops} to mend"] * bool(stops) + [f"hindered by {hinders}"] * bool(hinders)
     width = max(len(each.subject) for each in findings)
     lines = [f"{verdict}{': ' if counts else ''}{', '.join(counts)}."]
     for each in ordered(findings):
