@@ -33,7 +33,7 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 # Flags of programs that are not in this repository, where the documents use them.
 OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
-OWN_FLAGS = {"--json"}  # of the commands beside python -m grpo.run
+OWN_FLAGS = {"--json", "--system"}  # of the commands beside python -m grpo.run
 OTHER_PROGRAMS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--lora"}  # vLLM's, llama.cpp's
 # Of python -m grpo.export.
 EXPORT_FLAGS = {f"--{name.replace('_', '-')}" for name in ExportOptions.__dataclass_fields__}

@@ -260,6 +260,9 @@ def _read_checkpoint(name: str, dtype: torch.dtype, note: Callable[[str], object
     if getattr(model, "_hf_peft_config_loaded", False):
         _refuse_adapter(name)
     if quantized:
+        for parameter in model.parameters():  # transformers 5.24 leaves what is in 16 bits as it is
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         adopt_quantized(model, dtype)
     return model
 
