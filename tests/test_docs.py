@@ -13,6 +13,7 @@ import grpo_kernels
 import pytest
 
 import grpo
+from grpo.chat.__main__ import _parser as chat_parser
 from grpo.config import field_names
 from grpo.export.__main__ import Options as ExportOptions
 from grpo.rewards.__main__ import Options as RewardOptions
@@ -33,7 +34,8 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob
 # Flags of programs that are not in this repository, where the documents use them.
 OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--clock-control", "--set", "--durations"}
 
-OWN_FLAGS = {"--json", "--system"}  # of the commands beside python -m grpo.run
+OWN_FLAGS = {"--json"}  # of the commands beside python -m grpo.run
+OWN_FLAGS |= set(chat_parser()._option_string_actions)
 OTHER_PROGRAMS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--lora"}  # vLLM's, llama.cpp's
 # Of python -m grpo.export.
 EXPORT_FLAGS = {f"--{name.replace('_', '-')}" for name in ExportOptions.__dataclass_fields__}
