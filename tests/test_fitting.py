@@ -80,9 +80,8 @@ def gradient_of(policy, config, groups, most=10_000, where="forward"):
 
 
 def assert_same_step(one, other):
-    """Equal but for the order of float32 sums, which makes 2e-6 here; a completion less or twice would make 1e-2."""
     assert other[0].norm() > 1e-4
-    assert (one[0] - other[0]).norm() <= 4e-6 * other[0].norm()
+    assert (one[0] - other[0]).norm() <= 1e-6 * other[0].norm()
     assert one[1] == pytest.approx(other[1], rel=1e-6, abs=1e-6)
 
 
@@ -112,7 +111,12 @@ def quick_collections():
 
 @pytest.fixture(scope="module")
 def policy(checkpoint):
-    return build_policy(Config(model=checkpoint("qwen3"), base="float32", device="cpu", lora_rank=3, lora_alpha=6.0))
+    """With norms of ones, as a fresh model has them: others amplify the rounding of sums."""
+    policy = build_policy(Config(model=checkpoint("qwen3"), base="float32", device="cpu", lora_rank=3, lora_alpha=6.0))
+    for name, weight in policy.model.small_weights():
+        if "norm" in name:
+            weight.data.fill_(1)
+    return policy
 
 
 @pytest.mark.parametrize("epochs", [1, 2], ids=["the pass's own ratio", "a stored one"])
