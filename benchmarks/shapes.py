@@ -32,6 +32,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         model_type="qwen2", hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
         num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False, rope_theta=1e6,
     ),
+    "gemma-2b": dict(
+        model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=256, vocab_size=256000, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+    "gemma-2-9b": dict(
+        model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, vocab_size=256000, tie_word_embeddings=True, max_position_embeddings=8192,
+        query_pre_attn_scalar=256, sliding_window=4096,
+    ),
+    "gemma-3-4b": dict(
+        model_type="gemma3_text", hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208, tie_word_embeddings=True,
+        max_position_embeddings=131072, query_pre_attn_scalar=256, sliding_window=1024,
+    ),
     # For trying the scripts themselves.
     "tiny": dict(
         model_type="qwen3", hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
