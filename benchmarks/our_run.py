@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from profiling import profile
@@ -28,6 +28,7 @@ from grpo.questions import build_questions
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
+from grpo.rollouts import Rollouts
 from grpo.task import Task
 from grpo.train import Run, train
 from grpo.types import Completion, Request
@@ -76,8 +77,9 @@ def measure(
         start["built"] = time.time() - started
         built_gib = device_used_gib()
         if sampled is not None:
-            run.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
-            run.audit = Deaf(run.policy, run.audit.noise)
+            rollouts = cast(Rollouts, run.source)
+            run.engine = rollouts.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
+            rollouts.audit = Deaf(run.policy, rollouts.audit.noise)
         watch = Watch(run, until)
         with run.recorder:
             train(run)

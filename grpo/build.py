@@ -50,6 +50,7 @@ from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import why_not
+from grpo.rollouts import Rollouts
 from grpo.seeds import Purpose, mix_seed
 from grpo.start import begin, keep
 from grpo.stream import PromptStream
@@ -357,22 +358,29 @@ def build_run(
     policy.fit.tell = recorder.message
     draws = Draws(generators.reader(policy.device))
     own = (draws, Log(folder / REWARDS_LOG))
+    pack = build_packer(config, policy.device, policy.fit.limit)
+    rollouts = Rollouts(
+        config=config,
+        engine=engine,
+        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
+        score=build_scorer(config, questions, recorder.message, own),
+        estimator=ESTIMATORS[config.advantage],
+        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
+        admits=has_advantage if config.dynamic_sampling else admit_all,
+        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
+        trains=pack.trains,
+    )
     return Run(
         config=config,
         folder=folder,
         policy=policy,
         engine=engine,
-        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
-        score=build_scorer(config, questions, recorder.message, own),
-        estimator=ESTIMATORS[config.advantage],
-        pack=build_packer(config, policy.device, policy.fit.limit),
+        source=rollouts,
+        pack=pack,
         loss=trace,
-        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
         evaluator=build_evaluator(task, config, questions, recorder.message, own),
         recorder=recorder,
         memory_peak=partial(gpu_peak, plan) if plan else process_peak,
-        admits=has_advantage if config.dynamic_sampling else admit_all,
-        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         generators_now=lambda: draws.state,
         generators=draws.state,
         progress=progress,

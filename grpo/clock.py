@@ -26,12 +26,10 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def metrics(self, groups: list[Group]) -> dict[str, float]:
-        """time/<stage> in seconds, and sampled tokens a second of the whole step and of the rollout alone."""
+        """time/<stage> in seconds, and sampled tokens a second of the whole step."""
         total = time.perf_counter() - self.start
-        tokens = sampled_tokens(groups)
         return {
             **{f"time/{stage}": seconds for stage, seconds in self.seconds.items()},
             "time/step": total,
-            "speed/tokens_per_second": tokens / total,
-            "speed/rollout_tokens_per_second": tokens / self.seconds["rollout"],
+            "speed/tokens_per_second": sampled_tokens(groups) / total,
         }

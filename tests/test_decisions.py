@@ -16,6 +16,7 @@ from pathlib import Path
 from toy_task import SMALL, TASK
 
 import grpo.train
+from grpo.rollouts import Rollouts
 from grpo.run import main
 
 PACKAGE = Path(grpo.train.__file__).parent
@@ -33,7 +34,7 @@ def functions_run_by_a_step(argv):
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(COUNTED) or code.co_filename.startswith(NOT_COUNTED):
             return
-        steps_begun += code is grpo.train.sample.__code__
+        steps_begun += code is Rollouts.__call__.__code__
         if steps_begun == 1 or code is grpo.train.train.__code__:
             seen.add((Path(code.co_filename), code.co_firstlineno))
 
@@ -103,7 +104,7 @@ def test_a_step_takes_few_decisions(tmp_path):
         counted |= decisions_of(file, {line for other, line in functions if other == file})
     for expected in (
         "train.py:train",
-        "train.py:sample",
+        "rollouts.py:__call__",
         "policy/policy.py:update",
         "loss.py:clipped",
         "packing.py:fill",

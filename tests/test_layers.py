@@ -56,6 +56,7 @@ LAYERS = (
         "new": ("grpo.guess", "grpo.scaffold", "grpo.new"),
     },
     {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",), "export": ("grpo.export.*",)},
+    {"source of groups": ("grpo.rollouts",)},
     {"loop": ("grpo.train",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},

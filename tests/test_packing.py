@@ -9,7 +9,7 @@ from grpo.advantages import ESTIMATORS, assign_advantages
 from grpo.config import Config
 from grpo.loss import build_loss
 from grpo.packing import build_packer, has_advantage
-from grpo.train import step_metrics
+from grpo.rollouts import step_metrics
 from grpo.types import Completion, Group, Prompt, Span, sampled_tokens
 
 

@@ -135,7 +135,7 @@ def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questio
         "memory_gib": torch.cuda.get_device_properties(device).total_memory / 2**30 if is_cuda else None,
         "engine": engine_in_words(run.engine),
         "rows": {"train": len(questions.train), "held-out": len(questions.test)},
-        "rewards": {reward.name: reward.weight for reward in run.score.rewards},
+        "rewards": {reward.name: reward.weight for reward in questions.rewards},
         "solved": task.solved,
         "threads": run.progress.threads,
     }

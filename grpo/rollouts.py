@@ -1,0 +1,107 @@
+"""Rollouts: the source of groups that GRPO learns from: completions that the policy samples, scored by rewards.
+
+Knows nothing of losses or optimizers.
+
+    prompts -> rollout -> audit -> score -> advantages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from grpo.advantages import Estimator, assign_advantages
+from grpo.checkpoint import Progress
+from grpo.clock import Clock
+from grpo.config import Config
+from grpo.evaluate import truncated_share
+from grpo.packing import has_advantage
+from grpo.rewards import Scorer
+from grpo.rollout import Engine
+from grpo.rollout.audit import Audit
+from grpo.rollout.sampling import sample_groups
+from grpo.seeds import Purpose, mix_seed
+from grpo.stream import PromptStream
+from grpo.types import Group, sampled_tokens
+
+
+@dataclass
+class Rollouts:
+    """A `grpo.train.Source`: what the policy says to the next prompts, and what it earned."""
+
+    config: Config
+    engine: Engine
+    stream: PromptStream
+    score: Scorer
+    estimator: Estimator
+    audit: Audit
+    admits: Callable[[Group], bool]  # dynamic sampling: which groups are worth training on
+    max_rollouts: int  # in one step
+    trains: Callable[[Group], bool]  # whether a group has a part in the update
+
+    def __call__(self, step: int, clock: Clock) -> tuple[list[Group], dict[str, float]]:
+        """The scored groups of a step, and metrics: what they look like, how many were rolled out for them, and what
+        rewards logged.
+
+        Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
+        """
+        config = self.config
+        seed = mix_seed(Purpose.ROLLOUT, config.seed, step)
+        weights = {each.name: each.weight for each in self.score.rewards}
+        groups: list[Group] = []
+        scored: list[Group] = []
+        told: dict[str, float] = {}
+        num_rolled_out = 0
+        for _ in range(self.max_rollouts):
+            with clock("rollout"):
+                prompts = self.stream.take(config.prompts_per_step - len(groups))
+                scored = sample_groups(
+                    self.engine, prompts, config.group_size, config.max_completion_tokens, seed, num_rolled_out
+                )
+            with clock("audit"):
+                told |= self.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
+            with clock("score"):
+                told |= self.score(scored, step)
+            num_rolled_out += len(scored)
+            assign_advantages(scored, self.estimator, weights)
+            groups += filter(self.admits, scored)
+            if len(groups) == config.prompts_per_step:
+                break
+        # Nothing worth training on after all: the step shows what it last saw, and trains nothing.
+        groups = groups or scored
+        # Anew over all groups of the step: some estimators scale by its spread.
+        assign_advantages(groups, self.estimator, weights)
+        told |= self.score.failed() | {"groups/rolled_out": num_rolled_out}
+        speed = {"speed/rollout_tokens_per_second": sampled_tokens(groups) / clock.seconds["rollout"]}
+        return groups, told | step_metrics(groups, num_rolled_out, self.trains) | speed
+
+    def check(self, update: dict[str, float]) -> None:
+        """See grpo.train.Source: the log-probabilities that completions came with are the policy's."""
+        self.audit.check_gap(update["mismatch/gap"])
+
+    def remember(self, progress: Progress) -> None:
+        """See grpo.train.Source."""
+        progress.cursor = self.stream.cursor
+        progress.canary, progress.audit = self.engine.canary.state(), self.audit.state()
+
+
+def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
+    """What the groups of a step look like, before any update. trains: whether a group is part of it."""
+    rewards = torch.cat([group.rewards for group in groups])
+    scored = rewards[~rewards.isnan()]
+    parts: dict[str, list[Tensor]] = {}  # of a reward that names its parts not all groups may have all
+    for name, part in chain.from_iterable(group.parts.items() for group in groups):
+        parts.setdefault(name, []).append(part)
+    return {
+        "reward/mean": float(scored.mean()),
+        "reward/std": float(scored.std(correction=min(1, len(scored) - 1))),
+        **{f"reward/{name}": float(torch.cat(part).nanmean()) for name, part in parts.items()},
+        "completion/length": sampled_tokens(groups) / len(rewards),
+        "completion/truncated": truncated_share(groups),
+        "groups/zero_variance": 1 - sum(map(has_advantage, groups)) / num_rolled_out,
+        "groups/trained": sum(map(trains, groups)),
+    }
