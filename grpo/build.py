@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo import generators, memory
+from grpo import generators, memory, system
 from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
@@ -64,9 +62,6 @@ PROBE_ROWS, PROBE_TOKENS = 64, 32
 
 # Where the largest batch is run before the first step. What a CPU's memory holds is no plan: it is swapped and shared.
 REHEARSED = ("cuda",)
-
-# What getrusage counts memory in: bytes on macOS, KiB on Linux.
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def build_policy(
@@ -419,4 +414,4 @@ def gpu_peak(plan: Plan) -> float:
 
 def process_peak() -> float:
     """The most memory that the process held so far, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT / 2**30
+    return system.peak_memory() / 2**30

@@ -40,6 +40,7 @@ from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files, load_adapter
 from grpo.policy.companions import companions, contents
 from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
+from grpo.system import open_folder
 from grpo.usage import README, usage_of_adapter
 
 OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
@@ -272,7 +273,9 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """When this returns the names in the folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = open_folder(folder)
+    if descriptor is None:
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -13,7 +13,6 @@ runs/<task>-<time>/
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from grpo import system
 from grpo.config import Config, check_type, field_names, from_dict
 from grpo.errors import UserError, in_words
 
@@ -113,22 +113,20 @@ def alone_in(folder: Path) -> Iterator[None]:
     Raises:
         UserError: one does.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = system.open_folder(folder)
+    if descriptor is None:
+        yield
+        return
     _locks.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not system.lock(descriptor):
             raise UserError(
                 f"Another process is training in {folder}. Wait for it or stop it; two would write over each other."
-            ) from error
-        except OSError:  # some network file systems have no locks for folders: then nobody is kept out
-            pass
+            )
         yield
     finally:
         _locks.discard(descriptor)
-        with suppress(OSError):  # also for copies of it that a process forked long ago may have
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        system.unlock(descriptor)
         os.close(descriptor)
 
 
@@ -141,7 +139,7 @@ def _let_go() -> None:
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+system.in_forked_children(_let_go)
 
 
 # ---- config.json

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shlex
 import signal
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
 
+from grpo import system
 from grpo.config import Config
 from grpo.errors import OUT_OF_CPU_MEMORY, Stopped, UserError, is_out_of_memory
 from grpo.folder import CONFIG_FILE, list_checkpoints
@@ -26,7 +26,7 @@ from grpo.folder import CONFIG_FILE, list_checkpoints
 # No room, no quota, larger than allowed, read-only by now, a disk that fails.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = system.signals("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Stoppable(Protocol):
@@ -90,7 +90,7 @@ def _on_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[Non
         yield
         return
     # nohup has SIGHUP ignored, and means it.
-    heeded = [each for each in STOPPING if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+    heeded = [each for each in STOPPING if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
     before = {each: signal.signal(each, handle) for each in heeded}
     _ours.append(handle)
     try:
@@ -114,7 +114,7 @@ def _heed_the_next(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=_in_a_copy)
+system.in_forked_children(_in_a_copy)
 
 
 def _leave_a_lost_terminal() -> None:
@@ -204,7 +204,7 @@ def _refused(error: OSError, folder: Path) -> str:
     if error.errno in DISK_ERRORS:
         return f"{what}: {which}. {how_to_go_on(folder, 'more room')}"
     if error.errno in TOO_MANY_FILES:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit = system.most_open_files()
         return (
             f"The process has too many files open: the system allows it {limit} (`ulimit -n`). Raise that, or close "
             f"what the rewards open. {how_to_go_on(folder, 'a higher limit')}"

@@ -24,6 +24,8 @@ from grpo.guards import no_happy_exit, stopped_by_signals
 from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 
+BROKEN_PIPE = 141  # as shells have it: 128 and the number of SIGPIPE, which not every system has
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the process's own. Returns the exit code."""
@@ -38,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return _tell(str(error))
     except BrokenPipeError:  # --help has a reader that has read enough
         leave_a_broken_pipe()
-        return 128 + signal.SIGPIPE
+        return BROKEN_PIPE
     except OSError as error:  # what the system refuses outside of a run: a file of the command line's, mostly
         return _tell(f"{error.filename or 'The system'}: {error.strerror or error}.")
     except KeyboardInterrupt as error:

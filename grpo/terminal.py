@@ -25,9 +25,10 @@ class Terminal(Console):
 
     def on_broken_pipe(self) -> None:
         leave_a_broken_pipe()
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nobody has asked for the signal: it would kill
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup is None or signal.getsignal(hangup) == signal.SIG_DFL:  # nobody asked for the signal: it would kill
             raise BrokenPipeError
-        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(hangup)
 
 
 def leave_a_broken_pipe() -> None:

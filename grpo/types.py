@@ -14,6 +14,9 @@ Three conventions:
 
 from __future__ import annotations
 
+if __name__ == "types":  # not asked for: Python looks for its own module of that name
+    raise SystemExit("error: In the package's own folder its files hide Python's modules. Run the command elsewhere.")
+
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 

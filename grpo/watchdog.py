@@ -11,6 +11,7 @@ called and by when it must be over, and
                            runs then; what the last checkpoint holds is there
     when the process dies  writes what was being called: after os._exit() or a crash nobody else can say it
 
+Where there is no such child (Windows), a thread raises TimeIsUp: C code and what catches everything are not ended.
 A call costs a few writes to memory, no system call. Copies of the process that a reward forks are not watched.
 """
 
@@ -34,7 +35,8 @@ from typing import Any
 
 GRACE = 5.0  # seconds that a late call gets to end by an exception
 # Of the real-time signals, which nobody uses by default; where there are none (macOS), the second for users.
-SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR2
+SIGNAL = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGUSR2", 0)
+HAS_FORK = hasattr(os, "fork")  # and what comes with it: a child that is given open files
 _TICK = 0.1  # seconds between two looks
 _BETWEEN_SIGNALS = 1.0  # seconds, so that a call can clean up
 
@@ -88,17 +90,12 @@ class Watchdog:
 
     def __init__(self, advice: str) -> None:
         self.pid = os.getpid()
+        takes_signals = HAS_FORK and self._take_signals()
         with tempfile.TemporaryFile() as file:
             file.truncate(_PAGE * (1 + _NUM_CALLS))
             self.memory = mmap.mmap(file.fileno(), 0)
             self.advise(advice)
-            takes_signals = self._take_signals()
-            self.child = subprocess.Popen(
-                [sys.executable, "-I", "-S", __file__, *map(str, (file.fileno(), self.pid, GRACE, int(takes_signals)))],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[file.fileno()],
-            )
+            self.child = _child(file.fileno(), self.pid, takes_signals) if HAS_FORK else None
         self.free = [_PAGE * (1 + number) for number in range(_NUM_CALLS)]
         self.watches: dict[int, Watch] = {}  # by offset
         if not takes_signals:
@@ -155,11 +152,11 @@ class Watchdog:
 
     def is_alive(self) -> bool:
         """The child is there."""
-        return self.child.poll() is None
+        return self.child is None or self.child.poll() is None
 
     def close(self) -> None:
         """End the child."""
-        if os.getpid() == self.pid:
+        if self.child and os.getpid() == self.pid:
             self.child.kill()
             self.child.wait()
 
@@ -192,6 +189,13 @@ class Watchdog:
             raise TimeIsUp
 
 
+def _child(descriptor: int, parent: int, takes_signals: bool) -> subprocess.Popen:
+    """This file as a process of its own, beside `parent`, with the memory of that descriptor."""
+    given = map(str, (descriptor, parent, GRACE, int(takes_signals)))
+    command = [sys.executable, "-I", "-S", __file__, *given]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[descriptor])
+
+
 def _take_breath() -> None:
     """Where an exception that was raised from another thread comes in at the latest: Python looks when it enters."""
 
@@ -213,7 +217,7 @@ def watchdog() -> Watchdog:
 
 def _start_watchdog() -> Watchdog:
     global _watchdog
-    if _watchdog is not None and (code := _watchdog.child.returncode) >= 0:
+    if _watchdog is not None and _watchdog.child and (code := _watchdog.child.returncode) >= 0:
         raise OSError(f"it ended by itself, with exit code {code}")
     _watchdog = Watchdog(_advice)
     atexit.register(_watchdog.close)
@@ -236,7 +240,8 @@ def _forget() -> None:
     _watchdog = None
 
 
-os.register_at_fork(after_in_child=_forget)
+if HAS_FORK:
+    os.register_at_fork(after_in_child=_forget)
 
 
 # ---- the child process

@@ -18,6 +18,7 @@ LAYERS = (
     {"kernels": ("grpo_kernels.*",)},
     {
         "words": ("grpo.errors", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
+        "system": ("grpo.system",),
         "terminal": ("grpo.terminal",),
         "threads": ("grpo.threads",),
         "watchdog": ("grpo.watchdog",),
@@ -66,7 +67,7 @@ LAYERS = (
         "chat": ("grpo.chat.*",),
         "command of the rewards": ("grpo.rewards.__main__",),
     },
-    {"what a task file imports": ("grpo",)},
+    {"what a task file imports": ("grpo",), "console script": ("grpo.__main__",)},
 )
 
 

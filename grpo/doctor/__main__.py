@@ -25,6 +25,7 @@ from grpo.doctor.versions import TESTED, import_needed, look_at_versions, versio
 from grpo.errors import UserError
 from grpo.resolve import Resolved, resolve
 from grpo.sources import local_path
+from grpo.system import lacking
 from grpo.task import load_task, task_file
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 
@@ -103,6 +104,7 @@ def examine(options: Options, words: list[str]) -> Examined:
         findings += look_at_gpu(torch, cards())
         if torch.cuda.is_available():
             findings += look_at_compiler()
+    findings += [Finding("note", "system", f"{told[:1].upper()}{told[1:]}.") for told in lacking()]
     findings.append(hub.finding())
     if not hub.answers():
         os.environ.setdefault(OFFLINE[0], "1")  # of this process alone: nothing waits for it again

@@ -23,10 +23,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
+from grpo.system import signals
+
 LARGEST_LOG = 256 << 20  # bytes that one process writes: a night of a reward that prints everything
 LONGEST_BEGUN = 1 << 20  # characters of a line without an end that are kept waiting for it
 # What programs set handlers for. To ask for all of them takes longer than many a reward.
-_CAUGHT = [getattr(signal, f"SIG{name}") for name in "INT TERM HUP QUIT ALRM CHLD USR1 USR2 PIPE TSTP WINCH".split()]
+_CAUGHT = signals(*(f"SIG{name}" for name in "INT TERM HUP QUIT ALRM CHLD USR1 USR2 PIPE TSTP WINCH".split()))
 _ENVIRONMENT: Any = os.environb if os.supports_bytes_environ else os.environ
 
 
@@ -107,7 +109,11 @@ _THINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (_folder, _go_back),
     (_environment, _set_environment),
     (_handlers, _set_handlers),
-    (lambda: signal.getitimer(signal.ITIMER_REAL), lambda before: signal.setitimer(signal.ITIMER_REAL, *before)),
+    *(
+        [(lambda: signal.getitimer(signal.ITIMER_REAL), lambda before: signal.setitimer(signal.ITIMER_REAL, *before))]
+        if hasattr(signal, "getitimer")  # Windows has none
+        else []
+    ),
     (_streams, _set_streams),
     (socket.getdefaulttimeout, socket.setdefaulttimeout),
     (sys.getrecursionlimit, sys.setrecursionlimit),

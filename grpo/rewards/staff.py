@@ -22,6 +22,7 @@ from grpo.errors import WHAT_USER_CODE_RAISES, in_words
 from grpo.rewards.scoring import Reward
 from grpo.rewards.worker import Setup
 from grpo.rewards.workers import Pool, memory_of_one, portable, sources_of, way_workers
+from grpo.system import HAS_FORK
 
 HERE, WORKERS = "here", "elsewhere"
 NOT_KNOWN: Mapping[str, str] = {}
@@ -64,6 +65,10 @@ def _to_move(
 ) -> dict[str, bytes]:
     """The functions to be called in workers, pickled; `note` is told why others are not where one might expect it."""
     functions = {}
+    if not HAS_FORK:  # what is open cannot be given to another process, nor be taken from it by its end
+        if asked > 0:
+            note("note: rewards are called in the run's own process: this system has no way to hand them to others.")
+        return functions
     for reward in rewards:
         if not _wants(reward, asked, completions, before.get(reward.name)):
             continue

@@ -22,7 +22,6 @@ import importlib.util
 import os
 import pickle
 import random
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from grpo.errors import WHAT_USER_CODE_RAISES, in_words
 from grpo.rewards.attempt import attempt, missing_for
 from grpo.rewards.samples import Logged
 from grpo.rewards.values import Missing, Score
+from grpo.system import limit_memory
 
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG, of Linux
 _FIRST_TO_GO = b"1000"  # when memory runs out the system ends this process before the run
@@ -125,8 +125,7 @@ def _be_a_worker(setup: Setup) -> None:
         os._exit(0)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
         file.write(_FIRST_TO_GO)
-    with contextlib.suppress(OSError, ValueError):  # no such limit on this system, or a lower one already
-        resource.setrlimit(resource.RLIMIT_DATA, (setup.memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    limit_memory(setup.memory)
     sys.meta_path.insert(0, _AsItWas(setup.sources))
 
 

@@ -36,6 +36,7 @@ from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
 from grpo.rewards.staff import NOT_KNOWN, placed, staffed
+from grpo.system import lacking
 from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
@@ -51,6 +52,8 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
     saved = saved_run(options.resume)
     resolved = resolved if saved else over_its_adapter(resolved)
     announce(resolved)
+    for told in lacking():
+        say(f"note: {told}.")
     if saved and saved.task_sha256 != resolved.task_sha256:
         say(
             f"note: {resolved.task_path} is not the file that the run was started with. Its scores go on as one: "

@@ -1,0 +1,99 @@
+"""System: what Python has on some operating systems only, each with what is done where it is missing.
+Knows nothing of runs.
+
+Windows has neither fcntl nor resource, no fork and few of the signals. Nothing is refused for want of them: what a run
+does without is told, once, by `lacking`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+
+try:
+    import resource
+except ImportError:
+    resource = None
+
+# Whether a process can be given open files, and be ended together with all that it started.
+HAS_FORK = hasattr(os, "fork")
+_OPENS_FOLDERS = hasattr(os, "O_DIRECTORY")
+_MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, in KiB on Linux
+
+
+def lacking() -> Iterator[str]:
+    """What a run does without on this system, a sentence each."""
+    if not HAS_FORK:
+        yield (
+            f"on this system ({sys.platform}) a reward that takes too long is ended while it runs Python, and not "
+            "while it is inside of C code; rewards are called in the run's own process"
+        )
+    if not (fcntl and _OPENS_FOLDERS):
+        yield "this system has no locks for folders, so nothing keeps a second process from training in the same one"
+
+
+def signals(*names: str) -> tuple[signal.Signals, ...]:
+    """Those that there are."""
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
+
+
+def in_forked_children(call: Callable[[], object]) -> None:
+    """Let it be called in every copy of this process, before anything else."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=call)
+
+
+def open_folder(path: str | os.PathLike[str]) -> int | None:
+    """A descriptor of a folder; None where folders have none."""
+    return os.open(path, os.O_RDONLY) if _OPENS_FOLDERS else None
+
+
+def lock(descriptor: int) -> bool:
+    """Lock what is open, for this process alone; whether nobody else had.
+
+    Some network file systems have no locks: then nobody is kept out.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def unlock(descriptor: int) -> None:
+    """Let go of it, also for the copies of it that a process forked long ago may have."""
+    with suppress(OSError, AttributeError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _peak_memory() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_UNIT  # pyright: ignore[reportOptionalMemberAccess]
+
+
+# The most memory that this process has held, bytes; NaN where the system does not say.
+peak_memory: Callable[[], float] = _peak_memory if resource else lambda: math.nan
+
+
+def most_open_files() -> int | None:
+    """How many files this process may have open; None where nobody counts."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] if resource else None
+
+
+def limit_memory(size: int) -> None:
+    """Let this process have no more bytes of data than that, where there is such a limit and no lower one."""
+    with suppress(OSError, ValueError, AttributeError):
+        kind = resource.RLIMIT_DATA  # pyright: ignore[reportOptionalMemberAccess]
+        resource.setrlimit(kind, (size, resource.getrlimit(kind)[1]))  # pyright: ignore[reportOptionalMemberAccess]
