@@ -90,6 +90,8 @@ class ModelConfig(Part):
     """Rank r of the LoRA adapter on every linear layer but the head. RL needs little: 1 to 32."""
     lora_alpha: float = 32.0
     """The adapter is scaled by alpha / rank."""
+    expert_adapters: bool = False
+    """Of a mixture of experts: an adapter on every expert too, not only on attention and shared experts."""
     adapter: str = ""
     """A LoRA adapter in PEFT's format that the run begins from, with its rank and alpha: a folder, a run or one of its
     checkpoints, or a name on the hub. Empty: one that is nothing at first."""

@@ -9,7 +9,7 @@ import shutil
 import grpo_kernels.dispatch  # noqa: F401  # before another package imports Triton, which then could not interpret kernels
 import pytest
 import torch
-from tiny_models import FUSED, GENERIC, VOCABULARY, write_checkpoint
+from tiny_models import FUSED, GENERIC, MIXTURES, VOCABULARY, write_checkpoint
 from toy_task import SMALL, TASK
 
 from grpo.config import Config
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     def folder(name):
         if name not in written:
             path = tmp_path_factory.mktemp(name)
-            written[name] = str(write_checkpoint(path, (FUSED | GENERIC)[name](), vary_norms=True))
+            written[name] = str(write_checkpoint(path, (FUSED | GENERIC | MIXTURES)[name](), vary_norms=True))
         return written[name]
 
     return folder

@@ -65,6 +65,7 @@ def assert_equal(policy, theirs, groups):
     dict(target_modules=r"model\.layers\.\d\.mlp\..*_proj"),
     dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[1]),
     dict(target_modules=["q_proj", "o_proj"], exclude_modules=["layers.0.self_attn.q_proj"]),
+    dict(target_parameters=["mlp.gate_proj.weight"], target_modules=["q_proj"]),
     dict(lora_dropout=0.1, fan_in_fan_out=False, init_lora_weights="gaussian"),
 ], ids=str)  # fmt: skip
 def test_what_peft_computes_is_computed_and_written_again(fields, config, policy, groups, tmp_path):
@@ -117,7 +118,6 @@ def refused(policy, folder):
     dict(modules_to_save=["lm_head"]),
     dict(trainable_token_indices=[3, 4]),
     dict(layer_replication=[[0, 2], [1, 2]]),
-    dict(target_parameters=["mlp.gate_proj.weight"], target_modules=["q_proj"]),
     dict(alora_invocation_tokens=[5, 6]),
     dict(init_lora_weights="pissa"),
     dict(init_lora_weights="olora"),

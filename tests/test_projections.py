@@ -4,7 +4,7 @@ import pytest
 import torch
 from grpo_kernels.nf4 import NF4, nf4_dequantize
 
-from grpo.policy.load import kept_dtype
+from grpo.policy.building import kept_dtype
 from grpo.policy.projections import Projection, ProjectionStore, join_dense, join_nf4
 
 

@@ -85,6 +85,27 @@ GENERIC = {
     "granite": lambda: transformers.GraniteConfig(**NO_HEAD_SIZE, residual_multiplier=0.5, embedding_multiplier=3.0),
     "starcoder2": lambda: transformers.Starcoder2Config(**NO_HEAD_SIZE, sliding_window=8),
 }
+LATENT = NO_HEAD_SIZE | dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+    n_routed_experts=6, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=32, first_k_dense_replace=1,
+    n_group=1, topk_group=1,
+)  # fmt: skip
+MIXTURES = {
+    "qwen3-moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
+    "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
+        **NO_HEAD_SIZE, num_experts=6, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
+    ),
+    "olmoe": lambda: transformers.OlmoeConfig(**NO_HEAD_SIZE, num_experts=6, num_experts_per_tok=3),
+    "mixtral": lambda: transformers.MixtralConfig(**NO_HEAD_SIZE, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek-v2": lambda: transformers.DeepseekV2Config(**LATENT),
+    "gpt-oss": lambda: transformers.GptOssConfig(
+        **SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}  # fmt: skip
 
 
 def write_checkpoint(folder, config, vary_norms=False):
@@ -95,7 +116,7 @@ def write_checkpoint(folder, config, vary_norms=False):
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 or name.rpartition(".")[0].endswith("experts"):
                 parameter.normal_(0, 0.15)
             elif "bias" in name:
                 parameter.normal_(0, 0.1)

@@ -23,8 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from grpo.config import Config
 from grpo.doctor.findings import Finding, found
 from grpo.doctor.machine import GIB
+from grpo.policy.building import compute_dtype
 from grpo.policy.linears import is_quantized
-from grpo.policy.load import choose_device, compute_dtype, from_hub, settle_tables
+from grpo.policy.load import choose_device, from_hub, settle_tables
 from grpo.policy.promises import Promise
 from grpo.policy.recognition import NotRecognisedError, recognise
 from grpo.rollout.vllm_compat import INSTALL, why_not

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from grpo.export.folder import write_tensors
 from grpo.export.source import Source
-from grpo.policy.adapter import SETTINGS, WEIGHTS, factors_in, tensor_name
+from grpo.policy.adapter import SETTINGS, WEIGHTS, factors_in
 from grpo.policy.companions import companions
+from grpo.policy.peft_names import tensor_name
 
 
 def write_adapter(source: Source, folder: Path) -> list[str]:

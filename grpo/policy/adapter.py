@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grpo.errors import UserError
 from grpo.policy.adapter_settings import REMEDY, AdapterSettings, read_settings
+from grpo.policy.peft_names import modules_of, targets, tensor_name
 from grpo.policy.policy import Policy
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -32,20 +33,18 @@ PICKLED = "adapter_model.bin"  # what PEFT wrote before 0.8 in place of the firs
 # Tensors of a head or an embedding, by the names that models give them.
 BEYOND = re.compile(r"\.(lm_head|embed_out|embed_tokens|wte|word_embeddings|embed_in)\.|lora_embedding_")
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # Hugging Face name of a linear -> A [r, K], B [M, r]
+FIRST = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 
-
-def tensor_name(linear: str, factor: str) -> str:
-    """PEFT's name of factor "A" or "B" of the linear with this Hugging Face name."""
-    return f"base_model.model.{linear}.lora_{factor}.weight"
+Factors = dict[str, tuple[Tensor, Tensor]]  # Hugging Face name -> A [r, K], B [M, r]; of E experts [E r, K], [M, r E]
 
 
 def adapter_files(policy: Policy) -> dict[str, bytes]:
     """File name -> content of the adapter as it is now, in float32."""
     tensors: dict[str, Tensor] = {}
+    modules = modules_of(policy.store.experts)
     for name, a, b in policy.store.factors():
-        tensors[tensor_name(name, "A")] = a.cpu().contiguous()
-        tensors[tensor_name(name, "B")] = b.cpu().contiguous()
+        tensors[tensor_name(modules.get(name, name), "A")] = a.cpu().contiguous()
+        tensors[tensor_name(modules.get(name, name), "B")] = b.cpu().contiguous()
     return {
         WEIGHTS: save(tensors, {"format": "pt"}),
         SETTINGS: json.dumps(_settings(policy), indent=2).encode(),
@@ -54,6 +53,9 @@ def adapter_files(policy: Policy) -> dict[str, bytes]:
 
 def _settings(policy: Policy) -> dict[str, Any]:
     """The fields of PEFT's LoraConfig that differ from its defaults or that a reader looks for."""
+    experts = policy.store.experts
+    linears = [name for name, _, _ in policy.store.factors() if name not in experts]
+    modules, parameters = targets(linears, experts, policy.store.beside_experts)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -63,8 +65,8 @@ def _settings(policy: Policy) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        # Full names: a suffix such as "dense" would also match modules that have no adapter.
-        "target_modules": [name for name, _, _ in policy.store.factors()],
+        "target_modules": modules,
+        **({"target_parameters": parameters} if parameters else {}),
         "fan_in_fan_out": policy.conv1d,
     }
 
@@ -73,9 +75,10 @@ def _settings(policy: Policy) -> dict[str, Any]:
 def load_adapter(policy: Policy, folder: Path) -> list[str]:
     """Take over an adapter in PEFT's format, so that the policy computes what PEFT computes with it.
 
-    A linear without an adapter in the files gets B zero; returns the names of those. The store has one scale, that of
-    the linears which no pattern names; another's goes into its B. Where one's rank is lower than the others', the rows
-    of A beyond it stay as they are, against columns of B that are zero. Nothing is changed before all is checked.
+    A linear, or a weight of experts, without an adapter in the files gets B zero; returns the names of those. The store
+    has one scale, that of the linears which no pattern names; another's goes into its B. Where one's rank is lower than
+    the others', the rows of A beyond it stay as they are, against columns of B that are zero. Nothing is changed before
+    all is checked.
 
     Raises:
         UserError: the files are missing or damaged, belong to another model or rank, or are not plain LoRA.
@@ -83,16 +86,18 @@ def load_adapter(policy: Policy, folder: Path) -> list[str]:
     settings = read_settings(folder / SETTINGS)
     tensors = _read_tensors(folder)
     ours = {name: (a, b) for name, a, b in policy.store.factors()}
-    theirs = _by_linear(tensors, settings, ours, folder)
-    _check_shapes(theirs, settings, ours, folder)
     rank = policy.store.rank
+    theirs = _by_linear(tensors, settings, ours, policy.store.experts, folder)
+    _check_shapes(theirs, settings, ours, rank, folder)
     alpha = settings.alpha_over(rank)
     for name, (a, b) in ours.items():
         if name in theirs:
             their_a, their_b = theirs[name]
-            own = len(their_a)
-            a[:own] = their_a
-            b.copy_(F.pad(their_b * (settings.alpha_over(rank, name) / alpha), (0, rank - own)))
+            named, experts = settings.named(name), len(a) // rank
+            own = settings.rank_of(named)
+            a.unflatten(0, (experts, rank))[:, :own] = their_a.unflatten(0, (experts, own))
+            b_of_experts = (their_b * (settings.alpha_over(rank, named) / alpha)).unflatten(1, (own, experts))
+            b.copy_(F.pad(b_of_experts, (0, 0, 0, rank - own)).flatten(1))
         else:
             b.zero_()
     policy.store.set_alpha(alpha)
@@ -116,10 +121,20 @@ def describe(folder: Path) -> Described:
         UserError: its files are missing or damaged, or it is not plain LoRA.
     """
     settings = read_settings(folder / SETTINGS)
-    ranks = [len(tensor) for name, tensor in _read_tensors(folder).items() if name.endswith(".lora_A.weight")]
+    tensors = _read_tensors(folder)
+    ranks = [_rank_in(name, tensor, settings) for name, tensor in tensors.items() if FIRST.fullmatch(name)]
     if not ranks:
         raise UserError(f"The adapter in {folder} holds no factors of any linear layer. Choose another.")
     return Described(max(ranks), settings.alpha_over(max(ranks)), settings.base)
+
+
+def _rank_in(name: str, a: Tensor, settings: AdapterSettings) -> int:
+    """The rank of the adapter of which A has this name. A of experts has the rows of all."""
+    module = FIRST.fullmatch(name)[1].replace(".base_layer", "")  # pyright: ignore[reportOptionalSubscript]
+    if settings.is_target(module) or settings.is_parameter(f"{module}.weight"):
+        return len(a)
+    of_experts = [settings.rank_of(f"{module}.{end.rpartition('.')[2]}") for end in settings.parameters]
+    return max(of_experts, default=len(a))
 
 
 @dataclass(frozen=True)
@@ -139,7 +154,7 @@ def factors_in(folder: Path) -> dict[str, LinearFactors]:
     """
     settings = read_settings(folder / SETTINGS)
     tensors = _read_tensors(folder)
-    names = [match[1] for name in tensors if (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name))]
+    names = [match[1] for name in tensors if (match := FIRST.fullmatch(name))]
     surplus = sorted(tensors.keys() - {tensor_name(name, x) for name in names for x in "AB"})
     if surplus or not names:
         raise UserError(
@@ -149,10 +164,15 @@ def factors_in(folder: Path) -> dict[str, LinearFactors]:
     found = {}
     for name in names:
         a, b = tensors[tensor_name(name, "A")], tensors.get(tensor_name(name, "B"))
-        rank = settings.rank_of(name)
+        rank = settings.rank_of(settings.named(name))
+        if not settings.is_target(name) and settings.parameters and settings.named(name) == name:
+            raise UserError(
+                f"The adapter in {folder} is on the experts of its model too ({name}), which is of no linear layer. "
+                f"{REMEDY}"
+            )
         if b is None or a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] == rank:
             raise UserError(f"The adapter in {folder} is damaged: the factors of {name} do not go with rank {rank}.")
-        found[name] = LinearFactors(a, b, settings.alpha_over(rank, name) / rank)
+        found[name] = LinearFactors(a, b, settings.alpha_over(rank, settings.named(name)) / rank)
     return found
 
 
@@ -184,9 +204,14 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, folder: Path) -> Factors:
-    """The factors of each linear that has an adapter in the files, which are whole and hold nothing else."""
-    linears = {tensor_name(name, x): name for name in ours for x in "AB"}
+def _by_linear(
+    tensors: dict[str, Tensor], settings: AdapterSettings, ours: Factors, experts: Collection[str], folder: Path
+) -> Factors:
+    """The factors of each linear, and of each of our experts' weights, that has an adapter in the files, which are
+    whole and hold nothing else."""
+    modules = modules_of(name for name in experts if settings.is_parameter(name))
+    modules = {name: name for name in ours if name not in experts} | modules
+    linears = {tensor_name(module, x): name for name, module in modules.items() for x in "AB"}
     tensors = _of_the_text(tensors, linears)
     surplus = sorted(tensors.keys() - linears.keys())
     if beyond := sorted({name for name in surplus if BEYOND.search(name)}):
@@ -194,12 +219,18 @@ def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Fact
             f"The adapter in {folder} has the head or the embedding too ({beyond[0]}), by its target_modules or as it "
             f"was saved, and neither is trained here. {REMEDY}"
         )
+    if not experts and (of_experts := [name for name in surplus if ".experts." in name]):
+        raise UserError(
+            f"The adapter in {folder} is on experts too ({of_experts[0]}). Give --expert-adapters, if the model has "
+            "such."
+        )
     if surplus:
         raise UserError(
             f"The adapter in {folder} has {len(surplus)} tensors that go with no linear layer of this model, such as "
             f"{surplus[0]}. Give the --model that it was trained with."
         )
-    adapted = {name for name in ours if settings.is_target(name)} | {linears[tensor] for tensor in tensors}
+    adapted = {name for name in modules if settings.is_target(name) or settings.is_parameter(settings.named(name))}
+    adapted |= {linears[tensor] for tensor in tensors}
     missing = sorted(tensor for tensor, name in linears.items() if name in adapted and tensor not in tensors)
     if missing or not adapted:
         raise UserError(
@@ -208,7 +239,9 @@ def _by_linear(tensors: dict[str, Tensor], settings: AdapterSettings, ours: Fact
             "that it was trained with."
         )
     return {
-        name: (tensors[tensor_name(name, "A")], tensors[tensor_name(name, "B")]) for name in ours if name in adapted
+        name: (tensors[tensor_name(modules[name], "A")], tensors[tensor_name(modules[name], "B")])
+        for name in ours
+        if name in adapted
     }
 
 
@@ -220,18 +253,19 @@ def _of_the_text(tensors: dict[str, Tensor], linears: Collection[str]) -> dict[s
     return renamed if fits else tensors
 
 
-def _check_shapes(theirs: Factors, settings: AdapterSettings, ours: Factors, folder: Path) -> None:
+def _check_shapes(theirs: Factors, settings: AdapterSettings, ours: Factors, rank: int, folder: Path) -> None:
     """Each linear's factors are of its size and of the rank that the settings say; the largest rank is the run's."""
+    ranks = {name: settings.rank_of(settings.named(name)) for name in theirs}
     for name, factors in theirs.items():
         for x, there, here in zip("AB", factors, ours[name], strict=True):
             needed = list(here.shape)
-            needed[x == "B"] = settings.rank_of(name)
+            needed[x == "B"] = needed[x == "B"] // rank * ranks[name]
             if list(there.shape) != needed:
                 raise UserError(
                     f"The adapter in {folder} has {tensor_name(name, x)} of shape {list(there.shape)} where this model "
                     f"and the adapter's rank need {needed}. Give the --model that it was trained with."
                 )
-    largest, rank = max(map(settings.rank_of, theirs)), len(next(iter(ours.values()))[0])
+    largest = max(ranks.values())
     if largest != rank:
         raise UserError(
             f"The adapter in {folder} is of rank {largest}, and --lora-rank is {rank}. Give --lora-rank {largest}."

@@ -19,7 +19,7 @@ from grpo.errors import UserError
 # More than any alpha means, and little enough that no scale made of it overflows.
 LARGEST_ALPHA = 1e30
 
-HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
+HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "target_parameters"}
 
 # What these say changes nothing that the saved tensors compute.
 MEANINGLESS = {
@@ -52,6 +52,7 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float]
     base: str  # the model that it was trained over, by its name or folder then; may be empty
     targets: Any  # the names of linears or their ends, or an expression for whole names; () where more fields decide
+    parameters: tuple[str, ...] = ()  # names of parameters or their ends, which are targets too
 
     def rank_of(self, linear: str) -> int:
         """r of this linear."""
@@ -68,6 +69,14 @@ class AdapterSettings:
         if isinstance(self.targets, str):
             return self.targets == "all-linear" or bool(re.fullmatch(self.targets, linear))
         return linear in self.targets or any(linear.endswith(f".{end}") for end in self.targets)
+
+    def is_parameter(self, parameter: str) -> bool:
+        """Whether target_parameters says that this parameter must have an adapter."""
+        return any(parameter == end or parameter.endswith(f".{end}") for end in self.parameters)
+
+    def named(self, linear: str) -> str:
+        """What the patterns of ranks and alphas are compared with: its weight's name if that is the target."""
+        return f"{linear}.weight" if self.is_parameter(f"{linear}.weight") else linear
 
 
 def _first_match(pattern: Mapping[str, Any], linear: str, otherwise: Any) -> Any:
@@ -99,6 +108,7 @@ def read_settings(path: Path) -> AdapterSettings:
         alpha_pattern=fields.get("alpha_pattern") or {},
         base=str(fields.get("base_model_name_or_path") or ""),
         targets=() if fields.get("exclude_modules") or fields.get("layers_to_transform") else fields["target_modules"],
+        parameters=tuple(fields.get("target_parameters") or ()),
     )
 
 
@@ -173,4 +183,5 @@ FITTING = {
     "rank_pattern": lambda value: _is_pattern(value, _is_rank),
     "alpha_pattern": lambda value: _is_pattern(value, _is_alpha),
     "target_modules": _is_target,
+    "target_parameters": lambda value: value is None or _are_names(value),
 }

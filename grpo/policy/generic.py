@@ -17,14 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UserError
 from grpo.policy.activations import Treatment, ways
+from grpo.policy.experts import AdaptedExperts, Experts, ExpertWeights, are_experts
 from grpo.policy.linears import Linear, is_linear
-from grpo.policy.projections import Projection, ProjectionStore
+from grpo.policy.projections import Masters, Projection, ProjectionStore
 from grpo.types import Batch
-
-# Names that PEFT takes for those of experts where the experts are one tensor: an adapter on a shared expert, or on the
-# first layers' dense MLP, would be opened as another one, without an error. So these linears have none. Of a Mamba
-# layer (one with A_log) it refuses the output projection, whose weight the fast kernels read past its forward.
-EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 
 
 class GenericModel(nn.Module):
@@ -53,13 +49,14 @@ class GenericModel(nn.Module):
         """(Hugging Face name, tensor) of all that is neither a projection's base nor a table: norms, biases, whatever
         else the model has."""
         tables = {self.head.data_ptr(), self.embed.weight.data_ptr()}
-        projections = [module for module in self.model.modules() if isinstance(module, Projection)]
-        factors = {id(factor) for projection in projections for factor in projection.masters()}
+        modules = list(self.model.modules())
+        factors = {id(factor) for module in modules if isinstance(module, Masters) for factor in module.masters()}
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             if id(tensor) not in factors and tensor.data_ptr() not in tables:
                 yield name, tensor.detach()
-        for projection in projections:
-            yield from projection.biases()
+        for module in modules:
+            if isinstance(module, Projection | ExpertWeights):
+                yield from module.biases()
 
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
@@ -123,17 +120,29 @@ def _find_head(model: Any) -> tuple[Tensor, float | None]:
     return weight, softcap
 
 
-def fuse(model: Any, build: Callable[[str, list, list[str]], Projection]) -> ProjectionStore:
-    """A projection of its own in place of every linear but the head.
+def fuse(
+    model: Any,
+    build: Callable[[str, list, list[str]], Projection],
+    build_experts: Callable[[str, Any], Experts],
+) -> ProjectionStore:
+    """A projection of its own in place of every linear that gets an adapter, and experts of ours in place of theirs.
 
-    build: (name, [linear], [Hugging Face name]) -> Projection.
+    build: (name, [linear], [Hugging Face name]) -> Projection. build_experts: (Hugging Face name, module) -> Experts.
     """
     store = ProjectionStore()
+    store.beside_experts = _has_fused_experts(model)
     for parent, child, name, linear in list(_linears(model)):
         projection = build(name, [linear], [name])
         store.add(name, projection)
         setattr(parent, child, projection)
-    if not store.projections:
+    for name, theirs in list(model.named_modules()):
+        if are_experts(theirs):
+            experts = build_experts(name, theirs)
+            model.set_submodule(name, experts)
+            for weights in experts.maps():
+                if isinstance(weights, AdaptedExperts):
+                    store.add_experts(weights)
+    if not store.projections and not store.experts:
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on.")
     return store
 
@@ -145,11 +154,23 @@ def _has_fused_experts(model: Any) -> bool:
 
 def _linears(model: Any) -> Iterator[tuple[Any, str, str, Linear]]:
     """(parent, attribute, full name, linear) of every linear that gets an adapter, in the model's order: all but the
-    head and those whose adapter PEFT could not open."""
+    head, routers, and those whose adapter PEFT could not open: of a Mamba layer (one with A_log) it refuses the output
+    projection, whose weight the fast kernels read past its forward."""
     head = model.get_output_embeddings()
-    names_of_experts = EXPERT_LINEARS if _has_fused_experts(model) else ()
+    routers = set(_routers(model))
     for parent_name, parent in model.named_modules():
         for child, module in parent.named_children():
-            taken = child in names_of_experts or (child == "out_proj" and hasattr(parent, "A_log"))
-            if is_linear(module) and module is not head and not taken:
+            taken = module is head or module in routers or (child == "out_proj" and hasattr(parent, "A_log"))
+            if is_linear(module) and not taken:
                 yield parent, child, f"{parent_name}.{child}" if parent_name else child, module
+
+
+def _routers(model: Any) -> Iterator[nn.Module]:
+    """The linears that choose among a layer's experts: beside them, one output for each. They stay as they are, as the
+    choices must be the sampler's."""
+    for parent in model.modules():
+        for experts in filter(are_experts, parent.children()):
+            for beside in parent.children():
+                linears = [module for module in beside.modules() if isinstance(module, Linear)]
+                if len(linears) == 1 and linears[0].weight.shape[0] == experts.num_experts:
+                    yield linears[0]

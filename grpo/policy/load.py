@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -31,12 +31,13 @@ from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
+from grpo.policy.building import build_experts, build_projection, compute_dtype, kept_dtype
 from grpo.policy.form import LINEARS, ModelForm
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
-from grpo.policy.linears import Linear, NF4Linear, adopt_quantized, is_quantized, weight_of
-from grpo.policy.projections import Base, Projection, ProjectionStore, join_dense, join_nf4
-from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle, value_of
+from grpo.policy.linears import NF4Linear, adopt_quantized, is_quantized
+from grpo.policy.projections import ProjectionStore
+from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle
 from grpo.policy.quantization import Choice, choose
 from grpo.policy.recognition import NotRecognisedError, recognise
 from grpo.policy.rope import check_rope
@@ -159,7 +160,7 @@ def load_model(
     model.eval().requires_grad_(False)
     check_rope(model.config, longest, config.model)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
-    build = partial(_projection, config=config, dtype=dtype, device=device)
+    build = partial(build_projection, config=config, dtype=dtype, device=device)
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     settle_tables(model)
@@ -174,7 +175,7 @@ def load_model(
         settle(model, device)
         ours: Model = FusedModel(model, form, store, recompute).to(device)
     else:
-        store = generic.fuse(model, build)
+        store = generic.fuse(model, build, partial(build_experts, config=config, dtype=dtype, device=device))
         settle(model, device)
         ours = GenericModel(model.to(device), recompute)
     store.initialise(config.lora_alpha, config.seed)
@@ -227,20 +228,6 @@ def _check_dynamic(name: str, model: Any, form: ModelForm | None, dense: Sequenc
             "with."
         )
     return form
-
-
-def compute_dtype(base: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations: float32 over a float32 base and on a CPU, else bf16 (float16 on GPUs without it)."""
-    if base == "float32" or device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def kept_dtype(base: str, computed: torch.dtype) -> torch.dtype:
-    """The dtype of a dense base. Where a GPU computes in float16 it is kept in that, not converted at every product."""
-    if base == "float32":
-        return torch.float32
-    return torch.float16 if computed == torch.float16 else torch.bfloat16
 
 
 def _read_checkpoint(name: str, dtype: torch.dtype, note: Callable[[str], object], progressed: Progressed) -> Any:
@@ -374,36 +361,6 @@ def _surplus(model: Any, unexpected: Iterable[str]) -> list[str]:
         for name in unexpected
         if (first := re.search(r"\.\d+\.", name)) and name[: first.start()] in layers and not COMPUTED.search(name)
     )
-
-
-def _projection(
-    name: str,
-    linears: list[Linear],
-    names: list[str],
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    dense: Sequence[str] = (),
-) -> Projection:
-    """One projection of these linears, whose own weights are freed. dense: the names of those that stay in 16 bits over
-    a base that is in 4."""
-    weights = [weight_of(linear) for linear in linears]
-    sizes = [weight.shape[0] for weight in weights]
-    biases = [linear.bias for linear in linears]
-    there: list[Base] = [(value_of(w) if isinstance(w, Tensor) else w).to(device) for w in weights]
-    if config.base == "nf4" and name not in dense:
-        base, below = join_nf4(there), None
-    else:
-        kept = kept_dtype(config.base, dtype)
-        # Beside a float32 base A has no mirror; one of another dtype cannot be multiplied by together with the base.
-        base, below = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
-    bias = None
-    if any(b is not None for b in biases):
-        parts = [torch.zeros(n) if b is None else value_of(b).data for b, n in zip(biases, sizes, strict=True)]
-        bias = torch.cat([part.to(device, dtype) for part in parts])
-    for linear in linears:
-        del linear.weight
-    return Projection(base, bias, names, sizes, config.lora_rank, dtype, below)
 
 
 def _check_no_adapter(name: str, folder: Path) -> None:

@@ -31,7 +31,40 @@ from grpo.errors import UserError
 Base = Tensor | NF4
 
 
-class Projection(nn.Module):
+class Masters:
+    """The LoRA factors of something that is multiplied by: what is trained of it, and how that begins."""
+
+    base: Base
+    names: list[str]  # of what it holds in the Hugging Face model
+    sizes: list[int]  # the rows of each
+    rank: int
+    lora_a: nn.Parameter
+    lora_b: nn.ParameterList
+    mirrors: list[Tensor]  # the factors in the dtype of the computation
+
+    def share_scale(self, scale: Tensor) -> None:
+        """Multiply the adapter by this one-element tensor from now on."""
+        raise NotImplementedError
+
+    def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, A, B) of each of its names: views of the masters."""
+        raise NotImplementedError
+
+    def masters(self) -> list[nn.Parameter]:
+        """A and the parts' B, the tensors that are trained."""
+        return [self.lora_a, *self.lora_b]
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """A uniform as PEFT draws it (kaiming with a = sqrt 5), B zero: the adapter starts as nothing."""
+        bound = 1 / math.sqrt(self.lora_a.shape[1])
+        with torch.no_grad():
+            drawn = torch.rand(self.lora_a.shape, generator=generator) * (2 * bound) - bound
+            self.lora_a.copy_(drawn)
+            for b in self.lora_b:
+                b.zero_()
+
+
+class Projection(nn.Module, Masters):
     """One or several linears over the same input, with their LoRA factors."""
 
     def __init__(
@@ -66,23 +99,10 @@ class Projection(nn.Module):
         """[..., K] -> [..., M]."""
         return lora_linear(x, self.base, self.lora, self.bias)
 
-    def masters(self) -> list[nn.Parameter]:
-        """A and the parts' B, the tensors that are trained."""
-        return [self.lora_a, *self.lora_b]
-
     def share_scale(self, scale: Tensor) -> None:
         """Multiply the adapter by this one-element tensor from now on."""
         a, *b = self.mirrors
         self.lora = LoraFactors(self.lora_a, tuple(self.lora_b), a, tuple(b), scale)
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """A uniform as PEFT draws it (kaiming with a = sqrt 5), B zero: the adapter starts as nothing."""
-        bound = 1 / math.sqrt(self.lora_a.shape[1])
-        with torch.no_grad():
-            drawn = torch.rand(self.lora_a.shape, generator=generator) * (2 * bound) - bound
-            self.lora_a.copy_(drawn)
-            for b in self.lora_b:
-                b.zero_()
 
     def biases(self) -> Iterator[tuple[str, Tensor]]:
         """(name, bias [M_p]) of each part, if there are any."""
@@ -130,10 +150,12 @@ def join_nf4(weights: list[Base]) -> NF4:
 
 
 class ProjectionStore:
-    """All projections of a model by name, and the one scale that they share."""
+    """All projections of a model by name, its experts that have an adapter, and the one scale that they share."""
 
     def __init__(self) -> None:
         self.projections: dict[str, Projection] = {}
+        self.experts: dict[str, Masters] = {}
+        self.beside_experts = False  # the model has experts, with an adapter or without
         self.scale = torch.ones(1)
         self.alpha = 1.0
         self._start: list[Tensor] = []
@@ -144,12 +166,12 @@ class ProjectionStore:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype that projections compute in."""
-        return next(iter(self.projections.values())).mirrors[0].dtype
+        return next(self.adapted()).mirrors[0].dtype
 
     @property
     def rank(self) -> int:
         """The rank of every projection's adapter."""
-        return next(iter(self.projections.values())).rank
+        return next(self.adapted()).rank
 
     @property
     def dense(self) -> list[str]:
@@ -158,16 +180,29 @@ class ProjectionStore:
 
     def add(self, name: str, projection: Projection) -> None:
         """Take a projection in; its scale becomes the store's."""
-        if not self.projections:
-            self.scale = torch.ones(1, device=projection.base.device)
+        self._join(projection)
         self.projections[name] = projection
-        projection.share_scale(self.scale)
+
+    def add_experts(self, experts: Masters) -> None:
+        """The same for one weight of the experts of a layer."""
+        self._join(experts)
+        self.experts[experts.names[0]] = experts
+
+    def adapted(self) -> Iterator[Masters]:
+        """All that has an adapter, in a fixed order."""
+        yield from self.projections.values()
+        yield from self.experts.values()
+
+    def _join(self, adapted: Masters) -> None:
+        if not self.projections and not self.experts:
+            self.scale = torch.ones(1, device=adapted.base.device)
+        adapted.share_scale(self.scale)
 
     def initialise(self, alpha: float, seed: int) -> None:
         """Draw the adapter anew: A random, B zero, each projection from the one seeded generator in turn."""
         generator = torch.Generator().manual_seed(seed)
-        for projection in self.projections.values():
-            projection.initialise(generator)
+        for adapted in self.adapted():
+            adapted.initialise(generator)
         self.set_alpha(alpha)
         self.refresh()
 
@@ -202,11 +237,11 @@ class ProjectionStore:
             torch._foreach_copy_(self._mirrors(), trained)  # pyright: ignore[reportPrivateImportUsage]
 
     def _mirrors(self) -> list[Tensor]:
-        return [mirror for projection in self.projections.values() for mirror in projection.mirrors]
+        return [mirror for adapted in self.adapted() for mirror in adapted.mirrors]
 
     def parameters(self) -> list[nn.Parameter]:
         """The float32 masters, in a fixed order."""
-        return [master for projection in self.projections.values() for master in projection.masters()]
+        return [master for adapted in self.adapted() for master in adapted.masters()]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -214,6 +249,7 @@ class ProjectionStore:
         torch._foreach_copy_(self._mirrors(), [p.detach() for p in self.parameters()])  # pyright: ignore[reportPrivateImportUsage]
 
     def factors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(Hugging Face module name, A [r, K], B [M, r]) of every linear: views of the masters."""
-        for projection in self.projections.values():
-            yield from projection.factors()
+        """(Hugging Face name, A [r, K], B [M, r]) of every linear, and (name, A [E r, K], B [M, r E]) of every weight
+        of experts: views of the masters."""
+        for adapted in self.adapted():
+            yield from adapted.factors()

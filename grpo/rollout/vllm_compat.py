@@ -35,7 +35,7 @@ import torch
 from grpo import generators
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.policy.adapter import tensor_name
+from grpo.policy.peft_names import tensor_name
 
 SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
 INSTALL = 'pip install "grpo[gpu]"'

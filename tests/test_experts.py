@@ -1,0 +1,178 @@
+"""Mixtures of experts against transformers + PEFT: outputs, every LoRA gradient, training steps, files; over weights in
+NF4 and bf16; with adapters on the experts and without."""
+
+import peft
+import pytest
+import torch
+from grpo_kernels.nf4 import NF4, nf4_dequantize
+from test_policy import Weighted, assert_same_gradient, peft_model, reference_model, save_adapter
+from tiny_models import MIXTURES, build_policy, one_batch, randomise, reference_logprobs
+
+from grpo.errors import UserError
+from grpo.policy.adapter import describe, factors_in, load_adapter
+from grpo.policy.experts import Experts
+from grpo.policy.peft_names import modules_of
+
+FIRST = ("qwen3-moe", "deepseek-v2", "gpt-oss")
+
+
+def by_name(*first):
+    """All of them; but for the first ones a second stage."""
+    return [pytest.param(name, marks=[] if name in first else [pytest.mark.slow]) for name in MIXTURES]
+
+
+def experts_of(model):
+    """Name -> experts, in the policy's model."""
+    return {name.removeprefix("model."): m for name, m in model.named_modules() if isinstance(m, Experts)}
+
+
+def gradients_of(theirs):
+    """PEFT's gradients by the names of its tensors."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if "lora_" in name
+    }
+
+
+def round_weights(model, policy):
+    """Give transformers' linears and experts the weights that the policy's bases hold."""
+    for projection in policy.store.projections.values():
+        dense = dequantised(projection.base)
+        model.get_submodule(projection.names[0]).weight.data = dense
+    for name, experts in experts_of(policy.model).items():
+        theirs = model.get_submodule(name)
+        for weights in experts.maps():
+            parameter = getattr(theirs, weights.name.rpartition(".")[2])
+            dense = dequantised(weights.base).unflatten(0, (weights.num_experts, -1))
+            parameter.data = (dense.mT if theirs.is_transposed else dense).contiguous()
+
+
+def dequantised(base):
+    return nf4_dequantize(base, torch.float32) if isinstance(base, NF4) else base.float().clone()
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["experts", "no_experts"])
+@pytest.mark.parametrize("name", by_name(*FIRST))
+def test_outputs_and_all_gradients_are_those_of_peft(name, adapted, tiny_config, groups, tmp_path):
+    config = tiny_config(name, expert_adapters=adapted, temperature=0.7)
+    policy = build_policy(config)
+    randomise(policy, size=0.2)
+    assert bool(policy.store.experts) == adapted
+    theirs = peft_model(policy, reference_model(config), tmp_path)
+    batch = one_batch(groups, config)
+    logprobs = policy.logprobs(batch)[0][batch.mask]
+    expected, _ = reference_logprobs(theirs, groups, 0.7)
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+
+    weights = torch.randn(len(logprobs), generator=torch.Generator().manual_seed(2))
+    (weights * logprobs).sum().backward()
+    (weights * expected).sum().backward()
+    gradients, modules = gradients_of(theirs), modules_of(policy.store.experts)
+    compared = 0
+    for each in policy.store.adapted():
+        module = modules.get(each.names[0], each.names[0])
+        assert_same_gradient(each.lora_a.grad, gradients.pop(f"{module}.lora_A"))
+        assert_same_gradient(each.lora_b[0].grad, gradients.pop(f"{module}.lora_B"))
+        compared += 1
+    assert not gradients and compared >= 8
+
+
+@pytest.mark.parametrize("name", by_name("qwen3-moe"))
+def test_five_training_steps_are_those_of_peft(name, tiny_config, groups, tmp_path):
+    config = tiny_config(name, expert_adapters=True, max_grad_norm=0.5)
+    policy = build_policy(config)
+    randomise(policy)
+    theirs = peft_model(policy, reference_model(config), tmp_path)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3, (config.adam_beta1, config.adam_beta2), weight_decay=0.0)
+    batch = one_batch(groups, config)
+    loss = Weighted(torch.randn(int(batch.mask.sum()), generator=torch.Generator().manual_seed(2)))
+    before = policy.logprobs(batch)[0][batch.mask]
+    for _ in range(5):
+        policy.update([[batch]], loss, 1e-3)
+        logprobs, entropies = reference_logprobs(theirs, groups, 1.0)
+        optimizer.zero_grad()
+        (loss.weights * logprobs + 0.1 * loss.weights.flip(0) * entropies).sum().backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+    expected, _ = reference_logprobs(theirs, groups, 1.0)
+    after = policy.logprobs(batch)[0][batch.mask]
+    torch.testing.assert_close(after.double(), expected, atol=1e-5, rtol=1e-5)
+    assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
+@pytest.mark.parametrize("name", by_name(*FIRST))
+def test_rounded_weights_are_the_rounded_models(name, base, tiny_config, groups, tmp_path):
+    config = tiny_config(name, base=base, expert_adapters=True)
+    policy = build_policy(config)
+    randomise(policy, size=0.2)
+    held = [weights.base for experts in experts_of(policy.model).values() for weights in experts.maps()]
+    assert held and all(isinstance(each, NF4) if base == "nf4" else each.dtype == torch.bfloat16 for each in held)
+    rounded = reference_model(config)
+    round_weights(rounded, policy)
+    theirs = peft_model(policy, rounded, tmp_path)
+    batch = one_batch(groups, config)
+    with torch.no_grad():
+        expected, _ = reference_logprobs(theirs, groups, 1.0)
+        torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
+        whole, _ = reference_logprobs(peft_model(policy, reference_model(config), tmp_path), groups, 1.0)
+    assert (whole - expected).abs().max() > 1e-3
+
+
+def test_routers_stay_as_they_are(tiny_config):
+    policy = build_policy(tiny_config("qwen2-moe", expert_adapters=True))
+    assert not [name for name in policy.store.projections if name.endswith((".gate", ".router"))]
+    assert {name.rpartition(".")[2] for name in policy.store.projections} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "shared_expert_gate")
+    }
+
+
+LORA = dict(r=4, target_modules=[], lora_alpha=12, task_type="CAUSAL_LM", init_lora_weights=False)
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("fields", [
+    dict(target_modules=["q_proj", "o_proj"], target_parameters=EXPERTS),
+    dict(target_modules=["q_proj"], target_parameters=["down_proj"]),
+    dict(target_modules=["q_proj"], target_parameters=["gate_up_proj"], use_rslora=True),
+    dict(target_modules="q_proj k_proj gate_proj up_proj down_proj".split(), r=2),  # PEFT makes rank 4 of gate and up
+    dict(target_parameters=EXPERTS, rank_pattern={"down_proj": 2}, alpha_pattern={"gate_up_proj": 3}),
+    dict(target_modules=["v_proj"], target_parameters=["q_proj.weight", *EXPERTS], rank_pattern={"q_proj.weight": 1}),
+], ids=str)  # fmt: skip
+def test_adapters_of_experts_that_peft_wrote_compute_here_what_they_compute_there(
+    fields, tiny_config, groups, tmp_path
+):
+    config = tiny_config("qwen3-moe", expert_adapters=True, lora_rank=4)
+    policy = build_policy(config)
+    randomise(policy)
+    torch.manual_seed(3)
+    theirs = peft.get_peft_model(reference_model(config), peft.LoraConfig(**(LORA | fields))).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path)
+    assert describe(tmp_path).rank == 4
+    load_adapter(policy, tmp_path)
+    batch = one_batch(groups, config)
+    with torch.no_grad():
+        expected, _ = reference_logprobs(theirs, groups, 1.0)
+        torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_experts_needs_experts_with_an_adapter(tiny_config, tmp_path):
+    adapted = build_policy(tiny_config("qwen3-moe", expert_adapters=True))
+    save_adapter(adapted, tmp_path)
+    with pytest.raises(UserError, match="--expert-adapters"):
+        load_adapter(build_policy(tiny_config("qwen3-moe")), tmp_path)
+    with pytest.raises(UserError, match="experts of its model"):
+        factors_in(tmp_path)
+
+
+def test_no_dense_copy_of_experts_is_kept(tiny_config):
+    policy = build_policy(tiny_config("deepseek-v2", base="nf4"))
+    assert not [name for name, tensor in policy.model.state_dict().items() if tensor.dim() == 3]
+    [experts] = experts_of(policy.model).values()
+    assert sum(weights.base.nbytes for weights in experts.maps()) < 0.6 * 6 * 3 * 32 * 64
