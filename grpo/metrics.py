@@ -87,7 +87,8 @@ _HEALTH = {
     ),
     "groups/zero_variance": Health(
         "Most groups are all right or all wrong, and teach nothing.",
-        "Early in a run: other rows, a larger --group-size, or --dynamic-sampling. Late: the task is solved.",
+        "Early in a run: other rows, a larger --group-size, or --dynamic-sampling. Late, where the held-out score rose "
+        "too, the task is solved; where it did not, the reward is earned by something else than right answers.",
         high=0.8,
     ),
     "groups/trained": Health(

@@ -21,12 +21,7 @@ MOST_RUNS = 8  # as many as there are colours
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the process's own. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo.report", description="One HTML file about a run, or several runs compared."
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", metavar="FILE", help=f"where to write it; {REPORT} in the folder of one run")
-    given = parser.parse_args(argv)
+    given = command_line().parse_args(argv)
     try:
         say(str(_make(list(dict.fromkeys(given.runs)), given.out)))
         return 0
@@ -35,6 +30,16 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {plain(str(error.filename or 'The system'))}: {error.strerror or error}.", file=sys.stderr)
     return 2
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo.report", description="One HTML file about a run, or several runs compared."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", metavar="FILE", help=f"where to write it; {REPORT} in the folder of one run")
+    return parser
 
 
 def _make(runs: list[str], out: str | None) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -72,12 +73,22 @@ def _template() -> Template:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_harmless, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["flags"] = _flags
     return environment.from_string(_own("page.html"))
 
 
 def _harmless(value: Any) -> Any:
     """Texts of others as a terminal would have them, too; what is HTML of ours stays."""
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _flags(text: str) -> Markup:
+    """A text of ours in which no line breaks inside of a flag."""
+    pieces = re.split(r"(--[a-z][a-z-]*)", text)
+    return Markup("").join(
+        Markup('<span class="flag">{}</span>').format(piece) if place % 2 else piece
+        for place, piece in enumerate(pieces)
+    )
 
 
 def _own(name: str) -> str:
