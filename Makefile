@@ -1,6 +1,6 @@
 # Everyday commands. `make check` is what a change must pass before it is sent.
 
-.PHONY: check lint test test-slow test-gpu test-vllm bench models tables
+.PHONY: check lint test test-slow test-gpu test-vllm bench models tables site reports
 
 check: lint test
 
@@ -39,3 +39,12 @@ tables:
 	python scripts/write_readme_table.py
 	python scripts/write_metrics_table.py
 	python scripts/write_recipe_table.py
+	python scripts/make_reports.py --write
+
+# The documents as a site, in build/site; `mkdocs serve` shows them while they are written.
+site:
+	mkdocs build --strict
+
+# The example report, the runs that docs/report.md shows going wrong, and pictures of all; some minutes, and a Chromium.
+reports:
+	python scripts/make_reports.py

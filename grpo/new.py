@@ -31,18 +31,23 @@ MOST_HELD_OUT = 100  # prompts
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m grpo.new", description="Write a task file for some data.")
-    parser.add_argument("name", metavar="NAME", help="of the task; it is written to NAME.py")
-    parser.add_argument("--data", required=True, help="a file, a folder or a data set of the hub, as grpo.run takes it")
-    parser.add_argument("--columns", nargs="*", default=[], metavar="question=COLUMN", help="what is not guessed right")
-    parser.add_argument("--splits", nargs="*", default=[], metavar="train=NAME", help="what their names do not say")
-    given = parser.parse_args(argv)
+    given = command_line().parse_args(argv)
     try:
         say(new(given.name, given.data, given.columns, given.splits))
     except UserError as error:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes."""
+    parser = argparse.ArgumentParser(prog="python -m grpo.new", description="Write a task file for some data.")
+    parser.add_argument("name", metavar="NAME", help="of the task; it is written to NAME.py")
+    parser.add_argument("--data", required=True, help="a file, a folder or a data set of the hub, as grpo.run takes it")
+    parser.add_argument("--columns", nargs="*", default=[], metavar="question=COLUMN", help="what is not guessed right")
+    parser.add_argument("--splits", nargs="*", default=[], metavar="train=NAME", help="what their names do not say")
+    return parser
 
 
 def new(name: str, data: str, columns: Sequence[str] = (), splits: Sequence[str] = ()) -> str:

@@ -25,7 +25,13 @@ STAGES = {
     "old_logp": "old log-probabilities",
     "other": "scoring and the rest",
 }
+PARTS = "Where the time of these steps goes:"
 LONGEST_REASON = 100  # characters of a failure
+
+
+def whole_steps(results: Path) -> str:
+    """Steps of the usual work, without their parts."""
+    return "\n\n".join(steps_of(result, in_short=True).partition(PARTS)[0].rstrip() for result in read(results, "step"))
 
 
 def steps_in_short(results: Path) -> str:
@@ -56,7 +62,7 @@ def steps_of(result: Record, in_short: bool) -> str:
     header = f"| shape | | {' | '.join(f'{title}, s' for title in STAGES.values())} |\n|---|---|{'---:|' * len(STAGES)}"
     measured = [(name, record) for name, record in cases if "failed" not in record]
     lines = [origin_of_steps(result), "", whole, *(step_line(*case) for case in cases)]
-    lines += ["", "Where the time of these steps goes:", "", header, *(parts_line(*case) for case in measured)]
+    lines += ["", PARTS, "", header, *(parts_line(*case) for case in measured)]
     if not in_short:
         lines += ["", "What ran:", "", "| shape | | |\n|---|---|---|", *(ran_line(*case) for case in measured)]
     return "\n".join(lines)

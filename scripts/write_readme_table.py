@@ -1,8 +1,9 @@
-"""Writes the figures of README.md (a few) and of docs/figures.md (all) from benchmarks/results/*.json.
+"""Writes the figures of README.md (one table), of docs/speed.md and docs/memory.md (those that matter) and of
+docs/figures.md (all) from benchmarks/results/*.json.
 
 Knows nothing of how they were measured.
 
-python scripts/write_readme_table.py           rewrite what stands between README's markers, and docs/figures.md
+python scripts/write_readme_table.py           rewrite what stands between the pages' markers, and docs/figures.md
 python scripts/write_readme_table.py --check   fail if that would change anything
 """
 
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from learning_table import learning, learning_in_short, percent
-from step_table import memory, steps, steps_in_short
+from step_table import memory, steps, steps_in_short, whole_steps
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-FIGURES = ROOT / "docs" / "figures.md"
+SPEED, MEMORY, FIGURES = (ROOT / "docs" / f"{name}.md" for name in ("speed", "memory", "figures"))
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures begin: python scripts/write_readme_table.py -->", "<!-- figures end -->"
 
@@ -30,7 +31,7 @@ HEADLINES = (
     ("linear_logprob no gradient", "8192 x 4096 x 128256"),
     ("lora_mlp silu forward + backward", "8192 x 4096 / 14336"),
 )
-# Rollouts that README shows: the largest model, and the one that rivals were measured on.
+# Rollouts that docs/speed.md shows: the largest model, and the one that rivals were measured on.
 SHAPES_IN_SHORT = ("llama-3.1-8b", "qwen3-1.7b")
 
 ABOUT = """# Figures
@@ -43,10 +44,12 @@ Every figure with the machine and the command that gave it. Kernels one by one:
 
 
 def main() -> None:
-    text = between(README.read_text(), BEGIN, in_short(), END)
+    text = between(README.read_text(), BEGIN, whole_steps(RESULTS), END)
     if printed := what_a_run_showed():
         text = between(text, RUN_BEGIN, printed, RUN_END)
     written = {README: text, FIGURES: everything() + "\n"}
+    written[SPEED] = between(SPEED.read_text(), BEGIN, speed(), END)
+    written[MEMORY] = between(MEMORY.read_text(), BEGIN, memory(RESULTS), END)
     if "--check" in sys.argv[1:]:
         old = [str(path) for path, text in written.items() if not path.exists() or path.read_text() != text]
         sys.exit(f"{', '.join(old)} older than the results; run python {Path(__file__).name}" if old else 0)
@@ -72,10 +75,16 @@ def what_a_run_showed() -> str:
     return f"From `{command}` on {cores} CPU cores, every tenth step shown:\n\n```\n{row['shown']}\n```"
 
 
-def in_short() -> str:
-    """README's figures: steps beside their rivals, memory, the default run, learning, rollouts, kernels."""
-    measured = [steps_in_short(RESULTS), memory(RESULTS), embedded(), learning_in_short(RESULTS)]
-    return joined(*measured, rollouts(in_short=True), kernels(in_short=True))
+def speed() -> str:
+    """docs/speed.md: steps beside their rivals and their parts, the default run, learning, rollouts, kernels."""
+    sections = {
+        "Whole steps": steps_in_short(RESULTS),
+        "On a CPU": embedded(),
+        "A run that learns, on a GPU": learning_in_short(RESULTS),
+        "Rollouts": rollouts(in_short=True),
+        "Kernels": kernels(in_short=True),
+    }
+    return joined(*(f"### {title}\n\n{text}" for title, text in sections.items() if text))
 
 
 def everything() -> str:

@@ -1,0 +1,155 @@
+"""Every block of code of the documents does what it shows: Python is run, command lines are those of our commands.
+
+A block under the line `<!-- slow -->` is run in the second stage, with RUN for a run's folder and MODEL for a model's.
+Those of docs/rewards.md and docs/sandbox.md are run by test_docs_rewards.py.
+"""
+
+import doctest
+import re
+import shlex
+
+import pytest
+import torch
+from test_docs import DOCUMENTS, ROOT, text_of
+
+from grpo import command, new
+from grpo.chat.__main__ import _parser as chat_line
+from grpo.doctor.__main__ import JSON
+from grpo.embedded import MODEL_DIR
+from grpo.export.__main__ import _parse as parse_export
+from grpo.report.__main__ import command_line as report_line
+from grpo.rewards.__main__ import _parse as parse_rewards
+
+# Documents that others' test files run.
+ELSEWHERE = ("docs/rewards.md", "docs/sandbox.md")
+BLOCK = re.compile(r"(?P<slow><!-- slow -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```", re.M | re.S)
+# What a document assumes that its reader has.
+GIVEN = {
+    "kernels/README.md": lambda: {
+        "hidden": torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True),
+        "weight": torch.randn(11, 8, dtype=torch.bfloat16),
+        "targets": torch.arange(5),
+        "my_loss": lambda logprobs: -logprobs.mean(),
+    }
+}
+
+
+def blocks(document: str, *languages: str) -> list[re.Match]:
+    return [block for block in BLOCK.finditer(text_of(document)) if block["language"] in languages]
+
+
+# ---- Python
+
+
+def run_python(document: str, codes: list[str]) -> None:
+    """The blocks of a document, one after the other, in a module of their own."""
+    space = GIVEN.get(document, dict)() | {"__name__": "block"}
+    for code in codes:
+        if ">>>" in code:
+            examples = doctest.DocTestParser().get_doctest(code, space, document, document, 0)
+            examples.globs = space  # what one block defines the next one has
+            assert doctest.DocTestRunner().run(examples, clear_globs=False).failed == 0
+        else:
+            exec(compile(code, document, "exec"), space)
+
+
+WITH_PYTHON = [document for document in DOCUMENTS if document not in ELSEWHERE and blocks(document, "python")]
+
+
+@pytest.mark.parametrize("document", WITH_PYTHON)
+def test_python_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(document, [block["code"] for block in blocks(document, "python") if not block["slow"]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [name for name in WITH_PYTHON if "<!-- slow -->" in text_of(name)])
+def test_python_of_a_run_runs(document, toy_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codes = [
+        block["code"].replace("RUN", str(toy_run)).replace("MODEL", str(MODEL_DIR))
+        for block in blocks(document, "python")
+    ]
+    run_python(document, codes)
+
+
+# ---- command lines
+
+COMMANDS = {
+    "grpo.run": command.parse,
+    "grpo.chat": lambda words: chat_line().parse_args(words),
+    "grpo.export": parse_export,
+    "grpo.rewards": parse_rewards,
+    "grpo.report": lambda words: report_line().parse_args(words),
+    "grpo.new": lambda words: new.command_line().parse_args(words),
+    "grpo.doctor": lambda words: command.parse([word for word in words if word != JSON]),
+}
+# Programs of others, whose command lines are their own.
+OTHERS = {"pip", "pytest", "mkdocs", "ncu", "git", "source", "cd", "uvx", "vllm", "llama-cli", "ollama", "tensorboard"}
+
+
+def commands_in(code: str) -> list[list[str]]:
+    """The words of each command of a block: comments left out, `a && b` and `a; b` in two, lines that go on joined."""
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = next((place for place, word in enumerate(words) if word in ("&&", ";", "|")), len(words))
+            found.append(words[:end])
+            words = words[end + 1 :]
+    return [words for words in found if words]
+
+
+def check_command(words: list[str]) -> None:
+    """A command of ours can be given so."""
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable that it runs with
+        words = words[1:]
+    program, *rest = words
+    if program == "python" and rest[0] == "-m":
+        if rest[1] in COMMANDS:
+            COMMANDS[rest[1]](rest[2:])
+        else:
+            assert rest[1] in ("venv", "pip", "pytest", "build"), words
+    elif program == "python":
+        assert (ROOT / rest[0]).is_file(), words
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", text_of("Makefile"), re.M), words
+    elif program == "grpo":
+        COMMANDS.get(f"grpo.{rest[0]}", command.parse)(rest[1:] if f"grpo.{rest[0]}" in COMMANDS else rest)
+    else:
+        assert program in OTHERS or (ROOT / program).is_file(), words
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document, "bash", "sh", "shell")])
+def test_command_lines_can_be_given(document):
+    for block in blocks(document, "bash", "sh", "shell"):
+        for words in commands_in(block["code"]):
+            if "--help" not in words:
+                check_command(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_in_a_line_can_be_given(document):
+    """`python -m grpo...` in the text, where it is whole."""
+    for span in re.findall(r"`(python -m grpo\.[^`]+)`", text_of(document).replace("\n", " ")):
+        for words in commands_in(span.replace(" ...", "")):
+            if len(words) > 3:  # more than the command's name
+                check_command(words)
+
+
+def test_a_command_that_does_not_exist_is_found():
+    for wrong in ("python -m grpo.run gsm8k --stepz 3", "python -m grpo.report", "python scripts/none.py", "make none"):
+        with pytest.raises((Exception, SystemExit)):
+            check_command(shlex.split(wrong))
+
+
+# ---- names of others
+
+
+def test_what_others_call_a_flag_is_told_as_the_command_line_tells_it():
+    rows = [line for line in text_of("docs/coming-from.md").splitlines() if line.startswith("| `")]
+    told = [(name.rpartition(".")[2], row) for row in rows for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    known = [(name, row) for name, row in told if name in command.ALIASES]
+    assert len(known) > 25
+    for name, row in known:
+        assert f"--{command.ALIASES[name].replace('_', '-')}" in row, row
