@@ -46,6 +46,7 @@ from grpo.rewards.failures import Tolerance
 from grpo.rewards.kept import Log
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
+from grpo.rollout.server import ServerEngine, check_reachable
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import why_not
 from grpo.rollouts import Rollouts
@@ -80,6 +81,8 @@ def build_policy(
     prompts: what --quantization dynamic measures on. checkpoint: what was chosen for it is kept.
     """
     check_torch()
+    if config.engine == "server":
+        check_reachable(config, config.model)
     dense = read_state(checkpoint)[0].dense if checkpoint else None
     measured_on = [prompt.tokens for prompt in prompts]
     loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
@@ -152,8 +155,10 @@ def build_engine(
     longest: prompt and completion together, in tokens, that will be sampled at most.
 
     Raises:
-        UserError: vLLM is asked for and cannot be had, or cannot sample from this policy.
+        UserError: vLLM is asked for and cannot be had, or cannot sample from this policy; so with servers.
     """
+    if config.engine == "server":
+        return ServerEngine(policy, tokenizer, canary_prompts, config, longest, note)
     if config.engine == "vllm":
         return build_vllm_engine(config, policy, tokenizer, canary_prompts, longest, note)
     if config.engine == "auto" and suits_vllm(config, policy):
@@ -229,13 +234,14 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
     shares = isinstance(policy.model, FusedModel)
     of_group = longest + (config.group_size - 1) * config.max_completion_tokens  # its prompt is there once
+    per_token = kv_bytes_per_token(policy.source, policy.store.compute_dtype)
     copied = 0 if shares else sum(p.numel() for p in policy.model.parameters()) * policy.store.compute_dtype.itemsize
     return Need(
         longest=longest,
         longest_completion=config.max_completion_tokens,
         tokens_per_step=math.ceil(config.prompts_per_step / config.mini_batches) * of_group,
         sequences=sequences_at_once(config),
-        kv_bytes_per_token=kv_bytes_per_token(policy.source, policy.store.compute_dtype),
+        kv_bytes_per_token=0 if config.engine == "server" else per_token,
         bytes_per_parameter=STATE_BYTES[config.optimizer],
         gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
@@ -351,6 +357,8 @@ def build_run(
         traced=trace.records,
     )
     policy.fit.tell = recorder.message
+    if isinstance(engine, ServerEngine):
+        engine.tell = recorder.message
     draws = Draws(generators.reader(policy.device))
     own = (draws, Log(folder / REWARDS_LOG))
     pack = build_packer(config, policy.device, policy.fit.limit)

@@ -19,6 +19,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from grpo.addresses import EXAMPLE, read_addresses, read_shared_folder
 from grpo.errors import UserError
 
 MAY_BE_INFINITE = ("dual_clip", "off_policy_mask")  # inf means: no bound
@@ -129,9 +130,17 @@ class ModelConfig(Part):
 class RolloutConfig(Part):
     """The rollout: who samples the completions, and how many."""
 
-    engine: Literal["auto", "vllm", "torch"] = "auto"
+    engine: Literal["auto", "vllm", "torch", "server"] = "auto"
     """Who samples the completions. vllm: vLLM in this process over the policy's own weights. torch: the policy's own
-    model in PyTorch. auto: vllm if it is installed, there is a GPU, and it takes the model."""
+    model in PyTorch. server: one or more `vllm serve` (--servers). auto: vllm if it is installed, there is a GPU, and
+    it takes the model."""
+    servers: tuple[str, ...] = ()
+    """server: addresses of `vllm serve`, such as http://127.0.0.1:8000. Their key is in GRPO_SERVER_KEY."""
+    servers_folder: str = ""
+    """server: a folder that the servers see too, through which they get the adapter; HERE=THERE where its path is
+    another there. Empty: this machine's folder for temporary files."""
+    servers_patience: float = 600.0
+    """server: seconds without any server after which the run ends, saved."""
     kv_cache_gib: float = 0.0
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
     release_kv_cache: bool = True
@@ -158,6 +167,8 @@ class RolloutConfig(Part):
     """Dynamic sampling gives up after this many further rollouts and trains on what it has."""
 
     def checks(self) -> list[Check]:
+        read_addresses(self.servers)
+        read_shared_folder(self.servers_folder)
         return [
             *super().checks(),
             (self.group_size < 2, f"group_size is {self.group_size}, so every advantage would be 0. Use 2 or more."),
@@ -171,6 +182,15 @@ class RolloutConfig(Part):
             *self.between(0, 10**9, "max_context"),
             *self.between(0, 10_000, "max_refills"),
             *self.between(0, 10**6, "kv_cache_gib"),
+            *self.between(1, 10**9, "servers_patience"),
+            (
+                self.engine == "server" and not self.servers,
+                f"engine is server, and servers names none. Give their addresses, such as servers {EXAMPLE}.",
+            ),
+            (
+                self.engine == "auto" and bool(self.servers),
+                "servers has addresses, and engine is auto, which asks no servers. Use engine server.",
+            ),
             (
                 bool(fault := fault_of_template_kwargs(self.chat_template_kwargs)),
                 f"chat_template_kwargs has {fault}.",

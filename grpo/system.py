@@ -73,6 +73,18 @@ def lock(descriptor: int) -> bool:
     return True
 
 
+def is_unlocked(descriptor: int) -> bool:
+    """Whether it is certain that nobody has locked what is open: not where there are no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    unlock(descriptor)
+    return True
+
+
 def unlock(descriptor: int) -> None:
     """Let go of it, also for the copies of it that a process forked long ago may have."""
     with suppress(OSError, AttributeError):

@@ -37,6 +37,10 @@ OTHER_PROGRAMS = {"--out", "--backend-store-uri", "--no-deps", "--target", "--cl
 OWN_FLAGS = {"--json"}  # of the commands beside python -m grpo.run
 OWN_FLAGS |= set(chat_parser()._option_string_actions)
 OTHER_PROGRAMS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--lora"}  # vLLM's, llama.cpp's
+OTHER_PROGRAMS |= {
+    *("--host", "--port", "--dtype", "--max-model-len", "--max-loras", "--logprobs-mode", "--generation-config"),
+    *("--tensor-parallel-size", "--data-parallel-size", "--api-key", "--no-enable-chunked-prefill"),
+}  # vLLM's server's
 # Of python -m grpo.export.
 EXPORT_FLAGS = {f"--{name.replace('_', '-')}" for name in ExportOptions.__dataclass_fields__}
 REWARD_FLAGS = {f"--{name}" for name in RewardOptions.__dataclass_fields__}  # of python -m grpo.rewards

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"kernels": ("grpo_kernels.*",)},
     {
-        "words": ("grpo.errors", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
+        "words": ("grpo.errors", "grpo.addresses", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
         "system": ("grpo.system",),
         "terminal": ("grpo.terminal",),
         "threads": ("grpo.threads",),

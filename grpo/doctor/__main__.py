@@ -159,6 +159,7 @@ def _of_config(examined: Examined, resolved: Resolved) -> None:
     from grpo.doctor import choice  # with transformers, which can be imported by now
     from grpo.policy.optimizer import check_optimizer
     from grpo.record.trackers import check_installed
+    from grpo.rollout.server import check_reachable
     from grpo.start import find_adapter
 
     findings, config = examined.findings, resolved.config
@@ -175,6 +176,9 @@ def _of_config(examined: Examined, resolved: Resolved) -> None:
             check_installed(config.log)
         with found(findings, "optimizer", "pip install bitsandbytes, or use --optimizer adamw"):
             check_optimizer(config, device)
+        with found(findings, "servers"):
+            if engine == "server":
+                check_reachable(config, config.model)
         with found(findings, "adapter"):
             if config.adapter:
                 find_adapter(config.adapter)

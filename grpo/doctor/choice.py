@@ -54,7 +54,9 @@ class Sizes:
 
 
 def engine_of(config: Config, device: torch.device) -> tuple[str, Finding]:
-    """ "vllm" or "torch", and why not the faster one."""
+    """ "vllm", "torch" or "server", and why not the faster one."""
+    if config.engine == "server":
+        return "server", Finding("fine", "engine", f"Servers sample: {', '.join(config.servers)}.")
     reason = why_not(config, device)
     if config.engine == "vllm" or (config.engine == "auto" and not reason):
         told = "vLLM samples, in this process. Where it does not know the model, --engine auto takes PyTorch's."

@@ -38,13 +38,13 @@ FIRST = re.compile(r"base_model\.model\.(.+)\.lora_A\.weight")
 Factors = dict[str, tuple[Tensor, Tensor]]  # Hugging Face name -> A [r, K], B [M, r]; of E experts [E r, K], [M, r E]
 
 
-def adapter_files(policy: Policy) -> dict[str, bytes]:
-    """File name -> content of the adapter as it is now, in float32."""
+def adapter_files(policy: Policy, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
+    """File name -> content of the adapter as it is now."""
     tensors: dict[str, Tensor] = {}
     modules = modules_of(policy.store.experts)
     for name, a, b in policy.store.factors():
-        tensors[tensor_name(modules.get(name, name), "A")] = a.cpu().contiguous()
-        tensors[tensor_name(modules.get(name, name), "B")] = b.cpu().contiguous()
+        tensors[tensor_name(modules.get(name, name), "A")] = a.to("cpu", dtype).contiguous()
+        tensors[tensor_name(modules.get(name, name), "B")] = b.to("cpu", dtype).contiguous()
     return {
         WEIGHTS: save(tensors, {"format": "pt"}),
         SETTINGS: json.dumps(_settings(policy), indent=2).encode(),

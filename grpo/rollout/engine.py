@@ -6,14 +6,25 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from grpo.rollout.canary import Canary
 from grpo.types import Completion, Request
+
+
+class Watch(Protocol):
+    """What a run has of an engine's canary (grpo/rollout/canary.py)."""
+
+    @property
+    def noise(self) -> float: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> bool: ...
 
 
 class Engine(Protocol):
     """Samples from the policy, and says so with the policy's version on every completion."""
 
-    canary: Canary
+    @property
+    def canary(self) -> Watch: ...
 
     def sample(self, requests: list[Request]) -> list[Completion]:
         """A completion for each request, at the engine's temperature. What is drawn for a request follows from its

@@ -49,6 +49,7 @@ def evaluate(resolved: Resolved, target: str) -> int:
             say(line)
         with working("evaluation"):
             scores = build_evaluator(resolved.task, config, questions, say)(engine)
+        engine.close()
     say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
     for line in score_lines(scores):
         say("  " + line)

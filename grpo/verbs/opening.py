@@ -10,6 +10,7 @@ from grpo.config import Config
 from grpo.folder import Saved
 from grpo.policy import Policy
 from grpo.rollout import Engine
+from grpo.rollout.server import ServerEngine
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.task import Task
 
@@ -45,5 +46,7 @@ def device_in_words(device: torch.device) -> str:
 
 def engine_in_words(engine: Engine) -> str:
     """Who samples."""
+    if isinstance(engine, ServerEngine):
+        return engine.told
     own = isinstance(engine, TorchEngine)
     return "PyTorch, the policy's own model" if own else "vLLM, in this process, over the policy's weights"
