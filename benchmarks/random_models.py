@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 CONTEXT = 32768  # where a shape says nothing else
 DEVIATION = 0.02  # of the weights
+# A fresh model's norms multiply by 1. Of these families that is a weight of 0; with 1 they double what passes, layer
+# after layer, until rounding decides what comes out.
+FROM_ZERO = ("gemma", "gemma2", "gemma3_text")
 SHARD_BYTES = 2 * 2**30
 
 WORDS = "what is the sum of two numbers let us think step by step and give the final answer in a box with reasons"
@@ -80,7 +83,7 @@ def tensors(model: nn.Module, quantized: bool) -> Iterator[tuple[str, Tensor]]:
         if parameter.ndim > 1:
             value.normal_(0, DEVIATION, generator=generator)
         elif "norm" in name:
-            value.fill_(1)
+            value.fill_(model.config.model_type not in FROM_ZERO)
         yield from quantized_tensors(name, value) if name in in_4_bits else [(name, value.cpu())]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo import generators, memory, system
+from grpo import generators, memory, memory_trial, system
 from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
@@ -83,7 +83,10 @@ def build_policy(
     check_torch()
     if config.engine == "server":
         check_reachable(config, config.model)
-    dense = read_state(checkpoint)[0].dense if checkpoint else None
+    before = read_state(checkpoint)[0] if checkpoint else None
+    if before:  # it goes on over the base that it began with
+        config = replace(config, double_quant="on" if before.double_quant else "off")
+    dense = before.dense if before else None
     measured_on = [prompt.tokens for prompt in prompts]
     loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
     return Policy(loaded, config)
@@ -199,8 +202,11 @@ def plan_memory(
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
-    sizes = memory.measure(policy, longest)
+    sizes = memory_trial.measure(policy, longest)
     plan = memory.foresee(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
+    if plan.sizes.double_quantised:
+        policy.store.double_quantize()
+        torch.cuda.empty_cache()
     if config.memory_gib:
         memory.keep_within(plan, policy.device)
     return plan
@@ -215,7 +221,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     """
     engine.release()
     held = 0 if plan.gives_cache_back else plan.kv_cache
-    taken = memory.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
+    taken = memory_trial.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
     need = replace(
         plan.need,
         engine_bytes=max(0, taken),
@@ -321,6 +327,7 @@ def build_run(
     progress.threads = threads
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
     plan = plan_memory(config, policy, questions.longest_sequence, progress.tokens_per_batch, note)
+    progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     engine = build_engine(
         plan.settled(config) if plan else config,
         policy,

@@ -62,6 +62,7 @@ class Progress:
     tokens_per_batch: int = 0  # that sums of the update are taken over: another number rounds otherwise; 0: not known
     placed: dict[str, str] = field(default_factory=dict)  # {reward: where it is called}
     dense: list[str] = field(default_factory=list)  # projections that --quantization dynamic keeps in 16 bits
+    double_quant: bool = False  # the scales of the base's blocks are in 8 bits, by our own choice or the user's
     batch_limit: list[int] = field(default_factory=list)  # how large batches may be: BatchLimit.state
     evaluated: int = -1  # steps done at the last held-out score
     best: float = -1.0  # best held-out pass@1, or reward, if there was any ...

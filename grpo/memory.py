@@ -1,6 +1,6 @@
 """Memory: what a run takes of a GPU, planned before it starts from measured sizes. Knows nothing of tasks or engines.
 
-    measure(policy, longest)         what a token takes in the update, by trial on a few tokens -> Sizes
+    memory_trial.measure(...)        what a token takes in the update, by trial on a few tokens -> Sizes
     foresee, choose(sizes, need, ..) the settings that fit, the fastest of them -> Plan; arithmetic alone
     Plan.table()                     what was chosen, what it costs, and how far the card is filled
 
@@ -24,22 +24,20 @@ Counted by constants, not measured on the spot: equal runs on equal cards choose
 
 from __future__ import annotations
 
-import gc
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 
 import torch
 
 from grpo.config import Config
-from grpo.errors import UserError, is_out_of_memory
-from grpo.fitting import forget
-from grpo.packing import lay_out_to_read
-from grpo.policy import Policy
+from grpo.errors import UserError
+from grpo.memory_trial import Sizes
 from grpo.policy.activations import Treatment
 from grpo.policy.cache import full_cache_bytes
-from grpo.types import Batch, Completion, Group, Prompt
 
 GIB = 2**30
 
@@ -64,9 +62,6 @@ OF_GIVING_BACK, OF_SO_MANY_LAYERS = 2500, 32
 # Tokens of the KV cache beside those of the longest sequence: blocks are whole, and some are always kept free.
 CACHE_TO_SPARE = 1024
 
-# Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
-TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
-
 
 @dataclass(frozen=True)
 class Need:
@@ -82,29 +77,6 @@ class Need:
     engine_bytes: int  # beside the cache: expected, or measured
     cache_stands: int = 0  # bytes of a cache that is there already
     batch_before: int = 0  # tokens: a resumed run's, which it goes on with where they fit; 0: a new run
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes, as measured."""
-
-    others: int  # in use by CUDA itself and by other processes
-    weights: int  # of the base: its linears, embedding, head, norms
-    adapter: int  # of the adapter: its masters, and their mirrors in the dtype of the computation
-    parameters: int  # numbers that are trained
-    layers: int
-    weights_per_layer: float  # numbers
-    fixed: int  # of a batch, whatever its size
-    recomputing: float  # a token, every layer recomputed
-    keeping: float  # a token, for each layer that keeps its activations
-    layer_input: int  # a token
-
-    def update(self, tokens: int, kept: int, offloaded: int) -> int:
-        """Of a batch of so many tokens, beside weights, adapter and optimizer."""
-        per_token = self.recomputing + max(0, kept - 1) * self.keeping - max(0, offloaded - 2) * self.layer_input
-        gradients = 4 * self.parameters
-        at_the_end = gradients + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
-        return int(gradients + max(self.fixed + tokens * per_token, at_the_end))  # those so far, and the batch's own
 
 
 @dataclass(frozen=True)
@@ -188,7 +160,7 @@ class Plan:
         batches = f"update, batches of {self.tokens_per_batch:,} tokens, {self._told()}"
         rows = [
             ("CUDA and other processes", self.sizes.others, ""),
-            ("base weights", self.sizes.weights, "--base"),
+            self._weights_row(),
             ("adapter", self.sizes.adapter, "--lora-rank"),
             ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, "--optimizer"),
             ("engine beside its cache", self.need.engine_bytes, ""),
@@ -205,6 +177,11 @@ class Plan:
             ]
         )
 
+    def _weights_row(self) -> tuple[str, int, str]:
+        if self.sizes.double_quantised:
+            return "base weights, their scales in 8 bits too", self.sizes.weights, "--base, --double-quant"
+        return "base weights", self.sizes.weights, "--base"
+
     def _told(self) -> str:
         recomputed = self.sizes.layers - self.kept - self.offloaded
         parts = [(self.kept, "kept"), (recomputed, "recomputed"), (self.offloaded, "recomputed from host memory")]
@@ -212,134 +189,25 @@ class Plan:
         return f"layers: {told or 'none'} (--recompute)"
 
 
-# ---- the trial
-
-
-def measure(policy: Policy, longest: int) -> Sizes:
-    """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes.
-
-    The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
-    of fewer where that does not fit.
-    """
-    parameters = sum(each.numel() for each in policy.store.parameters())
-    inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
-    tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
-    while True:
-        try:
-            return _measured(policy, longest, tokens)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or tokens < 2 * LEAST_TRIAL:
-                raise
-            forget(error)
-        tokens //= 2
-
-
-def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
-    """The same of a trial of so many tokens, and of twice as many."""
-    parameters, device, layers = policy.store.parameters(), policy.device, len(policy.model.layers)
-    few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
-    keeps = min(layers, TRIAL_KEPT)
-    kept = _peak(policy, few, keeps)
-    at_few, at_more = _peak(policy, few, 0), _peak(policy, more, 0)
-    in_use = taken(device)
-    num_few, num_more = len(few.tokens), len(more.tokens)
-    recomputing = (at_more - at_few) / (num_more - num_few)
-    adapter = sum(_bytes(each) for each in parameters) + sum(
-        _bytes(mirror) for each in policy.store.projections.values() for mirror in each.mirrors
-    )
-    allocated = torch.cuda.memory_allocated(device)
-    return Sizes(
-        others=in_use - torch.cuda.memory_reserved(device),
-        weights=allocated - adapter,
-        adapter=adapter,
-        parameters=sum(each.numel() for each in parameters),
-        layers=layers,
-        weights_per_layer=_base_weights(policy) / max(1, layers),
-        fixed=max(0, int(at_few - recomputing * num_few)),
-        recomputing=recomputing,
-        keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
-        layer_input=_layer_input(policy),
-    )
-
-
-def taken(device: torch.device) -> int:
-    """Bytes in use on a GPU, by whomever."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    return total - free
-
-
-def keep_within(plan: Plan, device: torch.device) -> None:
-    """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for.
-
-    It counts a KV cache that was given back as if it were there.
-    """
-    total = torch.cuda.get_device_properties(device).total_memory
-    allowed = plan.limit - plan.sizes.others + plan.kv_cache * plan.gives_cache_back
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
-
-
-def _base_weights(policy: Policy) -> int:
-    """How many numbers its linears hold."""
-    return sum(math.prod(each.base.shape) for each in policy.store.projections.values())
-
-
-def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:
-    """About so many tokens, in sequences no longer than the longest, half of each a completion."""
-    length = min(longest, tokens)
-    prompt = [0] * max(1, length // 2)
-    completion = Completion([0] * max(1, length - len(prompt)), [0.0] * max(1, length - len(prompt)), "", "stop", 0)
-    share = len(prompt) + TRIAL_GROUP * len(completion.tokens)
-    members = TRIAL_GROUP if share <= tokens else 1
-    one = len(prompt) + members * len(completion.tokens)
-    groups = [Group(Prompt(0, "", prompt, {}), [completion] * members) for _ in range(max(1, tokens // one))]
-    return lay_out_to_read(groups, policy.device)
-
-
-def _layer_input(policy: Policy) -> int:
-    """Bytes of a token's hidden state."""
-    return policy.model.head.shape[1] * policy.store.compute_dtype.itemsize
-
-
-def _peak(policy: Policy, batch: Batch, kept: int) -> int:
-    """Bytes that a forward and backward pass takes at most, beside what is there before and after, where so many layers
-    keep their activations."""
-    layers = len(policy.model.layers)
-    policy.model.treat(["keep" if index >= layers - kept else "recompute" for index in range(layers)])
-    peak = 0
-    for _ in range(2):  # the first time kernels are chosen, by running them in memory of their own
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(policy.device)
-        torch.cuda.reset_peak_memory_stats(policy.device)
-        logprobs, _ = policy.logprobs(batch)
-        torch.autograd.grad(logprobs.sum(), policy.store.parameters(), allow_unused=True)
-        peak = torch.cuda.max_memory_allocated(policy.device) - before
-        del logprobs
-    return peak
-
-
 # ---- the choice
 
 
 def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
-    """The plan before there is an engine, `need` being with what it is expected to take; with less where nothing fits
-    beside that.
+    """The plan before there is an engine, `need` being with what it is expected to take; where nothing fits beside
+    that, with less; and where that does not either, with the scales of a base in 4 bits quantised too, which costs
+    some of a rollout's speed.
 
     Raises:
         UserError: nothing fits beside the least either.
     """
-    try:
-        return choose(sizes, need, limit, asked)
-    except UserError:
-        if need.engine_bytes < ENGINE_BYTES:  # there is to be none
-            raise
-        # Where it was expected to have a copy of the weights, it may share them after all.
-        return choose(sizes, replace(need, engine_bytes=LEAST_ENGINE_BYTES), limit, asked)
+    # Where an engine was expected to have a copy of the weights, it may share them after all. 0: there is to be none.
+    engines = [need.engine_bytes, LEAST_ENGINE_BYTES] if need.engine_bytes >= ENGINE_BYTES else [need.engine_bytes]
+    weights = [sizes, sizes.with_double_quant()] if sizes.spared else [sizes]
+    *others, last = [(each, replace(need, engine_bytes=engine)) for each in weights for engine in engines]
+    for each, needed in others:
+        with suppress(UserError):
+            return choose(each, needed, limit, asked)
+    return choose(*last, limit, asked)
 
 
 def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
@@ -369,11 +237,17 @@ def _caches(need: Need, asked: Asked, left: int) -> list[int]:
 
 
 def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Iterator[Plan]:
-    """For each size of a batch the plan that keeps most and offloads least, if one fits."""
+    """For each size of a batch the plan that keeps most and offloads least, if one fits. From one split of the layers
+    to the next less is taken, so the first that fits is found by halving."""
+    splits = _splits(plan.sizes.layers, asked.recompute)
     for tokens in batches:
-        splits = _splits(plan.sizes.layers, asked.recompute)
-        plans = (replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=away) for kept, away in splits)
-        yield from islice((each for each in plans if max(each.peaks) <= usable), 1)
+        of = partial(_with, plan, tokens)
+        first = bisect_left(splits, True, key=lambda split: max(of(*split).peaks) <= usable)
+        yield from (of(*split) for split in splits[first : first + 1])
+
+
+def _with(plan: Plan, tokens: int, kept: int, offloaded: int) -> Plan:
+    return replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
 
 
 def _batches(need: Need, asked: Asked) -> list[list[int]]:
@@ -441,3 +315,13 @@ def _flags(asked: Asked) -> list[str]:
         (asked.kv_cache, f"--kv-cache-gib {asked.kv_cache / GIB:g}"),
     ]
     return [flag for given, flag in flags if given]
+
+
+def keep_within(plan: Plan, device: torch.device) -> None:
+    """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for.
+
+    It counts a KV cache that was given back as if it were there.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = plan.limit - plan.sizes.others + plan.kv_cache * plan.gives_cache_back
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)

@@ -50,7 +50,7 @@ LAYERS = (
     },
     {
         "rollout": ("grpo.rollout.*",),
-        "memory": ("grpo.memory",),
+        "memory": ("grpo.memory", "grpo.memory_trial"),
         "checkpoint": ("grpo.checkpoint", "grpo.start"),
         "questions": ("grpo.questions",),
         "resolve": ("grpo.resolve",),

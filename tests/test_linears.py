@@ -13,6 +13,7 @@ from bitsandbytes.nn import Params4bit
 from bnb_reference import dequantize_4bit, dequantize_linears
 from grpo_kernels.nf4 import nf4_dequantize
 from tiny_models import CPU, SIZES, build_policy, one_batch, reference_logprobs, write_checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from grpo.config import Config
 from grpo.errors import UserError
@@ -96,6 +97,25 @@ def test_a_dense_base_is_the_dequantised_weight(base, dtype, checkpoint, tmp_pat
     for projection in load(config_of(folder, base=base)).store.projections.values():
         expected = torch.cat([dequantized(theirs.get_submodule(part).weight) for part in projection.names])
         assert torch.equal(projection.base, expected.to(dtype))
+
+
+@pytest.mark.parametrize("stored", ["bf16", "single"])
+def test_double_quant_is_bitsandbytes_own(stored, name, checkpoint, tmp_path):
+    """Of linears that are joined, as of one that holds them all; whether they are quantised here or were before."""
+    plain = read_by_transformers(checkpoint(name))
+    folder = checkpoint(name) if stored == "bf16" else quantize(checkpoint(name), tmp_path)
+    once = load(config_of(folder)).store
+    store = load(config_of(folder, double_quant="on")).store
+    spared = sum(p.base.nbytes for p in once.projections.values()) - sum(
+        p.base.nbytes for p in store.projections.values()
+    )
+    assert spared == once.spared_by_double_quant > 0 and store.spared_by_double_quant == 0
+    for projection in store.projections.values():
+        linears = [plain.get_submodule(part) for part in projection.names]
+        weights = [each.weight.T if isinstance(each, Conv1D) else each.weight for each in linears]
+        packed, state = bnb.quantize_4bit(torch.cat(weights).detach(), quant_type="nf4", compress_statistics=True)
+        assert torch.equal(projection.base.packed, packed.flatten())
+        assert torch.equal(nf4_dequantize(projection.base, torch.float32), dequantize_4bit(packed, state))
 
 
 def test_a_checkpoint_quantised_from_bf16(checkpoint, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from grpo.build import build_policy, plan_memory
 from grpo.errors import UserError
-from grpo.memory import ENGINE_BYTES, GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, Sizes, choose, foresee
+from grpo.memory import ENGINE_BYTES, GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee
+from grpo.memory_trial import Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
 from grpo.types import Completion, Group, Prompt
@@ -182,6 +183,28 @@ def test_an_engine_may_turn_out_smaller_than_is_set_aside_for_it():
     assert plan.need.engine_bytes < ENGINE_BYTES and max(plan.peaks) <= small
     with pytest.raises(UserError):
         foresee(SIZES, replace(need, engine_bytes=0), 7 * GIB, FREE)
+
+
+def test_scales_are_quantised_too_where_nothing_fits_otherwise_and_only_there():
+    sizes = replace(SIZES, spared=GIB // 2)
+    low, smallest = 8.0, 12.0  # GiB
+    while smallest - low > 0.05:
+        middle = (low + smallest) / 2
+        low, smallest = (low, middle) if fits(SIZES, middle) else (middle, smallest)
+    for gib in (smallest, 24):
+        assert foresee(sizes, NEED, int(gib * GIB), FREE).sizes == sizes
+    plan = foresee(sizes, NEED, int((smallest - 0.25) * GIB), FREE)
+    assert plan.sizes.double_quantised and plan.sizes.weights == SIZES.weights - GIB // 2
+    assert "their scales in 8 bits too" in plan.table() and "--double-quant" in plan.table()
+    assert fits(sizes, smallest - 0.45) and not fits(sizes, smallest - 0.6)
+
+
+def fits(sizes, gib):
+    try:
+        foresee(sizes, NEED, int(gib * GIB), FREE)
+    except UserError:
+        return False
+    return True
 
 
 def test_what_was_asked_for_and_does_not_fit_is_named():

@@ -15,9 +15,12 @@ from grpo_kernels.nf4 import NF4
 from tiny_models import CPU, VOCABULARY
 from toy_task import SMALL, TASK
 
+from grpo.build import build_policy
 from grpo.config import Config
 from grpo.embedded import MODEL_DIR, word_problems
 from grpo.errors import UserError
+from grpo.export.source import find
+from grpo.folder import saved_run
 from grpo.policy import load_model, load_tokenizer
 from grpo.policy.form import LINEARS
 from grpo.policy.quantization import best_within, spread
@@ -169,6 +172,25 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path, capsys):
     assert main(["--eval", str(run)]) == 0
     told = capsys.readouterr().out
     assert "--quantization dynamic keeps" not in told and told.count("as --quantization dynamic chose before") == 2
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_the_scales_that_it_began_with(tmp_path):
+    """Whatever config.json leaves to the plan: another card might choose otherwise. What is exported has them too."""
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    run = tmp_path / "run"
+    flags = [*SMALL, "--base", "nf4", "--double-quant", "on", "--steps", "2", "--save-every", "1"]
+    assert main([str(tmp_path / "toy.py"), *flags, "--eval-prompts", "1", "--run-dir", str(run)]) == 0
+    first, second = sorted(run.glob("checkpoints/step-*"))
+    uninterrupted = (second / "adapter_model.safetensors").read_bytes()
+    told = (run / "config.json").read_text()
+    assert '"double_quant": "on"' in told
+    (run / "config.json").write_text(told.replace('"double_quant": "on"', '"double_quant": "auto"'))
+    policy = build_policy(saved_run(str(run)).config, None, 64, checkpoint=first)
+    assert policy.store.spared_by_double_quant == 0
+    assert find(str(run), "best", None).config.double_quant == "on"
+    assert main(["--resume", str(first)]) == 0
+    assert (second / "adapter_model.safetensors").read_bytes() == uninterrupted
 
 
 def test_what_it_cannot_be_used_for(checkpoint):

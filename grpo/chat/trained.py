@@ -94,8 +94,12 @@ def _config(asked: Asked, source: Source | None) -> Config:
         return replace(made, base=asked.base or plain, **fields)
     # No optimizer is used, and bitsandbytes need not be here. Another base than the run's is another model's rounding.
     base = asked.base or source.config.base
-    quantization = source.config.quantization if base == "nf4" else "uniform"
-    others = dict(base=base, quantization=quantization, optimizer="adamw", reference="base", recompute="none")
+    nf4 = base == "nf4"
+    rounding = dict(
+        quantization=source.config.quantization if nf4 else "uniform",
+        double_quant=source.config.double_quant if nf4 else "off",
+    )
+    others = dict(base=base, **rounding, optimizer="adamw", reference="base", recompute="none")
     return replace(source.config, **fields, **others)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo.checkpoint import best_checkpoint, check_files, check_run
@@ -22,7 +22,7 @@ class Source:
     title: str  # of what is exported, for people
     base: str  # the model's name or folder, as Hugging Face takes it
     rank: int  # the largest of its linears'
-    config: Config | None  # of its run; None for an adapter that came without one
+    config: Config | None  # of its run, its base as it was trained over; None for an adapter that came without one
     dense: tuple[str, ...] = ()  # projections that --quantization dynamic kept in 16 bits
 
 
@@ -44,7 +44,8 @@ def find(run: str, checkpoint: str, model: str | None) -> Source:
         check_run(folder, saved.id)
         base = model_source(model or saved.config.model)
         title = f"{saved.name}, step {progress.step}"
-        return Source(folder, title, _there(base, run), describe(folder).rank, saved.config, tuple(progress.dense))
+        config = replace(saved.config, double_quant="on" if progress.double_quant else "off")
+        return Source(folder, title, _there(base, run), describe(folder).rank, config, tuple(progress.dense))
     if checkpoint != "best":
         raise UserError(
             f"--checkpoint chooses among the checkpoints of a run, and {run} is no run's folder. Leave it out."

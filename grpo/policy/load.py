@@ -178,6 +178,8 @@ def load_model(
         store = generic.fuse(model, build, partial(build_experts, config=config, dtype=dtype, device=device))
         settle(model, device)
         ours = GenericModel(model.to(device), recompute)
+    if config.double_quant == "on":
+        store.double_quantize()
     store.initialise(config.lora_alpha, config.seed)
     progressed(1, 1)
     gc.collect()

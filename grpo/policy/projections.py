@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from grpo_kernels.lora import LoraFactors, dense_weight, empty_with_room, lora_linear
-from grpo_kernels.nf4 import BLOCK, NF4, nf4_concat, nf4_quantize
+from grpo_kernels.nf4 import BLOCK, NESTED_BLOCK, NF4, nf4_concat, nf4_double_quantize, nf4_quantize
 from torch import Tensor, nn
 
 from grpo.errors import UserError
@@ -177,6 +177,19 @@ class ProjectionStore:
     def dense(self) -> list[str]:
         """The names of the projections whose base is not in 4 bits."""
         return [name for name, projection in self.projections.items() if isinstance(projection.base, Tensor)]
+
+    @property
+    def spared_by_double_quant(self) -> int:
+        """Bytes that `double_quantize` would free."""
+        bases = [each.base for each in self.projections.values() if isinstance(each.base, NF4)]
+        blocks = [base.absmax.numel() for base in bases if base.nested_absmax is None]
+        return sum(3 * count - 8 * math.ceil(count / NESTED_BLOCK) for count in blocks)
+
+    def double_quantize(self) -> None:
+        """The scales of the blocks in 8 bits, of every base in 4 bits; their packed bytes stay where they are."""
+        for projection in self.projections.values():
+            if isinstance(projection.base, NF4):
+                projection.base = nf4_double_quantize(projection.base)
 
     def add(self, name: str, projection: Projection) -> None:
         """Take a projection in; its scale becomes the store's."""

@@ -347,6 +347,15 @@ def shut_down(llm: Any) -> None:
     # The clean-up collects garbage: with sleep mode a next engine refuses to start while anything of this one is there.
     del llm
     cleanup_dist_env_and_memory()
+    _forget_graph_pool()
+
+
+def _forget_graph_pool() -> None:
+    """All engines of a process capture their CUDA graphs into one pool. With the last graph PyTorch gives it up, and
+    captures into a pool that was given up fail: a next engine gets another."""
+    from vllm.platforms import current_platform
+
+    type(current_platform)._global_graph_pool = None
 
 
 def _forget_compiled(model: Any) -> None:

@@ -126,7 +126,7 @@ def nf4_quantize(weight: Tensor, double_quant: bool = False, impl: Impl = "auto"
     absmax, codes = _scale_to_levels(values)
     packed = codes[0::2] << 4 | codes[1::2]
     quantized = NF4(packed, absmax, (weight.shape[0], weight.shape[1]))
-    return _nest_absmax(quantized) if double_quant else quantized
+    return nf4_double_quantize(quantized) if double_quant else quantized
 
 
 @isolated
@@ -196,8 +196,13 @@ def _scale_to_levels(values: Tensor) -> tuple[Tensor, Tensor]:
     return absmax, torch.bucketize(scaled, _midpoints(levels_on(values.device)), out_int32=True).to(torch.uint8)
 
 
-def _nest_absmax(nf4: NF4) -> NF4:
-    """Double quantisation: absmax less its mean, in 8-bit codes of bitsandbytes' signed dynamic map, blocks of 256."""
+def nf4_double_quantize(nf4: NF4) -> NF4:
+    """Double quantisation: absmax less its mean, in 8-bit codes of bitsandbytes' signed dynamic map, blocks of 256.
+
+    The packed bytes stay the same memory. What has it already is returned as it is.
+    """
+    if nf4.nested_absmax is not None:
+        return nf4
     offset = nf4.absmax.mean()
     num_blocks = nf4.absmax.numel()
     num_nested = -(-num_blocks // NESTED_BLOCK)

@@ -5,8 +5,8 @@ import torch
 from test_activations_gpu import QWEN3, batch_of
 from test_run_gpu import write_checkpoint
 
-from grpo import memory
 from grpo.config import Config
+from grpo.memory_trial import measure
 from grpo.policy import Policy
 from grpo.policy.load import load_model
 
@@ -18,7 +18,7 @@ def test_an_update_takes_what_was_predicted(base, tmp_path):
     folder = write_checkpoint(QWEN3, tmp_path)
     config = Config(model=str(folder), base=base, device="cuda", lora_rank=8)
     policy = Policy(load_model(config, torch.device("cuda"), 1024), config)
-    sizes = memory.measure(policy, 765)
+    sizes = measure(policy, 765)
     batch, layers = batch_of(policy, seed=1), len(policy.model.layers)
     for kept, offloaded in ((0, 0), (1, 0), (5, 0), (layers, 0), (0, layers - 1)):
         recomputed = layers - kept - offloaded

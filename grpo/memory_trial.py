@@ -1,0 +1,150 @@
+"""The trial of the memory plan: what a policy takes of its GPU, measured before there is an engine. Chooses nothing.
+
+measure(policy, longest)    by forward and backward passes over a few tokens -> Sizes
+taken(device)               bytes in use on a GPU, by whomever
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from grpo.errors import is_out_of_memory
+from grpo.fitting import forget
+from grpo.packing import lay_out_to_read
+from grpo.policy import Policy
+from grpo.types import Batch, Completion, Group, Prompt
+
+# Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
+TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, as measured."""
+
+    others: int  # in use by CUDA itself and by other processes
+    weights: int  # of the base: its linears, embedding, head, norms
+    adapter: int  # of the adapter: its masters, and their mirrors in the dtype of the computation
+    parameters: int  # numbers that are trained
+    layers: int
+    weights_per_layer: float  # numbers
+    fixed: int  # of a batch, whatever its size
+    recomputing: float  # a token, every layer recomputed
+    keeping: float  # a token, for each layer that keeps its activations
+    layer_input: int  # a token
+    spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
+    double_quantised: bool = False  # `weights` is with that done, which it is not yet
+
+    def with_double_quant(self) -> Sizes:
+        """The same with these scales in 8 bits."""
+        return replace(self, weights=self.weights - self.spared, spared=0, double_quantised=True)
+
+    def update(self, tokens: int, kept: int, offloaded: int) -> int:
+        """Of a batch of so many tokens, beside weights, adapter and optimizer."""
+        per_token = self.recomputing + max(0, kept - 1) * self.keeping - max(0, offloaded - 2) * self.layer_input
+        gradients = 4 * self.parameters
+        at_the_end = gradients + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
+        return int(gradients + max(self.fixed + tokens * per_token, at_the_end))  # those so far, and the batch's own
+
+
+def measure(policy: Policy, longest: int) -> Sizes:
+    """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes.
+
+    The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
+    of fewer where that does not fit.
+    """
+    parameters = sum(each.numel() for each in policy.store.parameters())
+    inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
+    tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
+    while True:
+        try:
+            return _measured(policy, longest, tokens)
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or tokens < 2 * LEAST_TRIAL:
+                raise
+            forget(error)
+        tokens //= 2
+
+
+def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
+    """The same of a trial of so many tokens, and of twice as many."""
+    parameters, device, layers = policy.store.parameters(), policy.device, len(policy.model.layers)
+    few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
+    keeps = min(layers, TRIAL_KEPT)
+    kept = _peak(policy, few, keeps)
+    at_few, at_more = _peak(policy, few, 0), _peak(policy, more, 0)
+    in_use = taken(device)
+    num_few, num_more = len(few.tokens), len(more.tokens)
+    recomputing = (at_more - at_few) / (num_more - num_few)
+    adapter = sum(_bytes(each) for each in parameters) + sum(
+        _bytes(mirror) for each in policy.store.projections.values() for mirror in each.mirrors
+    )
+    allocated = torch.cuda.memory_allocated(device)
+    return Sizes(
+        others=in_use - torch.cuda.memory_reserved(device),
+        weights=allocated - adapter,
+        adapter=adapter,
+        parameters=sum(each.numel() for each in parameters),
+        layers=layers,
+        weights_per_layer=_base_weights(policy) / max(1, layers),
+        fixed=max(0, int(at_few - recomputing * num_few)),
+        recomputing=recomputing,
+        keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
+        layer_input=_layer_input(policy),
+        spared=policy.store.spared_by_double_quant if policy.config.double_quant == "auto" else 0,
+    )
+
+
+def taken(device: torch.device) -> int:
+    """Bytes in use on a GPU, by whomever."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _base_weights(policy: Policy) -> int:
+    """How many numbers its linears hold."""
+    return sum(math.prod(each.base.shape) for each in policy.store.projections.values())
+
+
+def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:
+    """About so many tokens, in sequences no longer than the longest, half of each a completion."""
+    length = min(longest, tokens)
+    prompt = [0] * max(1, length // 2)
+    completion = Completion([0] * max(1, length - len(prompt)), [0.0] * max(1, length - len(prompt)), "", "stop", 0)
+    share = len(prompt) + TRIAL_GROUP * len(completion.tokens)
+    members = TRIAL_GROUP if share <= tokens else 1
+    one = len(prompt) + members * len(completion.tokens)
+    groups = [Group(Prompt(0, "", prompt, {}), [completion] * members) for _ in range(max(1, tokens // one))]
+    return lay_out_to_read(groups, policy.device)
+
+
+def _layer_input(policy: Policy) -> int:
+    """Bytes of a token's hidden state."""
+    return policy.model.head.shape[1] * policy.store.compute_dtype.itemsize
+
+
+def _peak(policy: Policy, batch: Batch, kept: int) -> int:
+    """Bytes that a forward and backward pass takes at most, beside what is there before and after, where so many layers
+    keep their activations."""
+    layers = len(policy.model.layers)
+    policy.model.treat(["keep" if index >= layers - kept else "recompute" for index in range(layers)])
+    peak = 0
+    for _ in range(2):  # the first time kernels are chosen, by running them in memory of their own
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(policy.device)
+        torch.cuda.reset_peak_memory_stats(policy.device)
+        logprobs, _ = policy.logprobs(batch)
+        torch.autograd.grad(logprobs.sum(), policy.store.parameters(), allow_unused=True)
+        peak = torch.cuda.max_memory_allocated(policy.device) - before
+        del logprobs
+    return peak
