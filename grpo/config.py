@@ -383,8 +383,8 @@ class RunConfig(Part):
     """Processes in which rewards are called at the same time, where one that hangs is ended alone. 0: the run's own;
     -1: so many as suit the machine, for those rewards that were slow before the run."""
     max_reward_failures: float = 0.1
-    """Share of the completions scored in a step that rewards may fail on: those are left out of their groups and of the
-    loss, and counted. Above it the run stops. 0: none may; else a single one always may."""
+    """Share of its calls that a reward may fail in: what it failed on is left out of its group and of the loss, and
+    counted. The run stops where failures are more than chance explains. 0: none may."""
 
     def checks(self) -> list[Check]:
         return [

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from toy_task import SMALL, TASK
 from grpo.errors import UserError
 from grpo.evaluate import measure_reward, measure_solved
 from grpo.rewards import build_rewards, score
-from grpo.rewards.failures import Tolerance
+from grpo.rewards.failures import Tally, Tolerance, chance_of
 from grpo.run import main
 from grpo.types import Completion, Group, Prompt
 
@@ -110,42 +112,83 @@ def test_a_batch_that_raises_fails_as_a_whole():
     _, told = scored({batch: 1.0}, groups)
     assert [group.rewards.isnan().all().item() for group in groups] == [True, True]
     assert "on a batch of 3 completions (rows 7, 9)" in told[0]
-    with pytest.raises(
-        UserError, match=r"failed on 3 of 3 completions .* --max-reward-failures \(0.1\)[^\0]*in batch\n"
-    ) as caught:
-        scored({batch: 1.0}, [group_of("a", "b", "c")], share=0.1)
+
+
+def test_a_batch_that_raises_is_one_failure():
+    def batch(completions):
+        if completions[0] == "bad":
+            raise RuntimeError("the judge is gone")
+        return [None if completion == "odd" else math.nan for completion in completions]
+
+    tolerance, rewards = Tolerance(0.1), build_rewards({batch: 1.0}, [], chat=False)
+    for _ in range(4):
+        score([group_of("bad", "a"), group_of("b", "c")], rewards, tolerance)
+    with pytest.raises(UserError, match=r"`batch` has failed 5 times in its last 5 calls[^\0]*in batch\n") as caught:
+        score([group_of("bad", "a"), group_of("b", "c")], rewards, tolerance)
     assert isinstance(caught.value.__cause__, RuntimeError)
+    # What it returned for each is each one's own.
+    with pytest.raises(UserError, match="5 times in its last 5 calls"):
+        score([group_of("odd", *"abcde")], rewards, Tolerance(0.1))
 
 
-@pytest.mark.parametrize(
-    ("share", "num_samples", "most"),
-    [(0.0, 10, 0), (0.29, 100, 29), (0.1, 10, 1), (0.1, 9, 1), (0.25, 8, 2), (1.0, 4, 4)],
-)
-def test_more_failures_than_the_share_end_the_run_with_the_first(share, num_samples, most):
-    groups = [group_of(*["bad"] * most, *["a"] * (num_samples - most))]
-    tolerance, _ = scored({crash: 1.0}, groups, share)
-    assert sum(tolerance.counted().values()) == most
-    if most < num_samples:
-        too_many = group_of("a", *["bad"] * (most + 1), *["a"] * (num_samples - most - 2))
-        with pytest.raises(UserError, match=r"`crash` raised ZeroDivisionError .* on row 7, completion 'bad'"):
-            scored({crash: 1.0}, [too_many], share)
+@pytest.mark.parametrize(("calls", "share"), [(1, 0.1), (5, 0.1), (64, 0.03), (64, 0.5), (1500, 0.1), (40, 0.999)])
+def test_the_probability_of_so_many_failures(calls, share):
+    exact = [
+        math.comb(calls, k) * Fraction(share) ** k * (1 - Fraction(share)) ** (calls - k) for k in range(calls + 1)
+    ]
+    for failed in {0, 1, calls // 10, calls // 2, calls}:
+        assert chance_of(failed, calls, share) == pytest.approx(float(sum(exact[failed:])), rel=1e-9)
+    assert [chance_of(failed, 9, 0.0) for failed in (0, 1, 9)] == [1.0, 0.0, 0.0]
+    assert [chance_of(failed, 9, 1.0) for failed in (0, 1, 9)] == [1.0, 1.0, 1.0]
 
 
-def test_calls_end_with_the_failure_that_is_one_too_many():
+def steps_until_it_stops(share_that_fails, seed, of_a_step=64, steps=60):
+    """A reward that fails so often, call by call, in a run: the step that the run stops in, None if it ends well."""
+    draws, tally = random.Random(seed), Tally()
+    for step in range(steps):
+        tally.begin()
+        for _ in range(of_a_step):
+            tally.calls += 1
+            if draws.random() < share_that_fails:
+                tally.failed += 1
+                if tally.too_many(0.1):
+                    return step
+    return None
+
+
+def test_runs_end_well_with_few_failures_and_stop_with_many():
+    assert [steps_until_it_stops(0.03, seed) for seed in range(150)] == [None] * 150
+    assert [steps_until_it_stops(0.05, seed, of_a_step=8, steps=300) for seed in range(50)] == [None] * 50
+    assert sum(steps_until_it_stops(0.1, seed) is not None for seed in range(40)) <= 2
+    assert all(step is not None and step < 20 for step in (steps_until_it_stops(0.2, seed) for seed in range(40)))
+    assert all(step == 0 for step in (steps_until_it_stops(0.6, seed) for seed in range(40)))
+    assert steps_until_it_stops(1.0, 0) == 0
+
+
+def test_a_judge_that_is_gone_ends_the_run_after_a_few_calls_however_long_it_was_well():
     calls = []
 
-    def broken(completion):
+    def gone(completion):
         calls.append(completion)
-        raise ValueError
+        if len(calls) > 1280:
+            raise ValueError
+        return 1.0
 
-    with pytest.raises(UserError, match="failed on 3 of 20"):
-        scored({broken: 1.0}, [group_of(*"abcdefghijklmnopqrst")], share=0.1)
-    assert calls == ["a", "b", "c"]
+    tolerance, rewards = Tolerance(0.1), build_rewards({gone: 1.0}, [], chat=False)
+    for _ in range(64):
+        score([group_of(*["a"] * 20)], rewards, tolerance)
+    with pytest.raises(UserError, match=r"`gone` has failed 5 times in its last 5 calls, .* \(0.1\)"):
+        score([group_of(*["a"] * 20)], rewards, tolerance)
+    assert len(calls) == 1285
+    with pytest.raises(UserError, match=r"^Reward `gone` raised ValueError"):
+        score([group_of("a")], rewards, Tolerance(0.0))
+    score([group_of(*["a"] * 20)], rewards, Tolerance(1.0))
 
 
 def test_two_rewards_that_fail_on_one_completion_are_one_completion():
     groups = [group_of("bad", *"abcdefghi")]
     tolerance, told = scored({crash: 1.0, text: 1.0}, groups, share=0.1)
+    assert groups[0].rewards.isnan().sum() == 1
     assert tolerance.counted() == {"reward/crash/failed": 1.0, "reward/text/failed": 1.0}
     assert len(told) == 2
     assert groups[0].failed.keys() == {"crash", "text"}
@@ -301,6 +344,29 @@ def test_a_long_run_with_a_reward_that_fails_now_and_then_ends_well(tmp_path, ca
     assert f"warning: `judge` failed on {count:.0f} completions" in capsys.readouterr().out
 
 
+ALL = """
+calls = 0
+def judge(completions):
+    global calls
+    calls += 1
+    if calls > 70 and calls % 2:
+        raise ConnectionError("503")
+    return [0.25] * len(completions)
+"""
+
+
+@pytest.mark.slow
+def test_a_step_in_which_a_call_for_all_fails_trains_nothing_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, judge: 1.0, says: 1.0}", extra=ALL))
+    flags = [*SMALL, "--steps", "90", "--max-reward-failures", "0.7", "--eval-every", "0"]
+    assert main([str(tmp_path / "toy.py"), *flags, "--run-dir", str(tmp_path / "run")]) == 0
+    steps = [line for line in lines_of(tmp_path / "run", "metrics.jsonl") if "groups/trained" in line]
+    lost = [line for line in steps if line.get("reward/judge/failed") == 8]
+    assert len(steps) == 90 and 0 < len(lost) < 90
+    assert all(line["groups/trained"] == 0 for line in lost)
+    assert "`judge` failed on" in capsys.readouterr().out
+
+
 GONE = """
 calls = 0
 def judge(completion):
@@ -318,7 +384,13 @@ def test_a_run_whose_reward_fails_for_good_stops_saved_with_the_first_traceback(
     flags = [*SMALL, "--steps", "60", "--eval-every", "0", "--save-every", "50", "--run-dir", str(tmp_path / "run")]
     assert main([str(tmp_path / "toy.py"), *flags]) == 2
     error = capsys.readouterr().err
-    for words in ("Rewards have failed on 2 of 8", "Traceback", "in judge", "the judge is gone", "--resume"):
+    for words in (
+        "Reward `judge` has failed 5 times in its last 5 calls",
+        "Traceback",
+        "in judge",
+        "the judge is gone",
+        "--resume",
+    ):
         assert words in error
     done = [line["step"] for line in lines_of(tmp_path / "run", "metrics.jsonl") if "reward/mean" in line]
     assert list((tmp_path / "run" / "checkpoints").glob(f"step-{len(done):06d}"))

@@ -5,12 +5,18 @@ Knows nothing of how rewards are called.
 A reward fails on a completion where it raises, takes too long, ends the process that it is called in, or returns what
 is no score. The completion is then left out of its group and of the loss. A few such failures are counted
 (`reward/<name>/failed`), and the first of each reward is told with its row and its traceback; too many end the run.
+
+Too many are more than chance explains, where each call fails with the share that is tolerated: k failures or more of n
+calls had a probability, by the binomial distribution, of less than CHANCE. Looked at are the calls of this scoring, so
+that a judge which is gone ends the run after a few calls, and the last WINDOW of them, so that a share little above the
+one tolerated is found in the end. A share counted in one step alone would do neither: of 64 calls that fail 3 times in
+100, more than a tenth fail in one step of 300. A resumed run counts anew: what had failed may have been mended.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,13 +28,49 @@ from grpo.rewards.values import Missing, Score
 from grpo.types import Group
 
 FAILED = "reward/{}/failed"  # the metric
+CHANCE = 2e-5  # five failures in a row where a tenth may fail
+WINDOW = 1000  # calls
+
+
+@dataclass
+class Tally:
+    """How often a reward failed, by scorings. A call for a batch that fails as a whole is one failure."""
+
+    past: deque[tuple[int, int]] = field(default_factory=deque)  # (failures, calls) of whole scorings
+    failed: int = 0  # of this scoring
+    calls: int = 0
+
+    def begin(self) -> None:
+        """Another scoring."""
+        self.past.append((self.failed, self.calls))
+        while sum(calls for _, calls in self.past) > WINDOW + self.past[0][1]:
+            self.past.popleft()
+        self.failed = self.calls = 0
+
+    def too_many(self, share: float) -> tuple[int, int] | None:
+        """(failures, calls) of those that are more than this share explains."""
+        before = sum(failed for failed, _ in self.past), sum(calls for _, calls in self.past)
+        looked_at = (self.failed, self.calls), (before[0] + self.failed, before[1] + self.calls)
+        return next((pair for pair in looked_at if chance_of(*pair, share) <= CHANCE), None)
+
+
+def chance_of(failed: int, calls: int, share: float) -> float:
+    """The probability of so many failures or more, where each call fails with this probability."""
+    if share in (0.0, 1.0) or not failed:
+        return float(share == 1.0 or not failed)
+    of_each = math.log(share), math.log1p(-share)
+    ways = math.lgamma(calls + 1)
+    return math.fsum(
+        math.exp(ways - math.lgamma(k + 1) - math.lgamma(calls - k + 1) + k * of_each[0] + (calls - k) * of_each[1])
+        for k in range(failed, calls + 1)
+    )
 
 
 @dataclass
 class Tolerance:
-    """What share of the completions that are scored together may fail, and who is told of the first failures.
+    """What share of its calls a reward may fail in, and who is told of the first failures.
 
-    share  0: none may. A single one never ends a run where any may.
+    share  0: in none
     tell   takes a text of several lines
     log    the same, of every failure
     """
@@ -38,10 +80,7 @@ class Tolerance:
     log: Callable[[str], object] = lambda text: None
     counts: Counter[str] = field(default_factory=Counter)  # of the completions that each reward failed on so far
     told: set[str] = field(default_factory=set)  # rewards whose first failure was told
-
-    def most(self, num_samples: int) -> int:
-        """So many completions may fail."""
-        return max(1, math.floor(self.share * num_samples + 1e-9)) if self.share else 0
+    tallies: dict[str, Tally] = field(default_factory=dict)  # of each reward
 
     def counted(self) -> dict[str, float]:
         """The metrics of what has failed since this was last asked."""
@@ -73,11 +112,12 @@ class Ledger:
         self.scores: dict[str, list[Score | Missing]] = {}  # {reward name: [S]}
         self.failed: dict[str, dict[int, str]] = {}  # {reward name: {index of a completion: why}}
         self.unscored: set[int] = set()  # completions that a reward with a weight failed on
-        self.first, self.trace = UserError(), ""  # failure, and its traceback
+        self.first: dict[str, tuple[UserError, str]] = {}  # {reward name: its first failure, and the traceback}
 
     def open(self, name: str) -> None:
         """A reward comes next."""
         self.scores[name] = [None] * len(self.samples.completions)
+        self.tolerance.tallies.setdefault(name, Tally()).begin()
 
     def enter(self, reward: Fallible, members: Sequence[int], scores: Iterable[Score | Missing]) -> None:
         """What a reward gave to these completions.
@@ -88,6 +128,7 @@ class Ledger:
         column = self.scores[reward.name]
         for index, score in zip(members, scores, strict=True):
             column[index] = score
+        self.tolerance.tallies[reward.name].calls += len(members)
         if any(isinstance(column[index], Missing) for index in members):
             self._fail(reward, members)
 
@@ -103,8 +144,9 @@ class Ledger:
         for at in self.unscored:
             group, index = places[at]
             group.rewards[index] = math.nan
-        for column, values in self.samples.logged.extras.items():
-            for at, value in values.items():
+        # Sorted, because async rewards log in the order in which they are answered.
+        for column, values in sorted(self.samples.logged.extras.items()):
+            for at, value in sorted(values.items()):
                 group, index = places[at]
                 group.extra.setdefault(column, {})[index] = value
 
@@ -113,15 +155,18 @@ class Ledger:
         failed = [index for index in members if isinstance(column[index], Missing)]
         missing: Missing = column[failed[0]]  # pyright: ignore[reportAssignmentType]
         # Of a call that failed as a whole all completions have the same one.
-        of_call = members if all(column[index] is missing for index in members) else failed[:1]
-        error = error_of(name, self.samples, of_call, missing)
-        self.first, self.trace = (self.first, self.trace) if self.failed else (error, missing.trace)
+        as_a_whole = all(column[index] is missing for index in members)
+        error = error_of(name, self.samples, members if as_a_whole else failed[:1], missing)
+        self.first.setdefault(name, (error, missing.trace))
         why = self.failed.setdefault(name, {})
         why.update({index: _why(column[index]) for index in failed})
-        num_failed = len({index for indices in self.failed.values() for index in indices})
-        most = self.tolerance.most(len(column)) if reward.may_fail else 0
-        if num_failed > most:
-            raise error if not most else self._too_many(num_failed)
+        if not (reward.may_fail and self.tolerance.share):
+            raise error
+        tally = self.tolerance.tallies[name]
+        tally.calls -= (len(members) - 1) * as_a_whole
+        tally.failed += 1 if as_a_whole else len(failed)
+        if excess := tally.too_many(self.tolerance.share):
+            raise self._too_many(name, *excess)
         if reward.weight:  # what the others say is in no sum
             self.unscored.update(failed)
         self.tolerance.counts[name] += len(failed)
@@ -130,13 +175,13 @@ class Ledger:
             self.tolerance.told.add(name)
             self.tolerance.tell(_told(name, error, missing))
 
-    def _too_many(self, num_failed: int) -> UserError:
+    def _too_many(self, name: str, failed: int, calls: int) -> UserError:
+        first, trace = self.first[name]
         error = UserError(
-            f"Rewards have failed on {num_failed} of {len(self.samples.completions)} completions that were scored "
-            f"together, more than --max-reward-failures ({self.tolerance.share:g}) allows. The first:\n{self.trace}\n"
-            f"{self.first}"
+            f"Reward `{name}` has failed {failed:,} times in its last {calls:,} calls, more than --max-reward-failures "
+            f"({self.tolerance.share:g}) allows. The first of this step:\n{trace}\n{first}"
         )
-        error.__cause__ = self.first.__cause__
+        error.__cause__ = first.__cause__
         return error
 
 
