@@ -27,6 +27,7 @@ from grpo.policy import load_tokenizer
 from grpo.questions import build_questions
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
+from grpo.rollout.engine import Finished, nobody
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollouts import Rollouts
 from grpo.task import Task
@@ -216,7 +217,7 @@ class Lengthened:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def sample(self, requests: list[Request]) -> list[Completion]:
+    def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """See Engine.sample."""
         short = self.engine.sample([replace(r, max_tokens=min(r.max_tokens, self.sampled)) for r in requests])
         for request, completion in zip(requests, short, strict=True):
@@ -224,6 +225,8 @@ class Lengthened:
             typical = statistics.mean(completion.sampler_logprobs)
             completion.tokens += [draw.randrange(10, self.vocabulary - 10) for _ in range(missing)]
             completion.sampler_logprobs += [typical] * missing
+        for index, completion in enumerate(short):
+            finished(index, completion)
         return short
 
 

@@ -50,8 +50,11 @@ class Evaluator:
 
     def answers(self, engine: Engine, step: int = 0) -> list[Group]:
         """What the policy says to the held-out prompts, and what the rewards say of it after so many steps."""
-        groups = sample_groups(engine, self.prompts, self.samples, self.max_tokens, self.seed)
-        self.score(groups, step)
+        with self.score.begun(step) as scoring:
+            groups = sample_groups(
+                engine, self.prompts, self.samples, self.max_tokens, self.seed, finished=scoring.begin
+            )
+            scoring.finish(groups)
         return groups
 
     def scores(self, groups: list[Group]) -> dict[str, float]:

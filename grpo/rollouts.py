@@ -3,6 +3,8 @@
 Knows nothing of losses or optimizers.
 
     prompts -> rollout -> audit -> score -> advantages
+
+Scoring begins with the first group that is finished (grpo/rewards/scoring.py).
 """
 
 from __future__ import annotations
@@ -57,15 +59,15 @@ class Rollouts:
         told: dict[str, float] = {}
         num_rolled_out = 0
         for _ in range(self.max_rollouts):
-            with clock("rollout"):
-                prompts = self.stream.take(config.prompts_per_step - len(groups))
-                scored = sample_groups(
-                    self.engine, prompts, config.group_size, config.max_completion_tokens, seed, num_rolled_out
-                )
-            with clock("audit"):
-                told |= self.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
-            with clock("score"):
-                told |= self.score(scored, step)
+            with self.score.begun(step) as scoring:
+                with clock("rollout"):
+                    prompts = self.stream.take(config.prompts_per_step - len(groups))
+                    shape = config.group_size, config.max_completion_tokens
+                    scored = sample_groups(self.engine, prompts, *shape, seed, num_rolled_out, scoring.begin)
+                with clock("audit"):
+                    told |= self.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
+                with clock("score"):
+                    told |= scoring.finish(scored)
             num_rolled_out += len(scored)
             assign_advantages(scored, self.estimator, weights)
             groups += filter(self.admits, scored)

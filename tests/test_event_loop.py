@@ -8,11 +8,8 @@ import pytest
 from scored import COLUMNS, error_of, make_group, scored
 
 from grpo.errors import UserError
-from grpo.rewards import (
-    build_rewards,
-    event_loop,
-    score,
-)
+from grpo.rewards import build_rewards, event_loop, score
+from grpo.rewards.failures import Tolerance
 
 
 def test_async_rewards_run_at_the_same_time_as_each_other_and_as_the_rest():
@@ -59,17 +56,75 @@ def test_async_rewards_keep_one_event_loop_over_steps_and_run_inside_another():
     assert loops[0] is loops[1]
 
 
-def test_an_async_reward_that_blocks_for_ever_is_an_error_too(monkeypatch):
+def test_an_async_reward_that_blocks_for_ever_fails_alone(monkeypatch):
     # A loop of its own: this one never comes back.
     monkeypatch.setattr(event_loop, "_loops", [])
+    release, calls = threading.Event(), []
+
+    async def waits(completion):
+        calls.append(completion)
+        await asyncio.sleep(0.1)
+        return 2.0
+
+    async def blocks(completion):
+        if completion == "a":
+            release.wait()
+        while completion == "b":  # never lets the loop go on, but Python can be interrupted
+            pass
+        return 1.0
+
+    try:
+        group = make_group(0, ["z", "a", "x", "b", "y"])
+        rewards = build_rewards({waits: 1.0, blocks: 1.0}, COLUMNS, chat=False, timeout=0.3)
+        told = []
+        score([group], rewards, Tolerance(0.9, told.append))
+    finally:
+        release.set()
+    assert group.rewards.nan_to_num(-1).tolist() == [3, -1, 3, -1, 3]
+    assert group.failed.keys() == {"blocks"}
+    assert all("no result in 0.3 s" in why for why in group.failed["blocks"].values())
+    assert "row 0, completion 'a'" in told[0] and "it blocks the event loop" in told[0]
+    assert set(calls) == set("zaxby")  # made anew where a blocked loop was left
+    for loop in event_loop._loops[:-1]:
+        loop.thread.join(10)
+        assert not loop.thread.is_alive()
+
+
+def test_async_rewards_that_block_again_and_again_end_the_run(monkeypatch):
+    monkeypatch.setattr(event_loop, "_loops", [])
+    monkeypatch.setattr(event_loop, "_MOST_BLOCKED", 1)
     release = threading.Event()
 
     async def blocks(completion):
         release.wait()
 
-    with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, .*the event loop .* is blocked"):
-        scored({blocks: 1.0}, timeout=0.05)
-    release.set()
+    try:
+        with pytest.raises(UserError, match=r"`blocks` gave no result in 0.05 s, .*the event loop .* is blocked, not"):
+            score(
+                [make_group(0, ["a", "b", "c"])],
+                build_rewards({blocks: 1.0}, COLUMNS, chat=False, timeout=0.05),
+                Tolerance(1.0),
+            )
+    finally:
+        release.set()
+
+
+def test_an_async_reward_that_does_not_let_itself_be_cancelled_fails_alone(monkeypatch):
+    monkeypatch.setattr(event_loop, "_loops", [])
+    release = asyncio.Event()
+
+    async def stays(completion):
+        while completion == "a" and not release.is_set():
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                pass
+        return 1.0
+
+    group = make_group(0, ["a", "b"])
+    score([group], build_rewards({stays: 1.0}, COLUMNS, chat=False, timeout=0.1), Tolerance(1.0))
+    assert group.rewards.nan_to_num(-1).tolist() == [-1, 1]
+    event_loop._loops[-1].loop.call_soon_threadsafe(release.set)
 
 
 def test_async_rewards_that_block_for_less_than_their_time_may():

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import pickle
 import re
 import select
 import signal
@@ -19,9 +20,11 @@ from toy_task import SMALL, TASK
 from grpo.errors import UserError
 from grpo.rewards import build_rewards, reward, score
 from grpo.rewards.failures import Tolerance
+from grpo.rewards.samples import Logged
 from grpo.rewards.staff import placed, staffed
-from grpo.rewards.worker import Setup
-from grpo.rewards.workers import Pool, portable
+from grpo.rewards.values import fit_one
+from grpo.rewards.worker import Order, Setup
+from grpo.rewards.workers import Pool, Printed, Worker, portable
 from grpo.run import main
 from grpo.types import Completion, Group, Prompt
 
@@ -126,6 +129,12 @@ def where(completion):
 def shows(completion):
     print("seen", completion)
     os.system("echo from a process")
+    return 1.0
+
+def floods(completion):
+    for _ in range(10):
+        print("x" * 99_999)
+        os.system("head -c 1000000 /dev/zero")
     return 1.0
 
 def asks_for_what_is_there(completion, thing):
@@ -310,6 +319,22 @@ def test_what_they_print_is_in_the_log(bring, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_they_print_is_bounded_also_what_they_have_started(bring, tmp_path):
+    log, setup = (
+        tmp_path / "rewards.log",
+        Setup({"floods": portable(bring.floods)}, {}, os.getcwd(), 1 << 31, os.getpid()),
+    )
+    printed = Printed(log, most=100_000)
+    worker = Worker(setup, printed)
+    order = Order("floods", fit_one, 1, pickle.dumps((Logged(), {"completion": "a"})), 0)
+    assert worker.ask(order, 60).scores == [1.0]
+    worker.end()
+    assert log.stat().st_size == 100_000
+    worker = Worker(setup, Printed(tmp_path / "no folder" / "log"))
+    assert worker.ask(order, 60).scores == [1.0]
+    worker.end()
+
+
 def test_a_worker_scores_by_the_file_as_it_was_when_the_run_began(tmp_path, monkeypatch):
     text = "import os\ndef mine(completion):\n    return os._exit(1) if completion == 'leave' else 1.0\n"
     (tmp_path / "edited_rewards.py").write_text(text)
@@ -340,7 +365,7 @@ def test_a_task_that_cannot_be_imported_again_stays_or_is_told(tmp_path, monkeyp
 
 
 def test_when_the_pool_is_closed_its_processes_are_gone(bring):
-    pool = Pool(2, Setup({"where": portable(bring.where)}, {}, os.getcwd(), 1 << 31, "", os.getpid()))
+    pool = Pool(2, Setup({"where": portable(bring.where)}, {}, os.getcwd(), 1 << 31, os.getpid()))
     [worker] = pool.workers
     assert worker.is_alive()
     pool.close()
@@ -364,7 +389,7 @@ sys.path.insert(0, sys.argv[1])
 import brought_rewards
 from grpo.rewards.worker import Setup
 from grpo.rewards.workers import Pool, portable
-pool = Pool(1, Setup({"where": portable(brought_rewards.where)}, {}, os.getcwd(), 1 << 31, "", os.getpid()))
+pool = Pool(1, Setup({"where": portable(brought_rewards.where)}, {}, os.getcwd(), 1 << 31, os.getpid()))
 print(next(iter(pool.workers)).process.pid, flush=True)
 signal.pause()
 """

@@ -16,6 +16,7 @@ if it names it. A function of one completion gets these four if it names them.
               loop (event_loop.py). It takes a function and its Calls, and makes a Start
     Start     Samples -> Finish: what waits or runs elsewhere is under way when it returns
     Finish    gives the outcome of one call after the other, in order: its completions, and a score or Missing for each
+    Further   (Samples, Finish of their first calls) -> Finish, in which what failed is called again
 """
 
 from __future__ import annotations
@@ -58,8 +59,25 @@ class Call:
 Calls = Callable[[Samples], Iterable[Call]]
 Fit = Callable[[Any, int], list[Score | Missing]]  # what a call returned, how many it scores -> a score for each
 Outcome = tuple[Sequence[int], Sequence[Score | Missing]]
-Finish = Callable[[], Iterator[Outcome]]
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Calls that were begun."""
+
+    outcomes: Callable[[], Iterator[Outcome]]  # one after the other, in the order of the calls; waits for them
+    cancel: Callable[[], object] = _nothing  # those that wait for their turn are not made any more
+
+    def __call__(self) -> Iterator[Outcome]:
+        return self.outcomes()
+
+
 Start = Callable[[Samples], Finish]
+Further = Callable[[Samples, Finish], Finish]
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,7 @@ class Callee:
     function: Callable
     fits: Fit
     calls: Calls
+    by_group: bool  # no call scores completions of several groups
 
 
 Way = Callable[[Callee], Start]  # where and how the calls of a reward run
@@ -98,7 +117,7 @@ def callee_of(
 
     def with_form(calls: Callable, fits: Fit, named: dict[str, Source], form: dict[str, Source]) -> Callee:
         sources = _choose_sources(name, parameters, sources_of_columns | form, named)
-        return Callee(name, function, fits, partial(calls, sources))
+        return Callee(name, function, fits, partial(calls, sources), by_group=calls is not _call_of_all)
 
     if "completion" in parameters:
         return with_form(_calls_of_each, fit_one, NAMED_BY_ONE, OF_ONE_COMPLETION)
@@ -116,6 +135,27 @@ def error_of(name: str, samples: Samples, members: Sequence[int], missing: Missi
     error = UserError(f"Reward `{name}` {missing.words} {where(samples, members)}. {missing.advice}")
     error.__cause__ = missing.error
     return error
+
+
+def as_before(indices: Sequence[int], outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
+    """What calls say of some completions, by their indices among all."""
+    for members, scores in outcomes:
+        yield [indices[member] for member in members], scores
+
+
+def joined(parts: Sequence[tuple[Sequence[int], Finish]]) -> Finish:
+    """Calls that were begun in parts, each with the indices of its completions among all."""
+    return Finish(partial(_outcomes_of_parts, parts), partial(_cancel_parts, parts))
+
+
+def _outcomes_of_parts(parts: Sequence[tuple[Sequence[int], Finish]]) -> Iterator[Outcome]:
+    for indices, finish in parts:
+        yield from as_before(indices, finish())
+
+
+def _cancel_parts(parts: Sequence[tuple[Sequence[int], Finish]]) -> None:
+    for _, finish in parts:
+        finish.cancel()
 
 
 def is_async(function: Callable) -> bool:

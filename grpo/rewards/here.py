@@ -40,7 +40,7 @@ def way_here(limit: Limit | None, pace: Pace, callee: Callee) -> Start:
 
 
 def _start(begin: Callable[[], Run], pace: Pace, callee: Callee, samples: Samples) -> Finish:
-    return partial(_finish, begin, pace, callee, samples)
+    return Finish(partial(_finish, begin, pace, callee, samples))
 
 
 def _finish(begin: Callable[[], Run], pace: Pace, callee: Callee, samples: Samples) -> Iterator[Outcome]:

@@ -64,22 +64,30 @@ class Samples:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """ "logged/<name>" -> the mean of what was logged under that name: it is never the name of a metric of ours."""
-        return {f"logged/{name}": sum(values) / len(values) for name, values in self.logged.metrics.items()}
+        """ "logged/<name>" -> the mean of what was logged under that name: it is never the name of a metric of ours.
+
+        Sorted, because async rewards log in the order in which they are answered, and sums round.
+        """
+        logged = sorted(self.logged.metrics.items())
+        return {f"logged/{name}": sum(sorted(values)) / len(values) for name, values in logged}
 
 
 Source = Callable[[Samples], Any]  # where one argument comes from: new lists and copies with every call
 
 
-def samples_of(groups: list[Group], state: TrainerState = AT_THE_START) -> Samples:
-    """The groups' completions in one flat list, each beside its prompt."""
+def samples_of(
+    groups: list[Group], state: TrainerState = AT_THE_START, logged: Logged | None = None, first: int = 0
+) -> Samples:
+    """The groups' completions in one flat list, each beside its prompt. logged: by what is scored together with them.
+    first: where the first of them stands there."""
     completions = [completion for group in groups for completion in group.completions]
     return Samples(
         prompts=[group.prompt for group in groups for _ in group.completions],
         completions=completions,
         group=[number for number, group in enumerate(groups) for _ in group.completions],
-        places=list(range(len(completions))),
+        places=list(range(first, first + len(completions))),
         state=state,
+        logged=logged or Logged(),
     )
 
 

@@ -2,15 +2,20 @@
 
 Knows nothing of how a function is called (`calling.py`) or of advantages. How rewards are called is decided
 in `build_rewards`, so that `score` decides nothing. Axes: G completions of a group, S of all groups.
+
+A scoring begins with the first group that is finished, while others are still being sampled: what is called elsewhere
+(in workers, in the event loop), and needs no other group, is called from then on. What is called in this process waits
+until all groups are there, because it would hold up the sampling. Scores, failures and their order are the same
+whenever groups are handed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from numbers import Real
 from operator import attrgetter
 from typing import Any
@@ -19,14 +24,14 @@ import torch
 from torch import Tensor
 
 from grpo.errors import UserError
-from grpo.rewards.calling import Callee, Start, Way, callee_of, is_async
+from grpo.rewards.calling import Callee, Finish, Further, Start, Way, callee_of, is_async, joined
 from grpo.rewards.event_loop import way_async
 from grpo.rewards.failures import NONE_MAY_FAIL, Ledger, Tolerance
 from grpo.rewards.here import Pace, way_here
 from grpo.rewards.names import name_of, reward_of
 from grpo.rewards.options import Options, options_of
 from grpo.rewards.retries import retrying
-from grpo.rewards.samples import AT_THE_START, Samples, TrainerState, samples_of
+from grpo.rewards.samples import AT_THE_START, Logged, Samples, TrainerState, samples_of
 from grpo.rewards.values import fit_list, paid, parts_of, shown
 from grpo.rewards.whole_groups import in_whole_groups
 from grpo.types import Completion, Group, Prompt
@@ -41,7 +46,8 @@ class Reward:
 
     name: str
     weight: float
-    start: Start
+    first: Start  # the first call of everything
+    further: Further
     is_async: bool
     callee: Callee
     options: Options
@@ -56,9 +62,21 @@ class Reward:
         """Within what is tolerated."""
         return self.options.on_failure == "missing"
 
+    @property
+    def begins_early(self) -> bool:
+        """It is called on a group while others are being sampled: elsewhere, and it needs no other."""
+        return self.elsewhere and self.callee.by_group
+
+    def start(self, samples: Samples) -> Finish:
+        """All calls that a scoring takes."""
+        return self.further(samples, self.first(samples))
+
     def called(self, way: Way) -> Reward:
         """The same reward, whose calls run in workers, in this way."""
-        return replace(self, elsewhere=True, start=_with_more_tries(self.options, self.group_size, way)(self.callee))
+        first = way(self.callee)
+        return replace(
+            self, elsewhere=True, first=first, further=_further(self.options, self.group_size, first, self.callee)
+        )
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,20 @@ class Scorer:
 
     def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
         """As `score`, after so many steps."""
-        with self.apart():
-            return score(groups, self.rewards, self.tolerance, TrainerState(step, self.steps))
+        with self.begun(step) as scoring:
+            return scoring.finish(groups)
+
+    @contextmanager
+    def begun(self, step: int = 0) -> Iterator[Scoring]:
+        """Inside, a scoring after so many steps, which takes groups as they are finished and ends when all are."""
+        in_loop = any(reward.is_async and reward.begins_early for reward in self.rewards)
+        whole, last = (self.apart, nullcontext) if in_loop else (nullcontext, self.apart)
+        scoring = Scoring(self.rewards, self.tolerance, TrainerState(step, self.steps), last)
+        with whole():
+            try:
+                yield scoring
+            finally:
+                scoring.cancel()
 
     def failed(self) -> dict[str, float]:
         """The metrics of the rewards that have failed since this was last asked."""
@@ -108,11 +138,12 @@ def build_rewards(
         limit, pace = _limit(options, timeout), Pace()
         in_loop = is_async(function)
         way: Way = partial(way_async, limit, options.concurrency) if in_loop else partial(way_here, limit, pace)
-        way = _with_more_tries(options, group_size, way)
-        callee = callee_of(name, function, columns, chat, samples, way, options.batch == "group")
-        weight = _checked_weight(name, weight)
+        tried = partial(_with_more_tries, options, group_size, way)
+        callee = callee_of(name, function, columns, chat, samples, tried, options.batch == "group")
+        first, weight = way(callee), _checked_weight(name, weight)
+        further = _further(options, group_size, first, callee)
         of_calls = (callee, options, limit, pace, samples, group_size)
-        built.append(Reward(name, weight, way(callee), in_loop, *of_calls, elsewhere=in_loop))
+        built.append(Reward(name, weight, first, further, in_loop, *of_calls, elsewhere=in_loop))
     _check_together(built)
     return built
 
@@ -129,16 +160,97 @@ def _limit(options: Options, timeout: float | None) -> Limit | None:
     return Limit(seconds, name, remedy) if seconds else None
 
 
-def _with_more_tries(options: Options, group_size: int | None, way: Way) -> Way:
-    """The same way, in which what fails is called again where that may help."""
+def _further(options: Options, group_size: int | None, first: Start, callee: Callee) -> Further:
+    """What follows the first calls: what fails is called again where that may help."""
+    further: Further = _no_further
+    if callee.fits is fit_list and group_size:
+        further = in_whole_groups(first, group_size)
+    if options.retries:
+        further = partial(
+            _one_after_the_other, further, retrying(_whole(first, further), options.retries, options.backoff)
+        )
+    return further
 
-    def start(callee: Callee) -> Start:
-        once = way(callee)
-        if callee.fits is fit_list and group_size:
-            once = in_whole_groups(once, group_size)
-        return retrying(once, options.retries, options.backoff) if options.retries else once
 
-    return start
+def _no_further(samples: Samples, finish: Finish) -> Finish:
+    return finish
+
+
+def _one_after_the_other(one: Further, other: Further, samples: Samples, finish: Finish) -> Finish:
+    return other(samples, one(samples, finish))
+
+
+def _whole(first: Start, further: Further) -> Start:
+    return lambda samples: further(samples, first(samples))
+
+
+def _with_more_tries(options: Options, group_size: int | None, way: Way, callee: Callee) -> Start:
+    """A way in which what fails is called again where that may help."""
+    first = way(callee)
+    return _whole(first, _further(options, group_size, first, callee))
+
+
+class Scoring:
+    """One scoring: takes groups as they are finished, in any order, and gives what all of them earn.
+
+    last: what the end of it runs inside of, when rewards of this process are called.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[Reward],
+        tolerance: Tolerance,
+        state: TrainerState,
+        last: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.rewards, self.tolerance, self.state, self.last = rewards, tolerance, state, last
+        self.early = [reward for reward in rewards if reward.begins_early]
+        self.logged = Logged()
+        self.begun: dict[int, tuple[range, dict[str, Finish]]] = {}  # by a group's first place
+        self.finishes: dict[str, Finish] = {}
+
+    def begin(self, first: int, group: Group) -> None:
+        """A group is finished, whose first completion stands at this place among all."""
+        samples = samples_of([group], self.state, self.logged, first)
+        places = range(first, first + len(group.completions))
+        self.begun[first] = places, {reward.name: reward.first(samples) for reward in self.early}
+
+    def finish(self, groups: list[Group]) -> dict[str, float]:
+        """All are. Fills them as `score` does.
+
+        Raises:
+            UserError: more have failed than is tolerated.
+        """
+        firsts = accumulate([len(group.completions) for group in groups[:-1]], initial=0)
+        for first, group in [pair for pair in zip(firsts, groups, strict=True) if pair[0] not in self.begun]:
+            self.begin(first, group)
+        samples = samples_of(groups, self.state, self.logged)
+        with self.last():
+            # What runs elsewhere is waited for last: it goes on while the others compute.
+            self.finishes = {
+                reward.name: reward.further(samples, self._first(reward, samples)) for reward in self.rewards
+            }
+            ledger = Ledger(samples, self.tolerance)
+            for reward in sorted(self.rewards, key=attrgetter("elsewhere")):
+                ledger.open(reward.name)
+                for members, scores in self.finishes[reward.name]():
+                    ledger.enter(reward, members, scores)
+        _fill(groups, self.rewards, ledger)
+        return samples.metrics
+
+    def cancel(self) -> None:
+        """Nothing more is called."""
+        for _, begun in self.begun.values():
+            for finish in begun.values():
+                finish.cancel()
+        for finish in self.finishes.values():
+            finish.cancel()
+
+    def _first(self, reward: Reward, samples: Samples) -> Finish:
+        """A reward's first calls, begun already or now."""
+        if not reward.begins_early:
+            return reward.first(samples)
+        return joined([(places, begun[reward.name]) for _, (places, begun) in sorted(self.begun.items())])
 
 
 def score(
@@ -158,14 +270,14 @@ def score(
     Raises:
         UserError: more have failed than is tolerated.
     """
-    samples = samples_of(groups, state)
-    ledger = Ledger(samples, tolerance)
-    # All are started first, and those that run elsewhere are waited for last: they go on while the others compute.
-    finishes = {reward.name: reward.start(samples) for reward in rewards}
-    for reward in sorted(rewards, key=attrgetter("elsewhere")):
-        ledger.open(reward.name)
-        for members, scores in finishes[reward.name]():
-            ledger.enter(reward, members, scores)
+    scoring = Scoring(rewards, tolerance, state)
+    try:
+        return scoring.finish(groups)
+    finally:
+        scoring.cancel()
+
+
+def _fill(groups: list[Group], rewards: Sequence[Reward], ledger: Ledger) -> None:
     columns = {name: column for reward in rewards for name, column in _columns(reward.name, ledger)}  # [S] each
     sizes = [len(group.completions) for group in groups]
     for name, column in columns.items():
@@ -174,7 +286,6 @@ def score(
     for group in groups:
         group.rewards = weighted_sum(group.parts, rewards)
     ledger.close(groups)
-    return samples.metrics
 
 
 def _columns(name: str, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
@@ -186,7 +297,7 @@ def _columns(name: str, ledger: Ledger) -> Iterator[tuple[str, Tensor]]:
         yield f"{name}/{part}", torch.tensor([paid(number) for number in column], dtype=torch.float32)
 
 
-def weighted_sum(parts: dict[str, Tensor], rewards: list[Reward]) -> Tensor:
+def weighted_sum(parts: dict[str, Tensor], rewards: Sequence[Reward]) -> Tensor:
     """{reward name: [G]} -> [G]: the sum of weight * part, a NaN part counting as 0."""
     return torch.stack([reward.weight * parts[reward.name] for reward in rewards]).nansum(dim=0)
 

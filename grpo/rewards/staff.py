@@ -4,8 +4,8 @@ Knows nothing of how a process is spoken to. Async rewards stay: they wait, and 
 worker could not find or be sent what they ask for, those that say so (`@reward(workers=0)`), and, where nobody asks for
 workers, fast ones: to send a call elsewhere takes longer than they do.
 
-A scoring begins when its rollout is over: an engine hands over whole rollouts, and the loop has no second one inside.
-Then all rewards that have workers, and all async ones, are under way while those of this process are called.
+Those that have workers, and async ones, are called on a group as soon as it is finished, while others are sampled
+(grpo/rewards/scoring.py).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def staffed(
         return
     moved = [reward for reward in rewards if reward.name in functions]
     sources = sources_of([reward.callee.function for reward in moved])
-    setup = Setup(functions, sources, os.getcwd(), memory_of_one(), str(log.absolute()) if log else "", os.getpid())
-    pool = Pool(_size(moved, asked), setup)
+    setup = Setup(functions, sources, os.getcwd(), memory_of_one(), os.getpid())
+    pool = Pool(_size(moved, asked), setup, log and log.absolute())
     try:
         yield [_with_workers(reward, pool, note) if reward in moved else reward for reward in rewards]
     finally:

@@ -12,18 +12,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, groupby, islice
 
-from grpo.rewards.calling import Finish, Outcome, Start
+from grpo.rewards.calling import Finish, Further, Outcome, Start
 from grpo.rewards.samples import Samples, only
 from grpo.rewards.values import Missing
 
 
-def in_whole_groups(start: Start, size: int) -> Start:
-    """The same function of the batch, which may count on groups of this size."""
-    return partial(_start, start, size)
+def in_whole_groups(start: Start, size: int) -> Further:
+    """Of a function of the batch, which may count on groups of this size."""
+    return partial(_further, start, size)
 
 
-def _start(start: Start, size: int, samples: Samples) -> Finish:
-    return partial(_finish, start, size, samples, start(samples))
+def _further(start: Start, size: int, samples: Samples, finish: Finish) -> Finish:
+    return Finish(partial(_finish, start, size, samples, finish), finish.cancel)
 
 
 def _finish(start: Start, size: int, samples: Samples, finish: Finish) -> Iterator[Outcome]:

@@ -49,7 +49,6 @@ class Setup:
     sources: dict[str, tuple[str, str]]  # {module: (its file, its text)}
     folder: str  # the working directory
     memory: int  # bytes that it may have
-    log: str  # a file for what it prints; empty: nowhere
     parent: int  # process
 
 
@@ -73,9 +72,10 @@ class Reply:
     logged: Logged = field(default_factory=Logged)
 
 
-def main(descriptor: int) -> None:
-    """Serve the run at the other end of a connection until it is gone."""
+def main(descriptor: int, printed: int) -> None:
+    """Serve the run at the other end of a connection until it is gone. printed: another, for what is printed."""
     os.set_inheritable(descriptor, False)  # not for the processes that a reward starts
+    os.set_inheritable(printed, False)
     connection = Connection(descriptor)
     setup: Setup = pickle.loads(connection.recv_bytes())
     _be_a_worker(setup)
@@ -89,7 +89,7 @@ def main(descriptor: int) -> None:
             return
         if not begun:
             begun = True
-            _print_into(setup.log)
+            _print_into(printed)
         connection.send_bytes(pickle.dumps(serve(functions[order.name], order)))
 
 
@@ -141,13 +141,11 @@ def _load(setup: Setup) -> tuple[dict[str, Callable], dict[str, str]]:
     return functions, faults
 
 
-def _print_into(log: str) -> None:
+def _print_into(descriptor: int) -> None:
     """From now on what is printed goes there, also what C code and started processes print."""
-    if log:
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        for standard in (1, 2):
-            os.dup2(descriptor, standard)
-        os.close(descriptor)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
+    os.close(descriptor)
 
 
 def _seed(seed: int) -> None:

@@ -5,7 +5,8 @@ Knows nothing of signatures or of what a failure means. The other end is grpo/re
     Pool          so many workers, each fed by a thread of ours that sends a call, waits for the reply, and looks at the
                   clock: a call that is late, whatever it does, ends with the process and all that it started, and
                   another process takes the next
-    way_workers   the calls of a scoring are all handed to the pool when it begins; the outcomes come in their order
+    way_workers   calls are handed to the pool when they are begun; the outcomes come in their order
+    Printed       what workers, and what they have started, print: into one file, to a bound
 
 Only a function that the worker finds by its module's name can be called there (`portable`).
 """
@@ -37,17 +38,19 @@ from typing import Any
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words
 from grpo.rewards.attempt import ADVICE
 from grpo.rewards.calling import Callee, Finish, Outcome, Start
+from grpo.rewards.kept import LARGEST_LOG
 from grpo.rewards.samples import Logged, Samples
 from grpo.rewards.values import Missing
 from grpo.rewards.worker import Order, Reply, Setup
 from grpo.watchdog import Limit
 
-_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from grpo.rewards.worker import main; main({})"
+_BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv.pop()); from grpo.rewards.worker import main; main({}, {})"
 _START = 300.0  # seconds for a process to import what the rewards need
 _LOOK = 0.2  # seconds between two looks at whether a worker lives
 _CLOSE = 2.0  # seconds for a thread to see that its process is gone
 _SEND = 10  # seconds that it may take to hand a call over
 _LEAST_MEMORY = 2 << 30  # bytes
+_CHUNK = 1 << 16  # bytes that are read at once of what is printed
 
 
 class Gone(Exception):
@@ -75,6 +78,32 @@ def portable(function: Callable) -> bytes:
         raise ValueError(f"it cannot be sent there: {in_words(error)}") from error
 
 
+class Printed:
+    """A file for what workers print, made when there is something. Nothing is written beyond `most` bytes, or where the
+    disk is full: that is no reason for a reward to fail. No file: what is printed goes nowhere."""
+
+    def __init__(self, log: Path | None, most: int = LARGEST_LOG):
+        self.log, self.left = log, most
+        self.lock = threading.Lock()
+
+    def opened(self) -> tuple[int, threading.Thread]:
+        """Somewhere to print to, and who reads there until everybody has closed it."""
+        reader, writer = os.pipe()
+        thread = threading.Thread(target=self._take, args=(reader,), name="grpo-reward-log", daemon=True)
+        thread.start()
+        return writer, thread
+
+    def _take(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while chunk := pipe.read(_CHUNK):
+                with self.lock:
+                    chunk = chunk[: self.left]
+                    self.left -= len(chunk)
+                    if chunk and self.log:
+                        with suppress(OSError), self.log.open("ab") as file:
+                            file.write(chunk)
+
+
 class Worker:
     """One process.
 
@@ -82,26 +111,27 @@ class Worker:
         Gone: it could not be started.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, printed: Printed):
         ours, theirs = socket.socketpair()
+        writer, self.reads = printed.opened()
         # So that a process which does not read cannot hold us.
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND, 0))
         command = [
             sys.executable,
             "-P",
             "-c",
-            _BOOT.format(theirs.fileno()),
+            _BOOT.format(theirs.fileno(), writer),
             json.dumps([str(place) for place in sys.path]),
         ]
         # One computes on one core: there are several. Sets of texts have one order in all of them.
         environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"} | dict(os.environ)
-        with theirs:
+        with theirs, open(writer, "wb", buffering=0):
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), writer],
                 start_new_session=True,  # Ctrl-C is for the run; and what it starts is ended with it
                 env=environment,
             )
@@ -147,6 +177,7 @@ class Worker:
         """The same, by whoever speaks to it: nobody else may close what is read from."""
         self.kill()
         self.connection.close()
+        self.reads.join(_CLOSE)  # longer by what has left its process group
 
     def _how_it_ended(self) -> str:
         with suppress(subprocess.TimeoutExpired):
@@ -176,22 +207,24 @@ class Lane:
 
 
 class Pool:
-    """`size` workers for the rewards that `setup` has. A process is started when a thread has its first call.
+    """`size` workers for the rewards that `setup` has. A process is started when a thread has its first call. log: for
+    what is printed.
 
     Raises:
         UserError: no process can be started.
     """
 
-    def __init__(self, size: int, setup: Setup):
+    def __init__(self, size: int, setup: Setup, log: Path | None = None):
         self.size = size
         self.setup = setup
+        self.printed = Printed(log)
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.workers: set[Worker] = set()  # that live
         self.threads: list[threading.Thread] = []
         self.closed = False
         try:
-            first: Worker | None = Worker(setup)
+            first: Worker | None = Worker(setup, self.printed)
         except (Gone, OSError) as error:
             how = f"it ended at once ({error})" if isinstance(error, Gone) else in_words(error)
             raise UserError(
@@ -270,7 +303,7 @@ class Pool:
             worker.end()
 
     def _started(self) -> Worker:
-        worker = Worker(self.setup)
+        worker = Worker(self.setup, self.printed)
         with self.lock:
             self.workers.add(worker)
             closed = self.closed
@@ -291,7 +324,8 @@ def _start(pool: Pool, limit: Limit | None, lane: Lane, callee: Callee, samples:
     apart = replace(samples, logged=Logged())
     under_way = []
     for call in callee.calls(apart):
-        drawn_by = f"{callee.name} {samples.state.global_step} {call.members} {call.where}"
+        places = [samples.places[member] for member in call.members]
+        drawn_by = f"{callee.name} {samples.state.global_step} {places} {call.where}"
         seed = zlib.crc32(drawn_by.encode(errors="replace"))
         try:
             arguments = pickle.dumps((apart.logged, call.arguments), pickle.HIGHEST_PROTOCOL)
@@ -301,18 +335,19 @@ def _start(pool: Pool, limit: Limit | None, lane: Lane, callee: Callee, samples:
         else:
             future = pool.submit(lane, Order(callee.name, callee.fits, len(call.members), arguments, seed), limit)
         under_way.append((call.members, future))
-    return partial(_finish, samples, under_way)
+    return Finish(partial(_finish, samples, under_way), partial(_cancel, under_way))
 
 
 def _finish(samples: Samples, under_way: list[tuple[Any, Future[Reply]]]) -> Iterator[Outcome]:
-    try:
-        for members, future in under_way:
-            reply = future.result()
-            samples.logged.add(reply.logged)
-            yield members, reply.scores
-    finally:  # of a scoring that has failed nothing more is called
-        for _, future in under_way:
-            future.cancel()
+    for members, future in under_way:
+        reply = future.result()
+        samples.logged.add(reply.logged)
+        yield members, reply.scores
+
+
+def _cancel(under_way: list[tuple[Any, Future[Reply]]]) -> None:
+    for _, future in under_way:
+        future.cancel()
 
 
 def _not_sent(error: BaseException) -> Missing:

@@ -4,9 +4,16 @@ Knows nothing of prompts' rows, groups, rewards or gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from grpo.types import Completion, Request
+
+Finished = Callable[[int, Completion], object]  # is told of a completion, and which of the requests it answers
+
+
+def nobody(index: int, completion: Completion) -> None:
+    """Waits for no completion before all are there."""
 
 
 class Watch(Protocol):
@@ -26,9 +33,13 @@ class Engine(Protocol):
     @property
     def canary(self) -> Watch: ...
 
-    def sample(self, requests: list[Request]) -> list[Completion]:
+    def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """A completion for each request, at the engine's temperature. What is drawn for a request follows from its
-        seed, whoever else is asked for in the same call."""
+        seed, whoever else is asked for in the same call.
+
+        finished: is told of each completion of those that are returned, in any order, where the engine can as soon as
+        it is written. It returns at once.
+        """
         ...
 
     def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:

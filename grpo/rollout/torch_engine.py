@@ -21,7 +21,7 @@ from grpo.policy import Policy
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel, body_of
 from grpo.rollout.canary import build_canary
-from grpo.rollout.engine import completion_of
+from grpo.rollout.engine import Finished, completion_of, nobody
 from grpo.seeds import uniforms
 from grpo.types import Completion, Request
 
@@ -47,12 +47,12 @@ class TorchEngine:
         self.stop_tokens = set(policy.stop_tokens)
         self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
 
-    def sample(self, requests: list[Request]) -> list[Completion]:
+    def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """See Engine.sample."""
         return [
             completion
             for start in range(0, len(requests), MAX_SEQUENCES)
-            for completion in self._write(requests[start : start + MAX_SEQUENCES])
+            for completion in self._write(requests[start : start + MAX_SEQUENCES], start, finished)
         ]
 
     @torch.no_grad()
@@ -86,9 +86,9 @@ class TorchEngine:
         """See Engine.close."""
 
     @torch.no_grad()
-    def _write(self, requests: list[Request]) -> list[Completion]:
+    def _write(self, requests: list[Request], start: int, finished: Finished) -> list[Completion]:
         """Sample until every completion has stopped or is as long as it may be. A context is read once for the requests
-        of it that follow each other."""
+        of it that follow each other. start: of the first of them among all."""
         longest = max(request.max_tokens for request in requests)
         decoder = self._decoder()
         hidden = decoder.start(*_counted([request.context for request in requests]), longest)
@@ -96,12 +96,17 @@ class TorchEngine:
         drafts = [_Draft(request.max_tokens) for request in requests]
         most_kept = 1 - DROP_SHARE if decoder.can_drop else 0.0
         rows = list(range(len(drafts)))  # the draft that each row of the decoder writes
+        completions: dict[int, Completion] = {}  # by draft
         for position in range(longest):
             logprobs = self._distribution(hidden)  # [rows, V]
             tokens = draw(logprobs, draws[rows, position])
             chosen = logprobs.gather(1, tokens[:, None]).squeeze(1).tolist()
             for row, token, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
                 drafts[row].append(token, logprob, self.stop_tokens)
+            for row in rows:
+                if drafts[row].is_done and row not in completions:
+                    completions[row] = self._completion(drafts[row])
+                    finished(start + row, completions[row])
             going = [at for at, row in enumerate(rows) if not drafts[row].is_done]
             if not going:
                 break
@@ -109,8 +114,10 @@ class TorchEngine:
                 decoder.keep(going)
                 rows, tokens = [rows[at] for at in going], tokens[going]
             hidden = decoder.feed(tokens)
-        version = self.policy.version
-        return [completion_of(d.tokens, d.logprobs, d.stopped, self.tokenizer, version) for d in drafts]
+        return [completions[row] for row in range(len(drafts))]
+
+    def _completion(self, draft: _Draft) -> Completion:
+        return completion_of(draft.tokens, draft.logprobs, draft.stopped, self.tokenizer, self.policy.version)
 
     def _distribution(self, hidden: Tensor) -> Tensor:
         """log p at the sampling temperature of every token, float32: [S, D] -> [S, V]."""

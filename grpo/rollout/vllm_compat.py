@@ -231,7 +231,14 @@ class Sampled:
         return float(row.logprobs[0][list(row.logprob_token_ids[0]).index(token)])
 
 
-Run = Callable[[list[list[int]], list[Any], Any], list[Sampled]]  # (prompts, sampling parameters, LoRA request)
+Done = Callable[[int, Sampled], object]  # is told what was written, and which of the requests it answers
+
+# (prompts, sampling parameters, LoRA request, who is told of each as soon as it is done)
+Run = Callable[[list[list[int]], list[Any], Any, Done], list[Sampled]]
+
+
+def nobody(index: int, sampled: Sampled) -> None:
+    """Waits for no request before all are done."""
 
 
 def choose_run(llm: Any) -> Run:
@@ -256,7 +263,7 @@ class _CoreRunner:
         self.wrap = tokens_input
         self.numbers = itertools.count()
 
-    def run(self, prompts: list[list[int]], params: list[Any], lora: Any) -> list[Sampled]:
+    def run(self, prompts: list[list[int]], params: list[Any], lora: Any, done: Done = nobody) -> list[Sampled]:
         """Sample until every request is done."""
         sampled: dict[str, Sampled] = {}
         for prompt, param in zip(prompts, params, strict=True):
@@ -267,11 +274,11 @@ class _CoreRunner:
             self.core.add_request(request)
             sampled[name] = Sampled()
         with _no_collection():
-            self._collect(sampled)
+            self._collect(sampled, done)
         return list(sampled.values())
 
-    def _collect(self, sampled: dict[str, Sampled]) -> None:
-        unfinished = len(sampled)
+    def _collect(self, sampled: dict[str, Sampled], done: Done) -> None:
+        unfinished, places = len(sampled), {name: index for index, name in enumerate(sampled)}
         while unfinished:
             for output in self.core.get_output().outputs:
                 draft = sampled.get(output.request_id)
@@ -282,26 +289,30 @@ class _CoreRunner:
                 if output.finish_reason is not None:
                     draft.stopped = str(output.finish_reason) == "stop"
                     unfinished -= 1
+                    done(places[output.request_id], draft)
         # With asynchronous scheduling one more step may be on its way, for requests that have stopped since.
         while getattr(self.core.engine_core, "batch_queue", None):
             self.core.get_output()
 
 
 class _PublicRunner:
-    """The same by `LLM.generate`."""
+    """The same by `LLM.generate`, which tells of all when all are done."""
 
     def __init__(self, llm: Any):
         from vllm.inputs import TokensPrompt
 
         self.llm, self.wrap = llm, TokensPrompt
 
-    def run(self, prompts: list[list[int]], params: list[Any], lora: Any) -> list[Sampled]:
+    def run(self, prompts: list[list[int]], params: list[Any], lora: Any, done: Done = nobody) -> list[Sampled]:
         """Sample until every request is done."""
         wrapped = [self.wrap(prompt_token_ids=prompt) for prompt in prompts]
         with _no_collection():
             outputs = self.llm.generate(wrapped, params, use_tqdm=False, lora_request=lora)
         answers = [output.outputs[0] for output in outputs]
-        return [Sampled(list(a.token_ids), list(map(_row, a.logprobs)), a.finish_reason == "stop") for a in answers]
+        sampled = [Sampled(list(a.token_ids), list(map(_row, a.logprobs)), a.finish_reason == "stop") for a in answers]
+        for index, written in enumerate(sampled):
+            done(index, written)
+        return sampled
 
 
 class _Row(NamedTuple):

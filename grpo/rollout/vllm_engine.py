@@ -25,7 +25,7 @@ from grpo.policy import Policy
 from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
 from grpo.rollout import vllm_compat, vllm_sampled
 from grpo.rollout.canary import build_canary
-from grpo.rollout.engine import completion_of
+from grpo.rollout.engine import Finished, completion_of, nobody
 from grpo.rollout.vllm_memory import find_kv_memory
 from grpo.types import Completion, Request
 
@@ -147,11 +147,19 @@ class VllmEngine:
         except NotShareableError as why:
             return None, str(why)
 
-    def sample(self, requests: list[Request]) -> list[Completion]:
+    def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """See Engine.sample."""
+        completions: dict[int, Completion] = {}
+
+        def take(index: int, written: vllm_compat.Sampled) -> None:
+            version = self.policy.version
+            completion = completion_of(written.tokens, written.logprobs, written.stopped, self.tokenizer, version)
+            completions[index] = completion
+            finished(index, completion)
+
         params = [self._params(request.max_tokens, request.seed) for request in requests]
-        written, version = self._run([request.context for request in requests], params), self.policy.version
-        return [completion_of(w.tokens, w.logprobs, w.stopped, self.tokenizer, version) for w in written]
+        self._run([request.context for request in requests], params, take)
+        return [completions[index] for index in range(len(requests))]
 
     def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
         """See Engine.logprobs. A request for each token, which is asked for by name after what comes before it."""
@@ -197,11 +205,13 @@ class VllmEngine:
                 self.kv_memory.restore()
             self.awake = True
 
-    def _run(self, prompts: list[list[int]], params: list[Any]) -> list[vllm_compat.Sampled]:
+    def _run(
+        self, prompts: list[list[int]], params: list[Any], done: vllm_compat.Done = vllm_compat.nobody
+    ) -> list[vllm_compat.Sampled]:
         self._wake()
         # On a CPU vLLM draws from the global generator, even for requests that have their own.
         with self.on_stream(), torch.random.fork_rng(devices=[]):
-            return self.run(prompts, params, self.link.lora_request)
+            return self.run(prompts, params, self.link.lora_request, done)
 
     def _params(self, max_tokens: int, seed: int, **asked: Any) -> Any:
         return self.new_params(
