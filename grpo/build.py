@@ -282,8 +282,9 @@ def build_scorer(
     print into."""
     tolerance = Tolerance(config.max_reward_failures, tell)
     if own is None:
-        return Scorer(questions.rewards, tolerance, steps=config.steps)
-    return Scorer(questions.rewards, replace(tolerance, log=own[1].write), partial(apart, *own), config.steps)
+        return Scorer(questions.rewards, tolerance, steps=config.steps, max_tokens=config.max_completion_tokens)
+    tolerance, most = replace(tolerance, log=own[1].write), config.max_completion_tokens
+    return Scorer(questions.rewards, tolerance, partial(apart, *own), config.steps, most)
 
 
 def build_evaluator(

@@ -14,13 +14,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from grpo.config import Config, named
 from grpo.data import Rows
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, user_code
 from grpo.prompts import Asker, Survey
-from grpo.rewards import resolve_reward
+from grpo.rewards.names import name_of, reward_of
 from grpo.sources import Reading, Source
 from grpo.task import Row, Task
 
@@ -161,8 +160,8 @@ class Answers:
 
 def _functions_of_solved(task: Task) -> list[Callable]:
     """The reward which tells right from wrong; none where nothing does."""
-    named = [key for key in task.rewards if task.solved and _name(key) == task.solved[0]]
-    return [resolve_reward(key) if isinstance(key, str) else key for key in named]
+    named = [key for key in task.rewards if task.solved and name_of(key) == task.solved[0]]
+    return [reward_of(key) for key in named]
 
 
 def _measure_of_gold(task: Task) -> Callable[[int, str, Row], object]:
@@ -179,7 +178,7 @@ def _measure_of_gold(task: Task) -> Callable[[int, str, Row], object]:
     names = list(inspect.signature(function).parameters)
 
     def measure(index: int, gold: str, row: Row) -> None:
-        with user_code(lambda raised: f"row {index}: `{_name(function)}` raised {raised} on its gold answer."):
+        with user_code(lambda raised: f"row {index}: `{name_of(function)}` raised {raised} on its gold answer."):
             function(**{name: value for name, value in {**row, "completion": gold}.items() if name in names})
 
     return measure
@@ -192,14 +191,6 @@ def _columns_of_solved(task: Task) -> list[str]:
         parameters = [each for function in functions for each in inspect.signature(function).parameters.values()]
         return [each.name for each in parameters if each.default is each.empty and each.kind in _NAMED]
     return []
-
-
-def _name(key: Callable | str) -> str:
-    """The name of a reward of a task, as its metric has it."""
-    if isinstance(key, str):
-        return key.rpartition(":")[2]
-    function = key.func if isinstance(key, partial) else key
-    return getattr(function, "__name__", type(function).__name__)
 
 
 def check_held_out(task: Task, train: Split, test: Split, note: Note) -> None:

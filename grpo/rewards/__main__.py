@@ -105,6 +105,7 @@ def _parse(argv: list[str]) -> Options:
 def _dispatch(options: Options) -> int:
     from grpo.rewards.catalogue import makers
     from grpo.rewards.names import installed_rewards
+    from grpo.rewards.shipped import MAKERS
 
     more = _more_rewards(options)
     scores = options.completion is not None or options.on is not None
@@ -113,12 +114,11 @@ def _dispatch(options: Options) -> int:
             raise UserError(f"Say which reward is to score: {PROGRAM} NAME ... Without a name it lists those at hand.")
         _list(more)
         return 0
-    if options.name in (made := {entry.key: entry for entry in makers()}) and options.name not in more:
-        if scores:
-            raise UserError(f"`{options.name}` makes a reward where a task file calls it: it scores nothing itself.")
+    if not scores and options.name in (made := {entry.key: entry for entry in makers()}) and options.name not in more:
         _entry(made[options.name])
         return 0
-    if more and ":" not in options.name and options.name not in (names := [*more, *installed_rewards()]):
+    written = options.name.partition("(")[0]
+    if more and ":" not in written and written not in (names := [*more, *installed_rewards(), *MAKERS]):
         near = nearest(options.name, names)
         raise UserError(f"There is no reward `{options.name}` at hand.{near} At hand: {', '.join(names)}.")
     key = more.get(options.name, options.name)
@@ -155,7 +155,8 @@ def _list(more: dict[str, Callable]) -> None:
     from grpo.rewards.catalogue import installed, listed, makers
 
     rewards = [*installed(), *(listed(name, _where(function), function) for name, function in more.items())]
-    for title, entries in (("Rewards", rewards), ("Functions that make a reward, in a task file", makers())):
+    made = "Made by a call, in a task file or in the name: \"tags('plan', 'code')\""
+    for title, entries in (("Rewards", rewards), (made, makers())):
         say(f"{title}:\n")
         for entry in entries:
             _entry(entry)

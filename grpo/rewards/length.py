@@ -28,12 +28,13 @@ def length(completion: str, completion_ids: Sequence[int]) -> float:
     return max(-1.0, -len(completion_ids) / _TOKENS)
 
 
-def overlong(max_completion_tokens: int, buffer: int) -> Overlong:
+def overlong(max_completion_tokens: int = 0, buffer: int = 0) -> Overlong:
     """DAPO's soft overlong punishment (Yu et al. 2025, arXiv 2503.14476, eq. 13), a reward to be given to a Task.
 
     With L = max_completion_tokens, the longest that a completion may get, and B = buffer: 0 up to L - B tokens, from
     there falling in a line to -1 at L, and -1 beyond. The paper has L = 20,480 and B = 4,096. TRL's
-    `get_soft_overlong_punishment(max_completion_len, soft_punish_cache)`.
+    `get_soft_overlong_punishment(max_completion_len, soft_punish_cache)`. Without L it is the run's own
+    --max-completion-tokens, and without B a fifth of L, as in the paper.
 
     Range: -1 to 0.
 
@@ -41,7 +42,7 @@ def overlong(max_completion_tokens: int, buffer: int) -> Overlong:
     >>> [penalty("", [0] * tokens) for tokens in (80, 90, 100, 101)]
     [0.0, -0.5, -1.0, -1.0]
     """
-    if not 0 < buffer <= max_completion_tokens:
+    if not (max_completion_tokens == 0 <= buffer or 0 <= buffer <= max_completion_tokens):
         raise UserError(
             f"overlong() was given a buffer of {buffer} tokens and {max_completion_tokens} tokens at most. The buffer "
             "is a part of them: overlong(512, 128)."
@@ -64,9 +65,13 @@ class Overlong:
     def __post_init__(self) -> None:
         self.__name__ = "overlong"
 
-    def __call__(self, completion: str, completion_ids: Sequence[int]) -> float:
-        over = len(completion_ids) - (self.max_completion_tokens - self.buffer)
-        return -min(over / self.buffer, 1.0) if over > 0 else 0.0
+    def __call__(self, completion: str, completion_ids: Sequence[int], trainer_state: Any = None) -> float:
+        longest = self.max_completion_tokens or getattr(trainer_state, "max_completion_tokens", 0)
+        if not longest:  # nobody knows: a text that is scored without a run
+            return 0.0
+        buffer = min(self.buffer, longest) or max(1, longest // 5)
+        over = len(completion_ids) - (longest - buffer)
+        return -min(over / buffer, 1.0) if over > 0 else 0.0
 
 
 def short_when_right(right: Callable[[str, Any], float], threshold: float = 1.0) -> ShortWhenRight:

@@ -3,11 +3,16 @@
 "package.module:function"     what Python imports from here
 "correctness"                 what an installed package offers under the entry-point group `grpo.rewards`; those
                               that ship are offered so too
+"tags('plan', 'code')"        what a function that is named in one of these ways gives for these values: literals, and
+                              names of rewards, as in "short_when_right(math)". One that ships is called without values
+                              where none are written: "tags"
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from grpo.errors import UserError, nearest, user_code
-from grpo.rewards.shipped import SHIPPED, hint_of
+from grpo.rewards.shipped import MAKERS, SHIPPED, hint_of
 from grpo.rewards.values import shown
 
 ENTRY_POINTS = "grpo.rewards"
@@ -46,6 +51,8 @@ def name_of(key: Any) -> str:
     Raises:
         UserError: that is no word.
     """
+    if isinstance(key, str) and _is_made(key):
+        return name_of(_made(key))
     if isinstance(key, str):
         return re.sub(r"[^\w-]+", "_", key.rpartition(":")[2].rpartition(".")[2])
     name = getattr(key, "__name__", None)
@@ -58,11 +65,14 @@ def name_of(key: Any) -> str:
 
 
 def resolve_reward(name: str) -> Callable:
-    """`package.module:function`, or the name under which an installed package offers a reward.
+    """`package.module:function`, or the name under which an installed package offers a reward; or a call of one that
+    makes a reward.
 
     Raises:
-        UserError: there is no such thing here, or it cannot be imported.
+        UserError: there is no such thing here, or it cannot be imported or made.
     """
+    if _is_made(name):
+        return _made(name)
     module_name, colon, attribute = name.partition(":")
     if not colon:
         return _installed_reward(name)
@@ -85,6 +95,51 @@ def resolve_reward(name: str) -> Callable:
             )
         found = getattr(found, part)
     return found
+
+
+def _is_made(name: str) -> bool:
+    return "(" in name or name.strip() in MAKERS
+
+
+def _made(spelled: str) -> Callable:
+    """What a function gives for the values that are written behind its name."""
+    name, bracket, behind = spelled.strip().partition("(")
+    values, named = _values_of(spelled, behind) if bracket else ([], {})
+    maker = getattr(importlib.import_module("grpo.rewards"), name) if name in MAKERS else resolve_reward(name)
+    with user_code(lambda raised: f"Reward `{spelled}`: `{name}` raised {raised}. Mend the values behind it."):
+        try:
+            inspect.signature(maker).bind(*values, **named)
+        except TypeError as error:
+            raise UserError(
+                f"Reward `{spelled}`: {error}. What stands in brackets behind a name is what it is called with to make "
+                f"a reward; `python -m grpo.rewards {name}` shows what `{name}` takes."
+            ) from error
+        made = maker(*values, **named)
+    if not callable(made):
+        raise UserError(f"Reward `{spelled}` is {shown(made)}, which is no function: name it without the brackets.")
+    return made
+
+
+def _values_of(spelled: str, behind: str) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        call = ast.parse(f"f({behind}", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
+        values = [_value(each) for each in call.args]
+        return values, {str(each.arg): _value(each.value) for each in call.keywords if each.arg or _no(each)}
+    except (SyntaxError, ValueError, AssertionError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"Reward `{spelled}` cannot be read. Behind a name stand values in brackets, as in Python: "
+            "\"tags('plan', 'code')\", \"cosine(math, 1024)\"."
+        ) from error
+
+
+def _no(node: ast.AST) -> bool:
+    raise ValueError(f"{ast.dump(node)} is no value")
+
+
+def _value(node: ast.expr) -> Any:
+    return resolve_reward(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node)
 
 
 def installed_rewards() -> dict[str, list[EntryPoint]]:

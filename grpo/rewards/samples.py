@@ -31,6 +31,7 @@ class TrainerState:
 
     global_step: int = 0  # updates behind the policy that wrote the completions
     max_steps: int = 1  # of the run
+    max_completion_tokens: int = 0  # that a completion may have at most; 0: not known
 
 
 AT_THE_START = TrainerState()

@@ -87,6 +87,7 @@ class Scorer:
     tolerance: Tolerance
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
     steps: int = 1  # of the run
+    max_tokens: int = 0  # of a completion; 0: not known
 
     def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
         """As `score`, after so many steps."""
@@ -98,7 +99,7 @@ class Scorer:
         """Inside, a scoring after so many steps, which takes groups as they are finished and ends when all are."""
         in_loop = any(reward.is_async and reward.begins_early for reward in self.rewards)
         whole, last = (self.apart, nullcontext) if in_loop else (nullcontext, self.apart)
-        scoring = Scoring(self.rewards, self.tolerance, TrainerState(step, self.steps), last)
+        scoring = Scoring(self.rewards, self.tolerance, TrainerState(step, self.steps, self.max_tokens), last)
         with whole():
             try:
                 yield scoring

@@ -26,7 +26,7 @@ SHIPPED = (
     "repetition",
 )
 
-# Functions of grpo.rewards that give a reward where a task file calls them.
+# Functions of grpo.rewards that give a reward where they are called, in a task file or in the name of a reward.
 MAKERS = ("tags", "overlong", "short_when_right", "cosine", "repetition_penalty", "judge")
 
 # What Open-R1, TRL, verl and the notebooks of Unsloth call these; docs/rewards.md has the table.
@@ -55,7 +55,5 @@ def hint_of(name: str) -> str:
     """A sentence about a name that no reward has: what it is called here, or how it is made; empty if unknown."""
     here = _HERE.get(name, name)
     renamed = f" Here it is `{here}`." if here != name else ""
-    made = (
-        f" It makes a reward where a task file calls it: `from grpo.rewards import {here}`." if here in MAKERS else ""
-    )
+    made = f' It is made by a call, as in "{here}(...)": python -m grpo.rewards {here}.' if here in MAKERS else ""
     return renamed + made

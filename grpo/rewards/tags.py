@@ -12,6 +12,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 def tags(*names: str, text_after: bool = False, open_in_prompt: bool = False) -> Tags:
     r"""A reward that pays 1.0 for a completion of these blocks in this order, else 0; to be given to a Task.
+    Without names it is `think_format`.
 
     Each tag occurs once, no block is blank, and nothing but white space stands before, between or behind the blocks.
 
@@ -27,9 +28,11 @@ def tags(*names: str, text_after: bool = False, open_in_prompt: bool = False) ->
     >>> plan_code("<plan>\nadd\n</plan>\n<code>\na + b\n</code>"), plan_code("<code>a + b</code>")
     (1.0, 0.0)
     """
+    if not names:
+        names, text_after = ("think",), True
     wrong = [name for name in names if not (isinstance(name, str) and _NAME.fullmatch(name))]
-    if not names or wrong or len(set(names)) < len(names):
-        told = f"{wrong[0]!r}" if wrong else "one twice" if names else "none"
+    if wrong or len(set(names)) < len(names):
+        told = f"{wrong[0]!r}" if wrong else "one twice"
         raise UserError(f'tags() was given {told}. It takes the names of tags, each once: tags("think", "answer").')
 
     return Tags(names, text_after, open_in_prompt)
