@@ -122,6 +122,7 @@ class Loop:
         for job in [job for job in late if job.task is blocking] or late:
             job.fail(job.caller.limit or limit, _BLOCKS)
         left = [job for job in list(self.jobs) if not job.future.done()]
+        _unfinished.extend(asyncio.all_tasks(self.loop))
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._end)
         # A loop of Python ends by this; what waits in C ends when it ends.

@@ -76,19 +76,15 @@ class Samples:
 Source = Callable[[Samples], Any]  # where one argument comes from: new lists and copies with every call
 
 
-def samples_of(
-    groups: list[Group], state: TrainerState = AT_THE_START, logged: Logged | None = None, first: int = 0
-) -> Samples:
-    """The groups' completions in one flat list, each beside its prompt. logged: by what is scored together with them.
-    first: where the first of them stands there."""
+def samples_of(groups: list[Group], state: TrainerState = AT_THE_START) -> Samples:
+    """The groups' completions in one flat list, each beside its prompt."""
     completions = [completion for group in groups for completion in group.completions]
     return Samples(
         prompts=[group.prompt for group in groups for _ in group.completions],
         completions=completions,
         group=[number for number, group in enumerate(groups) for _ in group.completions],
-        places=list(range(first, first + len(completions))),
+        places=list(range(len(completions))),
         state=state,
-        logged=logged or Logged(),
     )
 
 

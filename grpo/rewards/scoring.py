@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain
 from numbers import Real
@@ -48,6 +48,8 @@ class Reward:
     weight: float
     first: Start  # the first call of everything
     further: Further
+    begin: Start  # the same of one group, while others are being sampled; begins nothing where it cannot
+    rest: Callable[[Parts, Samples], Finish]  # the first call of everything, of which parts were begun
     is_async: bool
     callee: Callee
     options: Options
@@ -62,11 +64,6 @@ class Reward:
         """Within what is tolerated."""
         return self.options.on_failure == "missing"
 
-    @property
-    def begins_early(self) -> bool:
-        """It is called on a group while others are being sampled: elsewhere, and it needs no other."""
-        return self.elsewhere and self.callee.by_group
-
     def start(self, samples: Samples) -> Finish:
         """All calls that a scoring takes."""
         return self.further(samples, self.first(samples))
@@ -74,9 +71,30 @@ class Reward:
     def called(self, way: Way) -> Reward:
         """The same reward, whose calls run in workers, in this way."""
         first = way(self.callee)
-        return replace(
-            self, elsewhere=True, first=first, further=_further(self.options, self.group_size, first, self.callee)
-        )
+        further = _further(self.options, self.group_size, first, self.callee)
+        begin, rest = _beginning(first, self.callee)
+        return replace(self, elsewhere=True, first=first, further=further, begin=begin, rest=rest)
+
+
+Parts = Sequence[tuple[range, Finish]]
+_NOT_BEGUN = Finish(lambda: iter(()))
+
+
+def _beginning(first: Start, callee: Callee) -> tuple[Start, Callable[[Parts, Samples], Finish]]:
+    """`begin` and `rest` of a reward that is called elsewhere."""
+    return (first, _all_begun) if callee.by_group else (_begin_nothing, partial(_all_to_begin, first))
+
+
+def _all_begun(parts: Parts, samples: Samples) -> Finish:
+    return joined(parts)
+
+
+def _begin_nothing(samples: Samples) -> Finish:
+    return _NOT_BEGUN
+
+
+def _all_to_begin(first: Start, parts: Parts, samples: Samples) -> Finish:
+    return first(samples)
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,15 @@ class Scorer:
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
     steps: int = 1  # of the run
     max_tokens: int = 0  # of a completion; 0: not known
+    whole: Callable[[], AbstractContextManager[Any]] = field(init=False)  # what a scoring runs inside of
+    last: Callable[[], AbstractContextManager[Any]] = field(init=False)  # and the end of it
+
+    def __post_init__(self) -> None:
+        # Of what is called in workers nothing can be seen here; async rewards print, and draw, beside a rollout.
+        in_loop = any(reward.is_async and reward.callee.by_group for reward in self.rewards)
+        whole, last = (self.apart, nullcontext) if in_loop else (nullcontext, self.apart)
+        object.__setattr__(self, "whole", whole)
+        object.__setattr__(self, "last", last)
 
     def __call__(self, groups: list[Group], step: int = 0) -> dict[str, float]:
         """As `score`, after so many steps."""
@@ -97,10 +124,9 @@ class Scorer:
     @contextmanager
     def begun(self, step: int = 0) -> Iterator[Scoring]:
         """Inside, a scoring after so many steps, which takes groups as they are finished and ends when all are."""
-        in_loop = any(reward.is_async and reward.begins_early for reward in self.rewards)
-        whole, last = (self.apart, nullcontext) if in_loop else (nullcontext, self.apart)
-        scoring = Scoring(self.rewards, self.tolerance, TrainerState(step, self.steps, self.max_tokens), last)
-        with whole():
+        state = TrainerState(step, self.steps, self.max_tokens)
+        scoring = Scoring(self.rewards, self.tolerance, state, self.last)
+        with self.whole():
             try:
                 yield scoring
             finally:
@@ -143,8 +169,9 @@ def build_rewards(
         callee = callee_of(name, function, columns, chat, samples, tried, options.batch == "group")
         first, weight = way(callee), _checked_weight(name, weight)
         further = _further(options, group_size, first, callee)
+        begin, rest = _beginning(first, callee) if in_loop else (_begin_nothing, partial(_all_to_begin, first))
         of_calls = (callee, options, limit, pace, samples, group_size)
-        built.append(Reward(name, weight, first, further, in_loop, *of_calls, elsewhere=in_loop))
+        built.append(Reward(name, weight, first, further, begin, rest, in_loop, *of_calls, elsewhere=in_loop))
     _check_together(built)
     return built
 
@@ -205,16 +232,15 @@ class Scoring:
         last: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ):
         self.rewards, self.tolerance, self.state, self.last = rewards, tolerance, state, last
-        self.early = [reward for reward in rewards if reward.begins_early]
         self.logged = Logged()
         self.begun: dict[int, tuple[range, dict[str, Finish]]] = {}  # by a group's first place
         self.finishes: dict[str, Finish] = {}
 
     def begin(self, first: int, group: Group) -> None:
         """A group is finished, whose first completion stands at this place among all."""
-        samples = samples_of([group], self.state, self.logged, first)
         places = range(first, first + len(group.completions))
-        self.begun[first] = places, {reward.name: reward.first(samples) for reward in self.early}
+        samples = replace(samples_of([group], self.state), logged=self.logged, places=list(places))
+        self.begun[first] = places, {reward.name: reward.begin(samples) for reward in self.rewards}
 
     def finish(self, groups: list[Group]) -> dict[str, float]:
         """All are. Fills them as `score` does.
@@ -223,14 +249,13 @@ class Scoring:
             UserError: more have failed than is tolerated.
         """
         firsts = accumulate([len(group.completions) for group in groups[:-1]], initial=0)
-        for first, group in [pair for pair in zip(firsts, groups, strict=True) if pair[0] not in self.begun]:
-            self.begin(first, group)
-        samples = samples_of(groups, self.state, self.logged)
+        at = dict(zip(firsts, groups, strict=True))
+        for first in sorted(at.keys() - self.begun.keys()):
+            self.begin(first, at[first])
+        samples = replace(samples_of(groups, self.state), logged=self.logged)
         with self.last():
             # What runs elsewhere is waited for last: it goes on while the others compute.
-            self.finishes = {
-                reward.name: reward.further(samples, self._first(reward, samples)) for reward in self.rewards
-            }
+            self.finishes = {reward.name: self._finish_of(reward, samples) for reward in self.rewards}
             ledger = Ledger(samples, self.tolerance)
             for reward in sorted(self.rewards, key=attrgetter("elsewhere")):
                 ledger.open(reward.name)
@@ -247,11 +272,9 @@ class Scoring:
         for finish in self.finishes.values():
             finish.cancel()
 
-    def _first(self, reward: Reward, samples: Samples) -> Finish:
-        """A reward's first calls, begun already or now."""
-        if not reward.begins_early:
-            return reward.first(samples)
-        return joined([(places, begun[reward.name]) for _, (places, begun) in sorted(self.begun.items())])
+    def _finish_of(self, reward: Reward, samples: Samples) -> Finish:
+        parts = [(places, begun[reward.name]) for _, (places, begun) in sorted(self.begun.items())]
+        return reward.further(samples, reward.rest(parts, samples))
 
 
 def score(
