@@ -410,6 +410,29 @@ RIGHT += [
     (r"\left[\begin{array}{cc}1 & 2 \\ 3 & 4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
 ]
 
+RIGHT += [
+    ("It is 2 1/2.", "2.5"),
+    ("That makes 3 3/4 cups", r"\frac{15}{4}"),
+    (r"\boxed{5 million}", "5000000"),
+    (r"\boxed{5 \text{ million}}", "5"),  # what was asked for was counted in millions
+    (r"\boxed{1000000}", "1 million"),
+    ("The answer is $1.5 million.", "1,500,000"),
+    (r"\boxed{2.75\text{ billion}}", "2750000000"),
+    ("It has 1.2345 thousand.", "1234.5"),
+    (r"\boxed{27^{1/3}}", "3"),
+    (r"\boxed{\binom{5}{2}}", "10"),
+    (r"\boxed{y = 2x + 3}", "2x+3"),
+    (r"\boxed{\left(\frac{1}{2}, 3\right)}", "(0.5, 3)"),
+]
+WRONG += [
+    (r"\boxed{5 \text{ million}}", "5000"),
+    (r"\boxed{5000000}", "5"),
+    ("It is 2 1/2.", "1/2"),
+    ("It is 2 1/2.", "21/2"),
+    (r"\boxed{-i}", "i"),
+    (r"\boxed{\pi}", "3.14159"),
+    (r"\boxed{x<5}", "x>5"),
+]
 RIGHT_PLACE = [
     ("所以答案是：$\\frac{1}{2}$。", "0.5"),
     ("答案是42。因为 6*7=42", "42"),

@@ -22,7 +22,7 @@ _FORMULA = re.compile(
 )
 _JOINED = re.compile(r"\s*(?:,|,?\s*(?:and|or)\b|;)\s*")
 _NUMBER_IN_TEXT = re.compile(
-    r"(?<![\w.])[-+\N{MINUS SIGN}]?[$€£]?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?\s?%?|(?<![\w.\d])-?\.\d+", re.ASCII
+    r"(?<![\w.])[-+\N{MINUS SIGN}]?[$€£]?\d[\d,]*(?:\.\d+)?(?:(?:\s\d+)?\s*/\s*\d+)?\s?%?|(?<![\w.\d])-?\.\d+", re.ASCII
 )
 _END_OF_SENTENCE = re.compile(r"[.;!?](?=\s|$|\*)|[。；！？]|,?\s(?:because|since|which|where|so|as|when|for)\b")
 
@@ -251,6 +251,31 @@ def without_unit(text: str) -> str:
     ('42', '42', '90')
     """
     return _UNIT.sub("", text).strip()
+
+
+_THOUSANDS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_IN_THOUSANDS = re.compile(
+    rf"(\d[\d,]*)(?:\.(\d+))?\s*(?:\\text\w*\s*\{{\s*)?({'|'.join(_THOUSANDS)})s?\b\s*\}}?", re.IGNORECASE
+)
+
+
+def in_full(text: str) -> str:
+    r"""A cleaned answer whose thousands and millions are written out.
+
+    >>> in_full("1.5 million"), in_full(r"5 \text{ thousand}"), in_full("5")
+    ('1500000', '5000', '5')
+    """
+    return _IN_THOUSANDS.sub(_written_out, text)
+
+
+def _written_out(found: re.Match[str]) -> str:
+    zeros, behind_point = _THOUSANDS[found[3].lower()], found[2] or ""
+    digits = found[1].replace(",", "") + behind_point.ljust(zeros, "0")
+    return (
+        digits
+        if len(behind_point) <= zeros
+        else f"{digits[: zeros - len(behind_point)]}.{digits[zeros - len(behind_point) :]}"
+    )
 
 
 def words_of(text: str) -> str:

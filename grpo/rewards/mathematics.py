@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo.rewards.correctness import parse_number
 from grpo.rewards.gold import answer_text
-from grpo.rewards.math_text import answers, cleaned, gold_of, is_words, plain_of, without_unit, words_of
+from grpo.rewards.math_text import answers, cleaned, gold_of, in_full, is_words, plain_of, without_unit, words_of
 
 _SPACE = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # 4 2 is not 42
 _LONGEST = 400  # characters of a formula that is read; its parser takes seconds for more
@@ -75,6 +75,8 @@ def same_mathematics(predicted: str, gold: str) -> bool:
         return False
     if _SPACE.sub("", mine) == _SPACE.sub("", right) or (plain_of(right) and plain_of(mine) == plain_of(right)):
         return True
+    if (in_full(mine), in_full(right)) != (mine, right) and _as_numbers(in_full(mine), in_full(right)):
+        return True  # else a million may be a unit: what was asked for may be counted in it
     for decide in (_as_numbers, _as_letters, _as_words):
         if (equal := decide(mine, right)) is not None:
             return equal
