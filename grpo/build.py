@@ -284,7 +284,7 @@ def build_scorer(
     if own is None:
         return Scorer(questions.rewards, tolerance, steps=config.steps, max_tokens=config.max_completion_tokens)
     tolerance, most = replace(tolerance, log=own[1].write), config.max_completion_tokens
-    return Scorer(questions.rewards, tolerance, partial(apart, *own), config.steps, most)
+    return Scorer(questions.rewards, tolerance, partial(apart, *own), config.steps, most, questions.move)
 
 
 def build_evaluator(

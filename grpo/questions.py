@@ -7,7 +7,7 @@ preflight_rewards(...)           the rewards on gold answers, before any GPU is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -45,6 +45,7 @@ class Questions:
     longest: int  # no prompt has more tokens
     max_completion_tokens: int
     left_out: list[str] = field(default_factory=list)  # rows that cannot be used, a sentence each
+    move: Callable[[set[str]], object] = set.clear  # is told which rewards took too long: see rewards/staff.py
 
     @property
     def longest_sequence(self) -> int:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ import torch
 from toy_task import SMALL, TASK
 
 from grpo.errors import UserError
-from grpo.rewards import build_rewards, reward, score
+from grpo.rewards import Scorer, build_rewards, reward, score
 from grpo.rewards.failures import Tolerance
 from grpo.rewards.samples import Logged
-from grpo.rewards.staff import placed, staffed
+from grpo.rewards.staff import num_cores, placed, staffed
 from grpo.rewards.values import fit_one
 from grpo.rewards.worker import Order, Setup
 from grpo.rewards.workers import Pool, Printed, Worker, portable
@@ -298,6 +299,46 @@ def test_slow_ones_go_to_workers_unasked_and_fast_ones_stay(bring):
     assert "worker process" in scored([heavy], [group_of("a")], 1)[2][0]
     reward(workers=1)(big)
     assert "in 1 worker process" in scored(build(big), [group_of("a")], -1)[2][0]
+
+
+@pytest.mark.slow
+def test_what_took_too_long_here_is_called_in_workers_from_then_on(bring, tmp_path):
+    stays = reward(workers=0)(functools.partial(bring.hangs))
+    stays.__name__ = "stays"
+    for asked, moved in ((-1, {"hangs"}), (0, set())):
+        inside = closure()
+        rewards = build(bring.hangs, stays, inside, bring.where, columns=["folder"], timeout=LIMIT)
+        notes, tolerance = [], Tolerance(1.0)
+        with staffed(rewards, asked, 64, None, notes.append) as staff:
+            assert set(staff.placed.values()) == {"here"}
+            scorer = Scorer(staff, tolerance, move=staff.move)
+            groups = [group_of("fine", "sleep", folder=str(tmp_path)) for _ in range(3)]
+            for group in groups:
+                scorer([group])
+            assert {name for name, where in staff.placed.items() if where == "elsewhere"} == moved
+        for group in groups:
+            assert group.rewards.nan_to_num(-1).tolist()[1] == -1
+            assert "no result in 0.5 s" in group.failed["hangs"][1] and "no result in 0.5 s" in group.failed["stays"][1]
+        assert [note for note in notes if "took too long" not in note] == [
+            f"reward `{name}` is called in {max(2, min(8, num_cores() - 1))} worker processes" for name in sorted(moved)
+        ]
+    # What cannot go there stays, and says why; what raises a TimeoutError of its own was not late.
+    [late] = build(closure_that(lambda: time.sleep(60)), timeout=LIMIT)
+    [own] = build(closure_that(lambda: (_ for _ in ()).throw(TimeoutError("of its own"))), timeout=LIMIT)
+    for built, told in ((late, ["it is made inside of a function"]), (own, [])):
+        notes = []
+        with staffed([built], -1, 64, None, notes.append) as staff:
+            for _ in range(2):
+                Scorer(staff, tolerance, move=staff.move)([group_of("a")])
+        assert [words for words in told if words in notes[0]] == told and len(notes) == len(told)
+
+
+def closure_that(acts):
+    def inside(completion):
+        acts()
+        return 1.0
+
+    return inside
 
 
 def test_so_many_workers_call_it_as_it_says(bring):

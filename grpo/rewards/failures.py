@@ -26,6 +26,7 @@ from grpo.rewards.calling import error_of
 from grpo.rewards.samples import Samples
 from grpo.rewards.values import Missing, Score
 from grpo.types import Group
+from grpo.watchdog import Limit
 
 FAILED = "reward/{}/failed"  # the metric
 CHANCE = 2e-5  # five failures in a row where a tenth may fail
@@ -81,6 +82,7 @@ class Tolerance:
     counts: Counter[str] = field(default_factory=Counter)  # of the completions that each reward failed on so far
     told: set[str] = field(default_factory=set)  # rewards whose first failure was told
     tallies: dict[str, Tally] = field(default_factory=dict)  # of each reward
+    late: set[str] = field(default_factory=set)  # rewards that took too long in this process
 
     def counted(self) -> dict[str, float]:
         """The metrics of what has failed since this was last asked."""
@@ -101,6 +103,10 @@ class Fallible(Protocol):
     def weight(self) -> float: ...
     @property
     def may_fail(self) -> bool: ...
+    @property
+    def limit(self) -> Limit | None: ...
+    @property
+    def elsewhere(self) -> bool: ...
 
 
 class Ledger:
@@ -167,6 +173,8 @@ class Ledger:
         tally.failed += 1 if as_a_whole else len(failed)
         if excess := tally.too_many(self.tolerance.share):
             raise self._too_many(name, *excess)
+        if not reward.elsewhere and reward.limit and str(missing.error) == reward.limit.exceeded:
+            self.tolerance.late.add(name)
         if reward.weight:  # what the others say is in no sum
             self.unscored.update(failed)
         self.tolerance.counts[name] += len(failed)

@@ -106,6 +106,7 @@ class Scorer:
     apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards do is kept from the run
     steps: int = 1  # of the run
     max_tokens: int = 0  # of a completion; 0: not known
+    move: Callable[[set[str]], object] = set.clear  # is told which rewards took too long, before each scoring
     whole: Callable[[], AbstractContextManager[Any]] = field(init=False)  # what a scoring runs inside of
     last: Callable[[], AbstractContextManager[Any]] = field(init=False)  # and the end of it
 
@@ -124,6 +125,7 @@ class Scorer:
     @contextmanager
     def begun(self, step: int = 0) -> Iterator[Scoring]:
         """Inside, a scoring after so many steps, which takes groups as they are finished and ends when all are."""
+        self.move(self.tolerance.late)
         state = TrainerState(step, self.steps, self.max_tokens)
         scoring = Scoring(self.rewards, self.tolerance, state, self.last)
         with self.whole():

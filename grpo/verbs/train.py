@@ -35,7 +35,7 @@ from grpo.record.starts import write_start
 from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
-from grpo.rewards.staff import NOT_KNOWN, placed, staffed
+from grpo.rewards.staff import NOT_KNOWN, staffed
 from grpo.system import lacking
 from grpo.task import Task
 from grpo.terminal import say, working
@@ -77,8 +77,10 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
         completions = config.prompts_per_step * config.group_size
         before = read_state(checkpoint)[0].placed if checkpoint else NOT_KNOWN
         at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say, before)
-        with memory_in_words(config, folder), at_work as questions.rewards:
+        with memory_in_words(config, folder), at_work as staff:
+            questions.rewards, questions.move = staff, staff.move
             run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
+            run.progress.placed = staff.placed
             _record_start(run, resolved, as_saved, questions, command)
             with run.recorder, stops_gently(run, run.recorder.message) as asked:
                 _score_anew(run, resolved.task)
@@ -116,7 +118,7 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
             remove_unused(saved.folder)
         raise
     write_config(saved)
-    run.progress.run, run.progress.placed = saved.id, placed(questions.rewards)
+    run.progress.run = saved.id
     for line in opening(resolved.config, run.policy, run.engine):
         say(line)
     for line in what_comes(resolved.config, resolved.task, saved):
