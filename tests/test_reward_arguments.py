@@ -19,9 +19,9 @@ from grpo.run import main
 from grpo.types import Completion, Group, Prompt
 
 
-def group_of(*texts, index=7):
+def group_of(*texts, index=7, **fields):
     completions = [Completion([1], [0.0], text, "stop", 0) for text in texts]
-    return Group(Prompt(index, "?", [1], {"answer": "5"}), completions)
+    return Group(Prompt(index, "?", [1], {"answer": "5", **fields}), completions)
 
 
 def build(*rewards, **arguments):
@@ -189,3 +189,20 @@ def test_a_whole_run_with_a_reward_that_ranks_within_groups(tmp_path):
 
 def test_the_state_of_the_trainer_has_trls_names():
     assert TrainerState(3, 7).global_step == 3 and TrainerState(3, 7).max_steps == 7
+
+
+def test_a_function_of_verl_runs_as_it_is():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
+        return {"score": float(solution_str == ground_truth), "source": float(data_source == "x")}
+
+    groups = [group_of("5", "4", data_source="x", ground_truth="5")]
+    score(groups, build_rewards({compute_score: 1.0}, ["data_source", "ground_truth"], chat=True))
+    assert groups[0].rewards.tolist() == [1.0, 0.0]
+    assert groups[0].parts["compute_score/source"].tolist() == [1.0, 1.0]
+
+    def of_a_column(completions, solution_str):
+        return [float(text == column) for text, column in zip(completions, solution_str, strict=True)]
+
+    groups = [group_of("5", "4", solution_str="4")]
+    score(groups, build_rewards({of_a_column: 1.0}, ["solution_str"], chat=False))
+    assert groups[0].rewards.tolist() == [0.0, 1.0]

@@ -193,12 +193,12 @@ def _where(function: Callable) -> str:
 def _score(options: Options, key: Callable | str) -> None:
     from grpo.rewards.names import reward_of
     from grpo.rewards.one import score_text
-    from grpo.rewards.samples import ARGUMENT_NAMES
+    from grpo.rewards.samples import ARGUMENT_NAMES, NAMED_BY_ONE
 
     columns = _columns(options)
     function = reward_of(key)
     required = [each.name for each in inspect.signature(function).parameters.values() if _is_required(each)]
-    if lacking := [name for name in required if name not in {*columns, *ARGUMENT_NAMES}]:
+    if lacking := [name for name in required if name not in {*columns, *ARGUMENT_NAMES, *NAMED_BY_ONE}]:
         flag = "--answer X" if lacking[0] == "answer" else f"--column {lacking[0]}=value"
         raise UserError(f"`{options.name}` asks for `{lacking[0]}`, a column of the rows: give it by {flag}.")
     completion = sys.stdin.read() if options.completion == "-" else str(options.completion)

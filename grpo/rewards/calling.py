@@ -3,7 +3,8 @@
 Knows nothing of weights, groups or advantages, nor in which process or thread a call runs.
 Axis: S completions scored together, flat, in group order.
 
-    f(completion, answer) -> float | None               one completion; any data set column by its name
+    f(completion, answer) -> float | None               one completion; any data set column by its name (where there is
+                                                        no column of that name, verl's `solution_str` is the completion)
     f(prompts, completions, answer, **kwargs) -> list    all S of them, as TRL and Unsloth call theirs
     async def f(...)                                     either kind
 
@@ -31,6 +32,7 @@ from typing import Any
 
 from grpo.errors import UserError, nearest
 from grpo.rewards.samples import (
+    AS_VERL,
     NAMED_BY_A_BATCH,
     NAMED_BY_ONE,
     OF_CHATS,
@@ -119,7 +121,7 @@ def callee_of(
         sources = _choose_sources(name, parameters, sources_of_columns | form, named)
         return Callee(name, function, fits, partial(calls, sources), by_group=calls is not _call_of_all)
 
-    if "completion" in parameters:
+    if "completion" in parameters or (AS_VERL in parameters and AS_VERL not in sources_of_columns):
         return with_form(_calls_of_each, fit_one, NAMED_BY_ONE, OF_ONE_COMPLETION)
     _check_names_a_batch(name, parameters)
     of_batch = partial(with_form, _calls_of_groups if group_by_group else _call_of_all, fit_list, NAMED_BY_A_BATCH)

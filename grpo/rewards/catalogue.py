@@ -26,10 +26,11 @@ import grpo.rewards
 from grpo.errors import UserError, in_words, user_code
 from grpo.rewards.here import living_watchdog
 from grpo.rewards.names import installed_rewards
+from grpo.rewards.samples import AS_VERL
 from grpo.rewards.shipped import MAKERS
 from grpo.watchdog import Limit
 
-_SEEN_IN = {"completion", "completions"}  # arguments that a reward has at least one of
+_SEEN_IN = {"completion", "completions", AS_VERL}  # arguments that a reward has at least one of
 _RANGE = re.compile(r"^[ \t]*Range:[ \t]*(.+?)\.?[ \t]*$", re.M)
 _LONGEST_DEFAULT = 30  # characters
 _EXAMPLE_SECONDS = 10.0

@@ -192,6 +192,8 @@ def _for_a_record(value: Any) -> Any:
     return str(value)[:_LONGEST_EXTRA]
 
 
+AS_VERL = "solution_str"  # what a `compute_score` of verl calls the completion
+
 OF_ONE_COMPLETION: dict[str, Source] = {
     "prompt": lambda samples: [prompt.text for prompt in samples.prompts],
     "completion": lambda samples: [completion.text for completion in samples.completions],
@@ -205,6 +207,7 @@ _OF_A_BATCH: dict[str, Source] = {
 }
 # Passed only to those who name them: what is called **kwargs gets columns.
 NAMED_BY_ONE: dict[str, Source] = {
+    AS_VERL: OF_ONE_COMPLETION["completion"],
     "trainer_state": lambda samples: [samples.state for _ in samples.completions],
     "log_metric": lambda samples: [partial(_log_metric, samples.logged.metrics) for _ in samples.completions],
     "log_extra": lambda samples: [partial(_log_extra_of_one, samples.logged.extras, at) for at in samples.places],
