@@ -70,7 +70,10 @@ def test_a_name_finds_a_modules_function_and_a_packages(installed):
     [
         ("lowd", r"No installed package offers a reward `lowd`\. Did you mean `loud`\?"),
         ("my_rewards.shouting", "Between module and function stands a colon"),
-        ("my_rewards:shoutin", r"my_rewards has no `shoutin`\. Did you mean `shouting`\? It has: shouting, maker, Family"),
+        (
+            "my_rewards:shoutin",
+            r"my_rewards has no `shoutin`\. Did you mean `shouting`\? It has: shouting, maker, Family",
+        ),
         ("my_rewards:Family.two", r"my_rewards has no `Family\.two`"),
         ("my_rewards:LIMIT", "`my_rewards:LIMIT` names 5, which is no function"),
         ("limit", "`limit` names 5, which is no function"),

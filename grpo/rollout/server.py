@@ -32,7 +32,7 @@ from grpo.policy import Policy
 from grpo.policy.adapter import adapter_files
 from grpo.rollout import server_protocol as vllm
 from grpo.rollout.canary import Canary, build_canary
-from grpo.rollout.engine import completion_of
+from grpo.rollout.engine import Finished, completion_of, nobody
 from grpo.rollout.server_canary import Proof, ServersCanary, View
 from grpo.rollout.server_exchange import Exchange, Offered
 from grpo.rollout.server_http import Call, Fault, Line
@@ -101,7 +101,7 @@ class ServerEngine:
         which = f"vLLM {', '.join(versions)}" if versions else "vLLM"
         return f"{which}, at {', '.join(map(str, self.pool.stations))}"
 
-    def sample(self, requests: list[Request]) -> list[Completion]:
+    def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """See Engine.sample. Requests of one context that follow each other are a group."""
         tasks: list[Task] = []
         for group, (context, same) in enumerate(groupby(requests, key=lambda request: request.context)):
@@ -109,9 +109,16 @@ class ServerEngine:
             for request in same:
                 tasks.append(Task(group, read + request.max_tokens, partial(self._ask, request)))
                 read = 0
-        version = self.policy.version
-        answers: list[Sampled] = self.pool.run(tasks)
-        return [completion_of(a.tokens, a.logprobs, a.stopped, self.tokenizer, version) for a in answers]
+        completions: dict[int, Completion] = {}
+
+        def take(index: int, written: Sampled) -> None:
+            version = self.policy.version
+            completion = completion_of(written.tokens, written.logprobs, written.stopped, self.tokenizer, version)
+            completions[index] = completion
+            finished(index, completion)
+
+        self.pool.run(tasks, take)
+        return [completions[index] for index in range(len(requests))]
 
     def logprobs(self, contexts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
         """See Engine.logprobs. By whichever servers are free."""

@@ -58,6 +58,13 @@ class Task:
     tries: int = 0
 
 
+Done = Callable[[int, Any], object]  # is told of the answer to the task of that index
+
+
+def nobody(index: int, answer: Any) -> None:
+    """Waits for no answer before all are there."""
+
+
 class Pool:
     """The servers."""
 
@@ -75,19 +82,21 @@ class Pool:
         self.tasks: list[Task] = []
         self.results: dict[int, Any] = {}  # by the index of the task
         self.waiting: deque[list[int]] = deque()  # indices of tasks, those of a group together
+        self.done = nobody
         self.threads: ThreadPoolExecutor | None = None
 
     @property
     def ready(self) -> list[Station]:
         return [station for station in self.stations if station.is_ready]
 
-    def run(self, tasks: list[Task]) -> list[Any]:
-        """The answer to each task.
+    def run(self, tasks: list[Task], done: Done = nobody) -> list[Any]:
+        """The answer to each task; `done` is told of each when it comes.
 
         Raises:
             UserError: no server is there for longer than the patience, or none answers one of the tasks.
         """
         self.tasks, self.results, self.waiting = tasks, {}, deque(units(tasks, self.at_once))
+        self.done = done
         self._turn(lambda: len(self.results) == len(tasks))
         return [self.results[index] for index in range(len(tasks))]
 
@@ -97,7 +106,7 @@ class Pool:
         Raises:
             UserError: no server is there for longer than the patience.
         """
-        self.tasks, self.results, self.waiting = [], {}, deque()
+        self.tasks, self.results, self.waiting, self.done = [], {}, deque(), nobody
         self._turn(is_so)
 
     def fail(self, station: Station, fault: Fault) -> None:
@@ -177,6 +186,7 @@ class Pool:
         else:
             station.is_well()
             station.seen = time.monotonic()
+            self.done(index, self.results[index])
 
     def _failed(self, station: Station, index: int, fault: Fault) -> None:
         """The task waits again, with those of its group that do."""
