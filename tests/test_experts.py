@@ -125,7 +125,7 @@ def test_routers_stay_as_they_are(tiny_config):
     policy = build_policy(tiny_config("qwen2-moe", expert_adapters=True))
     assert not [name for name in policy.store.projections if name.endswith((".gate", ".router"))]
     assert {name.rpartition(".")[2] for name in policy.store.projections} == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "shared_expert_gate")
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
 
 

@@ -103,7 +103,10 @@ MIXTURES = {
     "deepseek-v2": lambda: transformers.DeepseekV2Config(**LATENT),
     "gpt-oss": lambda: transformers.GptOssConfig(
         **SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=8,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+            "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        },
     ),
 }  # fmt: skip
 

@@ -166,11 +166,11 @@ def _linears(model: Any) -> Iterator[tuple[Any, str, str, Linear]]:
 
 
 def _routers(model: Any) -> Iterator[nn.Module]:
-    """The linears that choose among a layer's experts: beside them, one output for each. They stay as they are, as the
-    choices must be the sampler's."""
+    """The linears that choose among a layer's experts, or weigh a shared one: alone beside them. They stay as they are,
+    as the choices must be the sampler's."""
     for parent in model.modules():
         for experts in filter(are_experts, parent.children()):
             for beside in parent.children():
                 linears = [module for module in beside.modules() if isinstance(module, Linear)]
-                if len(linears) == 1 and linears[0].weight.shape[0] == experts.num_experts:
+                if beside is not experts and len(linears) == 1:
                     yield linears[0]

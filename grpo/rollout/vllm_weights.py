@@ -7,6 +7,7 @@ seen, and not supposed: vLLM's own loading code is given a stand-in for each of 
 the method notes which come to its layer, and in what order. It gives the layer the trainer's tensors as parameters:
 
     a layer of vLLM's        <-  rows of projections        base (dense or NF4), LoRA mirrors, scale
+    a layer of experts       <-  the policy's own module    (vllm_experts.py)
     embed_tokens, lm_head    <-  the policy's embedding and head
 
 So no model is named here. The base exists once, and an optimizer step followed by `ProjectionStore.refresh` is seen by
@@ -18,14 +19,15 @@ copied. Where vLLM's loading comes out in another way, the model is not shared (
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from grpo_kernels.nf4 import BLOCK
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -38,26 +40,26 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from grpo.errors import UserError, is_out_of_memory
+from grpo.policy.experts import Experts
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import Model
-from grpo.policy.projections import Base, Projection, ProjectionStore
+from grpo.policy.projections import Masters, ProjectionStore
 from grpo.rollout.vllm_compat import reason_of
+from grpo.rollout.vllm_experts import SharedExperts, experts_by_layer
+from grpo.rollout.vllm_rows import BLOCKS, NotShareableError, Rows, StandIns, base_tensors, joined
 
 # The name under which vLLM knows the quantisation config and the loader.
 SHARED = "grpo_shared"
+
+# Its latent attention (DeepSeek) multiplies by a copy of weights, absorbed into others once and reached by no update.
+# With this in the environment it multiplies by them as they are.
+LATENT = "VLLM_MLA_DISABLE"
 
 # Where a model for text alone has its layers.
 TEXT = "model"
 
 # vLLM pads its tables to a multiple of this many rows.
 VOCABULARY_MULTIPLE = 64
-
-# How vLLM's loading code names the blocks of rows of a layer, beside numbers.
-BLOCKS = {"q": 0, "k": 1, "v": 2}
-
-
-class NotShareableError(Exception):
-    """vLLM builds this model otherwise than of the trainer's tensors; and how, in a clause."""
 
 
 class Loan(NamedTuple):
@@ -67,6 +69,7 @@ class Loan(NamedTuple):
     store: ProjectionStore
     transposed: bool  # whether the checkpoint keeps its linears transposed
     tables: tuple[Tensor, Tensor]  # embedding and head
+    experts: dict[int, Experts]  # by layer
 
 
 class _Lender:
@@ -78,11 +81,16 @@ class _Lender:
 @contextmanager
 def lending(model: Model, store: ProjectionStore, transposed: bool) -> Iterator[None]:
     """Inside, a vLLM engine that is built takes this model's weights for its own."""
-    _Lender.loan = Loan(model, store, transposed, pad_vocabulary(model))
+    _Lender.loan = Loan(model, store, transposed, pad_vocabulary(model), experts_by_layer(model))
+    before = os.environ.get(LATENT)
+    os.environ[LATENT] = "1"
     try:
         yield
     finally:
         _Lender.loan = None
+        os.environ.pop(LATENT)
+        if before is not None:
+            os.environ[LATENT] = before
 
 
 def _lent() -> Loan:
@@ -132,86 +140,8 @@ def _as_text(model: Model, name: str) -> str:
 
 def layout_key(store: ProjectionStore) -> str:
     """A digest of what vLLM's compiled code depends on: shapes and dtypes of all that is lent, not their values."""
-    lent = [[(tuple(t.shape), str(t.dtype)) for t in _tensors(p, store)] for p in store.projections.values()]
+    lent = [[(tuple(t.shape), str(t.dtype)) for t in _tensors(p, store)] for p in store.adapted()]
     return hashlib.sha256(repr(lent).encode()).hexdigest()
-
-
-# ---- what a layer of vLLM's holds
-
-
-class Rows(NamedTuple):
-    """Rows of a projection, or of a frozen weight without an adapter, [stop - start, K]."""
-
-    owner: Projection | Tensor
-    start: int
-    stop: int
-
-    def tensors(self, store: ProjectionStore) -> tuple[list[Tensor], list[Tensor]]:
-        """What is multiplied by: the base's tensors; and A, B of each part and the scale, if there is an adapter."""
-        if isinstance(self.owner, Tensor):
-            return [self.owner[self.start : self.stop]], []
-        a, *b = self.owner.mirrors
-        if (self.start, self.stop) == (0, self.owner.base.shape[0]):
-            return _base_tensors(self.owner.base), [a, *b, store.scale]
-        base, first = _rows_of(self.owner.base, self.start, self.stop), 0
-        factors_a, factors_b = [], []
-        for number, size in enumerate(self.owner.sizes):
-            low, high = max(self.start - first, 0), min(self.stop - first, size)
-            if low < high:
-                factors_a.append(number)
-                factors_b.append(b[number][low:high])
-            first += size
-        rank = self.owner.rank
-        return _base_tensors(base), [a[factors_a[0] * rank : (factors_a[-1] + 1) * rank], *factors_b, store.scale]
-
-
-def _rows_of(base: Base, start: int, stop: int) -> Base:
-    if isinstance(base, Tensor):
-        return base[start:stop]
-    if base.shape[1] % BLOCK:
-        raise NotShareableError(f"it takes apart rows of {base.shape[1]} values, which blocks of {BLOCK} in NF4 span")
-    return base.row_slice(start, stop)
-
-
-def joined(pieces: list[Rows]) -> list[Rows]:
-    """The same rows, those that follow each other in one projection as one piece."""
-    found: list[Rows] = []
-    for piece in pieces:
-        if found and found[-1].owner is piece.owner and found[-1].stop == piece.start:
-            piece = Rows(piece.owner, found.pop().start, piece.stop)
-        found.append(piece)
-    return found
-
-
-class StandIns:
-    """In the place of every linear's weight while vLLM loads: [M, K] of as many bytes as rows, known by its memory
-    however it is viewed, transposed or split among rows."""
-
-    def __init__(self, store: ProjectionStore, transposed: bool):
-        self.named: list[tuple[str, Tensor]] = []
-        self.owners: dict[int, tuple[Projection, int, Tensor]] = {}
-        for projection in store.projections.values():
-            start, device = 0, projection.base.device
-            for name, size in zip(projection.names, projection.sizes, strict=True):
-                rows = torch.empty(size, 1, dtype=store.compute_dtype, device=device)
-                self.owners[rows.untyped_storage().data_ptr()] = (projection, start, rows)
-                stand_in = rows.expand(size, projection.base.shape[1])
-                self.named.append((f"{name}.weight", stand_in.t() if transposed else stand_in))
-                start += size
-
-    def rows(self, loaded: Tensor) -> Rows:
-        """Of what came to a layer, which rows these are."""
-        found = self.owners.get(loaded.untyped_storage().data_ptr())
-        if found is None:
-            if not loaded.is_floating_point() or loaded.dim() != 2:
-                raise NotShareableError(f"it loads {list(loaded.shape)} {loaded.dtype} into a linear layer")
-            return Rows(loaded, 0, len(loaded))
-        projection, first, rows = found
-        start = int(loaded.storage_offset())
-        whole_rows = loaded.dim() == 2 and loaded.shape[1] == projection.base.shape[1]
-        if not whole_rows or (len(loaded) > 1 and loaded.stride(0) != 1) or loaded.dtype != rows.dtype:
-            raise NotShareableError(f"it loads linears as {list(loaded.shape)}, not by their rows")
-        return Rows(projection, first + start, first + start + len(loaded))
 
 
 def _is_shared(layer: nn.Module) -> bool:
@@ -230,14 +160,9 @@ def check_shared(model: Any, lender: Model, store: ProjectionStore) -> None:
     assert tables == {lender.embed.weight.data_ptr(), lender.head.data_ptr()}, "embedding or head is a copy"
 
 
-def _tensors(projection: Projection, store: ProjectionStore) -> list[Tensor]:
-    """What a projection consists of: base, A, the parts' B, scale."""
-    return [*_base_tensors(projection.base), *projection.mirrors, store.scale]
-
-
-def _base_tensors(base: Base) -> list[Tensor]:
-    tensors = (base,) if isinstance(base, Tensor) else (base.packed, base.absmax, base.nested_absmax, base.offset)
-    return [tensor for tensor in tensors if tensor is not None]
+def _tensors(projection: Masters, store: ProjectionStore) -> list[Tensor]:
+    """What a projection, or a weight of experts, consists of: base, A, the parts' B, scale."""
+    return [*base_tensors(projection.base), *projection.mirrors, store.scale]
 
 
 # A base's tensors, as a layer's parameters. Model code asks `weight` for its device and dtype.
@@ -431,6 +356,8 @@ class SharedConfig(QuantizationConfig):
         loan = _lent()
         if isinstance(layer, VocabParallelEmbedding):
             return SharedTable(_table_of(layer, loan))
+        if isinstance(layer, RoutedExperts):
+            return SharedExperts(layer, prefix, loan.experts)
         return SharedLinear(loan.store) if isinstance(layer, LinearBase) else None
 
 
@@ -452,7 +379,7 @@ class SharedLoader(BaseModelLoader):
         parameters = {name for name, _ in model.named_parameters()} - _names_of_tables(model)
         try:
             # By name, so that what is in one module comes together.
-            named = [*stand_ins.named, *loan.model.small_weights()]
+            named = [*stand_ins.named, *_without_experts(loan)]
             weights = {_as_text(loan.model, name): weight for name, weight in named}
             loaded = model.load_weights((name, weights[name]) for name in sorted(weights))
         except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError, IndexError) as error:
@@ -471,7 +398,14 @@ class SharedLoader(BaseModelLoader):
         """Bytes that were there before vLLM (0.32 and later ask)."""
         loan = _lent()
         projections = [t for p in loan.store.projections.values() for t in _tensors(p, loan.store)]
-        return sum(tensor.nbytes for tensor in [*projections, *loan.tables])
+        experts = [weights.base for each in loan.experts.values() for weights in each.maps()]
+        return sum(tensor.nbytes for tensor in [*projections, *loan.tables, *experts])
+
+
+def _without_experts(loan: Loan) -> Iterator[tuple[str, Tensor]]:
+    """The small weights but for the biases of experts, which compute with their own."""
+    theirs = {id(bias) for e in loan.experts.values() for weights in e.maps() for _, bias in weights.biases()}
+    yield from ((name, weight) for name, weight in loan.model.small_weights() if id(weight) not in theirs)
 
 
 def _names_of_tables(model: Any) -> set[str]:

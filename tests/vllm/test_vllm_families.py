@@ -7,7 +7,7 @@ import pytest
 import torch
 from grpo_kernels.nf4 import nf4_quantize
 from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, tokens_of
-from tiny_models import FUSED, GENERIC, build_policy, randomise, write_checkpoint
+from tiny_models import FUSED, GENERIC, MIXTURES, build_policy, randomise, write_checkpoint
 
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine
@@ -37,12 +37,16 @@ CASES = [
 
 
 def config_of(folder, name, base, **overrides):
-    settings = (FUSED | GENERIC)[name]()
+    settings = (FUSED | GENERIC | MIXTURES)[name]()
     if name == "gpt2":
         settings.n_head = 2  # heads of a size that vLLM has attention for on a CPU
     else:
         text = settings.get_text_config()
-        text.hidden_size, text.head_dim = 128, 32
+        text.hidden_size = 128
+        if name == "deepseek-v2":  # heads of a size that vLLM has attention for
+            text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim = 16, 16, 32
+        else:
+            text.head_dim = 32
     write_checkpoint(folder, settings, vary_norms=True)
     defaults = dict(base=base, device="cpu", engine="vllm", lora_rank=3, lora_alpha=6.0, max_completion_tokens=23,
                     mask_truncated=False)  # fmt: skip

