@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -380,7 +381,7 @@ class SharedLoader(BaseModelLoader):
         try:
             # By name, so that what is in one module comes together.
             named = [*stand_ins.named, *_without_experts(loan)]
-            weights = {_as_text(loan.model, name): weight for name, weight in named}
+            weights = _as_in_checkpoints({_as_text(loan.model, name): weight for name, weight in named}, loan)
             loaded = model.load_weights((name, weights[name]) for name in sorted(weights))
         except (ValueError, KeyError, AttributeError, AssertionError, RuntimeError, TypeError, IndexError) as error:
             if is_out_of_memory(error):
@@ -406,6 +407,11 @@ def _without_experts(loan: Loan) -> Iterator[tuple[str, Tensor]]:
     """The small weights but for the biases of experts, which compute with their own."""
     theirs = {id(bias) for e in loan.experts.values() for weights in e.maps() for _, bias in weights.biases()}
     yield from ((name, weight) for name, weight in loan.model.small_weights() if id(weight) not in theirs)
+
+
+def _as_in_checkpoints(weights: dict[str, Tensor], loan: Loan) -> dict[str, Tensor]:
+    """By the names that checkpoints have, which vLLM knows: transformers renames those of some mixtures of experts."""
+    return revert_weight_conversion(loan.model.model, weights) if loan.experts else weights
 
 
 def _names_of_tables(model: Any) -> set[str]:

