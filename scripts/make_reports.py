@@ -55,7 +55,7 @@ def main() -> int:
         sys.exit(f"There is no {', '.join(sorted(unknown))}: default, {', '.join(LESSONS)}")
     with tempfile.TemporaryDirectory() as scratch:
         if not given or "default" in given:
-            make_example(Path(scratch) / "default")
+            make_example(Path(scratch) / "gsm8k-default")
         for name in [name for name in LESSONS if not given or name in given]:
             keep(name, make_lesson(name, Path(scratch) / name))
     return write(check=False)

@@ -49,6 +49,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _PARTS.sub(lambda part: _link(part, source, pages) if part["target"] else part[0], markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """No line breaks inside of a flag or a name."""
+    return re.sub(r"<code>([^<\n]{1,28})</code>", r'<code class="short">\1</code>', html)
+
+
 def _link(link: re.Match[str], source: str, pages: dict[str, str]) -> str:
     """A link of a document of the repository as one of its page, or its words alone."""
     picture, words, section = link["picture"], link["words"], link["section"] or ""
