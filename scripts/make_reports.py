@@ -22,7 +22,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grpo.metrics import find
 from grpo.report.judging import health, verdict
@@ -148,7 +148,7 @@ class Shot:
     width: int
     height: int
     at: str = ""
-    scheme: str = "light"
+    scheme: Literal["light", "dark"] = "light"
 
 
 def take(page: Path, shots: list[Shot]) -> None:
@@ -158,8 +158,11 @@ def take(page: Path, shots: list[Shot]) -> None:
         found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         for shot in shots:
-            size = {"width": shot.width, "height": shot.height}
-            shown = browser.new_page(viewport=size, color_scheme=shot.scheme, reduced_motion="reduce")
+            shown = browser.new_page(
+                viewport={"width": shot.width, "height": shot.height},
+                color_scheme=shot.scheme,
+                reduced_motion="reduce",
+            )
             shown.goto(f"file://{page.resolve()}{shot.at}")
             shown.wait_for_timeout(500)
             shown.screenshot(path=IMAGES / shot.name)

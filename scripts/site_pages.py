@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from mkdocs.structure.nav import Page
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 DOCS = PurePosixPath("docs")
@@ -62,4 +62,4 @@ def _link(link: re.Match[str], source: str, pages: dict[str, str]) -> str:
         return f"{picture}[{words}]({pages[str(path)]}{section})"
     if DOCS in path.parents:
         return f"{picture}[{words}]({path.relative_to(DOCS)}{section})"
-    return words
+    return f"`{words}`" if re.fullmatch(r"[\w./]+\.\w+", words) else words

@@ -235,6 +235,8 @@ def test_steps_are_told_whole_and_in_parts(tmp_path):
     results.keep("llama-3.1-8b/ours-nf4/recompute=none", measured(4.0), "")
     results.keep("llama-3.1-8b/unsloth", {"failed": "Broken: a | b\nc"}, "")
     short = rows_of(step_table.steps_in_short(tmp_path))
+    whole = rows_of(step_table.whole_steps(tmp_path))
+    assert len(whole) == 4 and whole == short[:4]  # the header and three contenders
     assert path.name == "step-nvidia-h100-80gb-hbm3.json"
     assert ["llama-3.1-8b", "**ours**, NF4 base", "5.00", "1.00", "21.4", "61", "1"] in short
     trl = "TRL 1.15.0, bf16, no pass for old log-probabilities"
