@@ -146,7 +146,7 @@ class Line:
 
     def _shown(self, text: str) -> str:
         """What a server says, on one line, without the key."""
-        text = " ".join(text.replace(self._key, "...").split() if self._key else text.split())
+        text = " ".join((text.replace(self._key, "...") if self._key else text).split()).rstrip(".")
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
