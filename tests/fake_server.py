@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
-from tiny_engines import Letters, contexts, prompts
+from tiny_engines import Letters
 from tiny_models import build_policy, randomise
 
 from grpo.policy.adapter import load_adapter
@@ -40,6 +40,14 @@ def give_back(policy):
     _free.setdefault(policy.key, []).append(policy)
 
 
+class Sampler(TorchEngine):
+    """The torch engine without a canary, which takes a while to make."""
+
+    def __init__(self, policy, temperature):
+        self.policy, self.tokenizer, self.temperature = policy, Letters(), temperature
+        self.stop_tokens = set(policy.stop_tokens)
+
+
 class Torn(Exception):
     """The connection is to be reset."""
 
@@ -55,7 +63,7 @@ class FakeServer:
                         "max_lora_rank": 32, "owned_by": "vllm"} | started  # fmt: skip
         self.policy, self.key = borrow(config), key
         self.temperature = config.temperature
-        self.engine = TorchEngine(self.policy, Letters(), contexts(prompts(1)), config.temperature)
+        self.engine = Sampler(self.policy, config.temperature)
         self.lock = threading.RLock()
         self.faults, self.counts, self.after, self.goes_on = [], Counter(), [], threading.Event()
         self.goes_on.set()  # while it is not, nothing is answered, as by kill -STOP
@@ -212,6 +220,7 @@ def reset(connection):
 
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
+    wbufsize = -1  # an answer in one piece
 
     def setup(self):
         super().setup()
@@ -239,6 +248,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "100")
             self.end_headers()
             self.wfile.write(b'{"id": "cmpl')
+            self.wfile.flush()
             reset(self.connection)
             return
         kind, data = _as_sent(said)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_server import NAME, FakeServer, Torn, borrow, error, give_back
+from fake_server import NAME, FakeServer, Sampler, Torn, borrow, error, give_back
 from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, tokens_of
 
 from grpo.errors import UserError
@@ -21,7 +21,6 @@ from grpo.rollout.server import ServerEngine, check_reachable
 from grpo.rollout.server_http import Fault
 from grpo.rollout.server_pool import OTHER_FILES, TRIES, Task, Timing, at_once, units
 from grpo.rollout.server_protocol import Sampling
-from grpo.rollout.torch_engine import TorchEngine
 from grpo.types import Request
 
 QUICK = Timing(patience=30, first_wait=0.01, longest_wait=0.02, asked_after=60, to_answer=0.2, steady=60, tick=0.01)
@@ -93,7 +92,7 @@ def engine_on(fakes, config, policy, told, timing=QUICK):
 
 def expected(engine, seed, asked=None, group_size=4, max_tokens=None):
     """What the torch engine samples from the same policy."""
-    own = TorchEngine(engine.policy, Letters(), contexts(prompts(1)), engine.sampling.temperature)
+    own = Sampler(engine.policy, engine.sampling.temperature)
     return tokens_of(rollout(own, asked or prompts(), group_size, seed, max_tokens))
 
 
@@ -143,7 +142,7 @@ def test_the_engine_scores_what_the_policy_scores(open_engine):
     engine, _, _ = open_engine(1)
     groups = rollout(engine, prompts(3), 1, seed=2)
     found = engine.logprobs([g.prompt.tokens for g in groups], tokens_of(groups))
-    own = TorchEngine(engine.policy, Letters(), contexts(prompts(1)), engine.sampling.temperature)
+    own = Sampler(engine.policy, engine.sampling.temperature)
     for row, other in zip(found, own.logprobs([g.prompt.tokens for g in groups], tokens_of(groups)), strict=True):
         torch.testing.assert_close(torch.tensor(row), torch.tensor(other), atol=1e-5, rtol=1e-5)
 
@@ -295,6 +294,7 @@ def test_a_server_that_hangs_loses_its_work_to_another(open_engine):
     assert tokens_of(rollout(engine, prompts(), 4, seed=1)) == expected(engine, 1)
     assert any(one.url in line and "left out" in line for line in told)
     assert not other.faults
+    one.goes_on.set()
 
 
 def test_a_slow_server_that_is_well_is_waited_for(open_engine):
@@ -317,6 +317,7 @@ def test_a_slow_server_that_is_well_is_waited_for(open_engine):
 # ---- faults between rollouts
 
 
+@pytest.mark.slow
 def test_an_adapter_that_one_server_does_not_load_keeps_it_out_until_it_does(open_engine):
     engine, [one, other], told = open_engine()
     one.refuse_load = "No space left on device"
@@ -335,6 +336,7 @@ def test_an_adapter_that_one_server_does_not_load_keeps_it_out_until_it_does(ope
     assert len(one.sampled) > before
 
 
+@pytest.mark.slow
 def test_a_server_that_keeps_an_old_adapter_under_the_new_name_is_found_out(open_engine):
     engine, [one, _], _ = open_engine()
     kept = one.adapters[one.names()[0]]
@@ -351,6 +353,7 @@ def test_a_server_that_keeps_an_old_adapter_under_the_new_name_is_found_out(open
         engine.sync()
 
 
+@pytest.mark.slow
 def test_a_server_that_is_back_as_another_model_is_not_taken_in(open_engine):
     engine, [one, _], _ = open_engine()
     one.die()
@@ -398,6 +401,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_a_server_that_was_started_otherwise_is_refused_and_nothing_stays_there(small, servers, policy_of, tmp_path):
     config = small()
     [good], policy = servers(config, 1), policy_of(config)
@@ -531,6 +535,7 @@ def test_what_a_killed_run_left_is_cleared_away_at_the_next_start(small, servers
     assert not fake.names() and not list((tmp_path / "shared").iterdir())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_over_what_its_servers_canaries_know(open_engine, small):
     engine, fakes, told = open_engine()
     learn(engine.policy, 3)
