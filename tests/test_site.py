@@ -8,12 +8,17 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("material", reason="mkdocs-material is not installed")
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import site_pages  # noqa: E402
+
 # A proxy that nobody answers: whatever is fetched while the site is built fails, and is then a warning or an error.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 # What a browser fetches by itself, an attribute each; links are followed by readers alone.
@@ -67,7 +72,49 @@ def test_pages_fetch_nothing_from_elsewhere_and_what_they_fetch_is_there(site):
 def test_links_between_documents_are_links_between_pages(site):
     """docs/architecture.md names ../grpo modules in words alone; README.md leads to docs/speed.md, which is a page."""
     home, runs = ((site / f"{name}.html").read_text() for name in ("index", "memory"))
-    assert '<a href="speed.html">docs/speed.md</a>' in home and '<a href="log.html">LOG.md</a>' in runs
+    assert '<a href="speed.html">docs/speed.md</a>' in home and '<a href="log.html">' in runs
     for page in site.glob("*.html"):
         article = page.read_text().partition("<article")[2].partition("</article>")[0]
         assert 'href="../' not in article and '.md"' not in article and '.py"' not in article, page.name
+
+
+@pytest.mark.parametrize(
+    ("page", "written", "shown"),
+    [
+        ("index.md", "[`tasks/gsm8k.py`](tasks/gsm8k.py)", "`tasks/gsm8k.py`"),
+        (
+            "index.md",
+            "[runs](docs/runs.md#going-on), [how](CONTRIBUTING.md)",
+            "[runs](runs.md#going-on), [how](contributing.md)",
+        ),
+        ("index.md", "![a page](docs/images/report.png)", "![a page](images/report.png)"),
+        (
+            "memory.md",
+            "[grpo/memory.py](../grpo/memory.py) and [how](../CONTRIBUTING.md)",
+            "`grpo/memory.py` and [how](contributing.md)",
+        ),
+        ("runs.md", "[numbers](metrics.md), [the folder](../examples/)", "[numbers](metrics.md), the folder"),
+        ("kernels.md", "[figures](../docs/figures.md)", "[figures](figures.md)"),
+        (
+            "runs.md",
+            "[there](https://example.org/a.md) [here](#stopping)",
+            "[there](https://example.org/a.md) [here](#stopping)",
+        ),
+        (
+            "runs.md",
+            "`[x](../grpo/run.py)`\n```\n[y](../CONTRIBUTING.md)\n```\n",
+            "`[x](../grpo/run.py)`\n```\n[y](../CONTRIBUTING.md)\n```\n",
+        ),
+    ],
+)
+def test_links_of_the_repository_become_those_of_the_site(page, written, shown):
+    outside = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "kernels.md": "kernels/README.md"}
+    place, config = SimpleNamespace(file=SimpleNamespace(src_uri=page)), SimpleNamespace(extra={"outside": outside})
+    assert site_pages.on_page_markdown(written, place, config, None) == shown
+
+
+def test_a_page_that_has_no_place_yet_stands_at_the_end(tmp_path):
+    for name in ("known.md", "new.md"):
+        (tmp_path / name).touch()
+    config = SimpleNamespace(nav=[{"Start": [{"It": "known.md"}]}], docs_dir=str(tmp_path))
+    assert site_pages.on_config(config).nav == [{"Start": [{"It": "known.md"}]}, {"More": ["new.md"]}]
