@@ -5,8 +5,11 @@ Those of docs/rewards.md and docs/sandbox.md are run by test_docs_rewards.py.
 """
 
 import doctest
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,6 +146,24 @@ def test_a_command_that_does_not_exist_is_found():
     for wrong in ("python -m grpo.run gsm8k --stepz 3", "python -m grpo.report", "python scripts/none.py", "make none"):
         with pytest.raises((Exception, SystemExit)):
             check_command(shlex.split(wrong))
+
+
+@pytest.mark.slow
+def test_the_quickstart_can_be_followed(tmp_path):
+    """Word for word, in an empty folder, as far as no GPU is needed; the run is made short."""
+    short = ["--steps", "2", "--prompts-per-step", "2", "--eval-prompts", "4"]
+    before_the_gpu = text_of("docs/quickstart.md").partition("## With a GPU")[0]
+    given = [words for block in BLOCK.finditer(before_the_gpu) for words in commands_in(block["code"])]
+    ours = [words[1:] for words in given if words[:2] == ["python", "-m"]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    for words in ours:
+        more = short if "--run-dir" in words else []
+        done = subprocess.run(
+            [sys.executable, *words, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{shlex.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "my-adapter", "my-model"}
+    assert (tmp_path / "runs" / "first" / "report.html").exists()
 
 
 # ---- names of others
