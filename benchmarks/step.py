@@ -31,7 +31,7 @@ USUAL = [
     f"{shape}/{contender}"
     for shape in ("qwen2.5-1.5b", "qwen3-1.7b", "llama-3.1-8b", "qwen2.5-14b")
     for contender in CONTENDERS
-] + ["gemma-2b/ours-nf4", "gemma-3-4b/ours-nf4"]
+] + [f"{shape}/ours-nf4" for shape in SHAPES if shape.startswith("gemma") or shape.endswith("layers")]
 KNOWN = [f"{shape}/{contender}" for shape in SHAPES for contender in (*CONTENDERS, "trl-defaults")]
 
 
