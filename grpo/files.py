@@ -9,6 +9,7 @@ nothing but an error. Rows that are none are told to `bad` and left out; without
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import os
@@ -70,10 +71,15 @@ def read_file(path: Path, bad: Bad | None = None) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8: {error}. Save it in that encoding (Excel calls it CSV UTF-8), or convert it: "
-            f"`iconv -f WINDOWS-1252 -t UTF-8`."
+            f"`iconv -f {_likely_encoding(error.object)} -t UTF-8`."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError) as error:  # of a file that is damaged or not there
         raise UserError(f"{path} cannot be read: {in_words(error)}.") from error
+
+
+def _likely_encoding(text: bytes) -> str:
+    """Of bytes that are not UTF-8: Excel's "Unicode text" begins with a mark, else it writes the system's own."""
+    return "UTF-16" if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
 
 
 def format_of(path: Path) -> str:

@@ -121,7 +121,7 @@ def test_arrow_s_own_files(tmp_path, name):
         ),
         ("r.csv", b'a,b\n1,2\n"1,2\n', "line 3 is not CSV: unexpected end of data"),
         ("r.csv", "a,b\nä,2\n".encode("latin-1"), "is not UTF-8"),
-        ("r.csv", "a,b\n1,2\n".encode("utf-16"), "is not UTF-8"),
+        ("r.csv", "a,b\n1,2\n".encode("utf-16"), "iconv -f UTF-16"),
         ("r.json", b'{"meta": {"x": 1}, "more": {"y": 2}}', r"one object with 'meta', 'more', and nobody says"),
         ("r.json", b'[{"a": 1}, 2]', r"has '2' \(int\) as row 1"),
         ("r.json", b'[{"a": 1},', "is not JSON"),
