@@ -61,13 +61,23 @@ class Job:
         if task is self.task:
             self.settle(scores)
 
-    def fail(self, limit: Limit, advice: str) -> None:
+    def fail(self, advice: str) -> None:
         """It is late, and nothing ends it."""
-        words = f"raised TimeoutError ({limit.exceeded}) on"
+        words = f"raised TimeoutError ({self.exceeded}) on"
         self.settle([Missing(words, f"A time-out is never scored 0. {advice}")] * len(self.call.members))
 
+    def is_overdue(self, since: float) -> bool:
+        """It should have been ended by itself, also if nobody had looked before `since`."""
+        limit = self.caller.limit
+        return bool(limit) and time.monotonic() > max(since, self.deadline) + min(_PATIENCE, limit.seconds)
 
-@dataclass(frozen=True)
+    @property
+    def exceeded(self) -> str:
+        """What it gave, in words."""
+        return self.caller.limit.exceeded if self.caller.limit else "no result"
+
+
+@dataclass(frozen=True, eq=False)
 class Caller:
     """How an async reward is called. limit: of one call, None for none. concurrency: calls at the same time."""
 
@@ -115,12 +125,12 @@ class Loop:
             self.loop.call_soon_threadsafe(answered.set)
         return answered.wait(_LOOK)
 
-    def leave(self, limit: Limit) -> list[Job]:
+    def leave(self) -> list[Job]:
         """Something blocks it: that call has failed. Returns the other calls that are not over."""
         blocking = asyncio.current_task(self.loop)
         late = [job for job in list(self.jobs) if job.deadline < time.monotonic()]
         for job in [job for job in late if job.task is blocking] or late:
-            job.fail(job.caller.limit or limit, _BLOCKS)
+            job.fail(_BLOCKS)
         left = [job for job in list(self.jobs) if not job.future.done()]
         _unfinished.extend(asyncio.all_tasks(self.loop))
         with suppress(RuntimeError):
@@ -234,27 +244,28 @@ async def _deadline(limit: Limit, job: Job) -> AsyncIterator[None]:
 
 def _look_after(job: Job, began: float) -> None:
     """Whether a call that has not come back can still do so. began: when its result was first waited for."""
-    loop, limit, name = job.loop, job.caller.limit, job.caller.callee.name
+    loop = job.loop
     assert loop
     if not loop.runs() and not job.future.done():
         _unfinished.extend(asyncio.all_tasks(loop.loop))
         raise UserError(
-            f"Reward `{name}` never came back: the event loop that all async rewards share was stopped or closed. It "
-            "belongs to all of them: a reward must not stop it."
+            f"Reward `{job.caller.callee.name}` never came back: the event loop that all async rewards share was "
+            "stopped or closed. It belongs to all of them: a reward must not stop it."
         )
-    now, patience = time.monotonic(), min(_PATIENCE, limit.seconds if limit else math.inf)
-    if limit is None or not any(now > max(began, each.deadline) + patience for each in list(loop.jobs)):
+    overdue = [each for each in list(loop.jobs) if each.is_overdue(began)]
+    if not overdue:
         return
     if loop.answers():
-        if now > max(began, job.deadline) + patience:
-            job.fail(limit, _STAYS)
+        if job in overdue:
+            job.fail(_STAYS)
         return
     if len(_loops) > _MOST_BLOCKED:
         raise UserError(
-            f"Reward `{name}` gave {limit.exceeded}, and the event loop of all async rewards is blocked, not for the "
-            "first time. A time-out is never scored 0: let them `await` what they wait for, or write them with `def`."
+            f"Reward `{overdue[0].caller.callee.name}` gave {overdue[0].exceeded}, and the event loop of all async "
+            "rewards is blocked, not for the first time. A time-out is never scored 0: let them `await` what they wait "
+            "for, or write them with `def`."
         )
-    left = loop.leave(limit)
+    left = loop.leave()
     _loops.append(Loop())
     _loops[-1].send(left)
 
