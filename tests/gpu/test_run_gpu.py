@@ -27,13 +27,13 @@ QWEN2_5_1_5B = transformers.Qwen2Config(
 )
 
 
-def train(model, base, folder, device="cuda", engine="torch"):
+def train(model, base, folder, device="cuda", engine="torch", flags=()):
     """Three steps of the toy task, whose rewards differ whatever the model writes; the metrics of each."""
     task = folder / "toy.py"
     task.write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
     what = [str(task), "--model", str(model), "--base", base, "--device", device, "--engine", engine]
     small = ["--steps", "3", "--eval-prompts", "6", "--eval-samples", "4", "--max-completion-tokens", "96"]
-    argv = [*what, *small, "--no-mask-truncated", "--learning-rate", "1e-3", "--run-dir", str(folder / "run")]
+    argv = [*what, *small, "--no-mask-truncated", "--learning-rate", "1e-3", "--run-dir", str(folder / "run"), *flags]
     assert main(argv) == 0
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward/mean" in line]
