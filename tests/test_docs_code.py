@@ -1,6 +1,7 @@
 """Every block of code of the documents does what it shows: Python is run, command lines are those of our commands.
 
-A block under the line `<!-- slow -->` is run in the second stage, with RUN for a run's folder and MODEL for a model's.
+A block that trains, or stands under the line `<!-- slow -->`, is run in the second stage: with a run for RUN, a
+model's for MODEL, and a hundredth of the steps.
 Those of docs/rewards.md and docs/sandbox.md are run by test_docs_rewards.py.
 """
 
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +39,16 @@ GIVEN = {
 }
 
 
+def is_slow(block: re.Match) -> bool:
+    return bool(block["slow"]) or "grpo.train(" in block["code"]
+
+
+def made_short(code: str, run: Path) -> str:
+    """A block about some run and model, of a small run and the tiny model."""
+    code = re.sub(r"\bRUN\b|runs/gsm8k-\d+-\d+", str(run), code)
+    return re.sub(r"\bsteps=(\d+)00\b", r"steps=\1", code.replace("MODEL", str(MODEL_DIR)))
+
+
 def blocks(document: str, *languages: str) -> list[re.Match]:
     return [block for block in BLOCK.finditer(text_of(document)) if block["language"] in languages]
 
@@ -62,18 +74,14 @@ WITH_PYTHON = [document for document in DOCUMENTS if document not in ELSEWHERE a
 @pytest.mark.parametrize("document", WITH_PYTHON)
 def test_python_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_python(document, [block["code"] for block in blocks(document, "python") if not block["slow"]])
+    run_python(document, [block["code"] for block in blocks(document, "python") if not is_slow(block)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [name for name in WITH_PYTHON if "<!-- slow -->" in text_of(name)])
+@pytest.mark.parametrize("document", [name for name in WITH_PYTHON if any(map(is_slow, blocks(name, "python")))])
 def test_python_of_a_run_runs(document, toy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    codes = [
-        block["code"].replace("RUN", str(toy_run)).replace("MODEL", str(MODEL_DIR))
-        for block in blocks(document, "python")
-    ]
-    run_python(document, codes)
+    run_python(document, [made_short(block["code"], toy_run) for block in blocks(document, "python")])
 
 
 # ---- command lines
