@@ -33,6 +33,7 @@ from grpo.rollouts import Rollouts
 from grpo.task import Task
 from grpo.train import Run, train
 from grpo.types import Completion, Request
+from grpo.world import ALONE, World
 
 # Of the plan that a run tells.
 FORETOLD = re.compile(r"at most ([\d.]+) in a rollout, ([\d.]+) in an update")
@@ -99,7 +100,7 @@ def one_more_step(run: Run) -> None:
     train(run)
 
 
-def build(config: Config, prompt_tokens: int, folder: Path, note: Callable[[str], object]) -> Run:
+def build(config: Config, prompt_tokens: int, folder: Path, note: Callable[[str], object], world: World = ALONE) -> Run:
     """The product's own, over a task whose chats are `prompt_tokens` long; `note` is told what it says at its start."""
     count = config.prompts_per_step * config.steps
     texts = questions(load_tokenizer(config.model), count + config.eval_prompts, prompt_tokens, config.seed)
@@ -118,7 +119,7 @@ def build(config: Config, prompt_tokens: int, folder: Path, note: Callable[[str]
         data="made up",
         config=config,
     )
-    run = build_run(task, config, folder, build_questions(task, config, note=note), None, note)
+    run = build_run(task, config, folder, build_questions(task, config, note=note), None, note, world=world)
     run.policy.stop_tokens.clear()
     if isinstance(run.engine, TorchEngine):  # it has taken them over
         run.engine.stop_tokens.clear()

@@ -40,6 +40,7 @@ from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
 from grpo.record import Recorder, TokenTrace
 from grpo.record.files import Gold, no_gold
+from grpo.record.silent import Silent
 from grpo.rewards import Scorer
 from grpo.rewards.draws import Draws, apart
 from grpo.rewards.failures import Tolerance
@@ -57,6 +58,7 @@ from grpo.task import Task
 from grpo.threads import choose
 from grpo.train import Run
 from grpo.types import Completion, Group, Prompt
+from grpo.world import ALONE, World
 
 # Sequences, and tokens of a prompt, that the number of threads is measured with.
 PROBE_ROWS, PROBE_TOKENS = 64, 32
@@ -73,12 +75,14 @@ def build_policy(
     progressed: Progressed = no_progress,
     prompts: Sequence[Prompt] = (),
     checkpoint: Path | None = None,
+    world: World = ALONE,
 ) -> Policy:
     """The model of a configuration with a fresh adapter and its optimizer.
 
     tokenizer: of the model; it and its chat template are asked which tokens end a completion. longest: prompt and
     completion together, in tokens, that will be run at most. progressed: told how many bytes of how many are read.
-    prompts: what --quantization dynamic measures on. checkpoint: what was chosen for it is kept.
+    prompts: what --quantization dynamic measures on. checkpoint: what was chosen for it is kept. world: that it is
+    trained in.
     """
     check_torch()
     if config.engine == "server":
@@ -89,7 +93,7 @@ def build_policy(
     dense = before.dense if before else None
     measured_on = [prompt.tokens for prompt in prompts]
     loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
-    return Policy(loaded, config)
+    return Policy(loaded, config, world)
 
 
 def check_torch() -> None:
@@ -293,8 +297,9 @@ def build_evaluator(
     questions: Questions,
     tell: Callable[[str], object],
     own: tuple[Draws, Log] | None = None,
+    world: World = ALONE,
 ) -> Evaluator:
-    """The held-out score of a task, whose arguments are those of its scorer."""
+    """The held-out score of a task, whose arguments are those of its scorer. world: whose ranks share the work."""
     measure = partial(measure_solved, task.solved, task.vote, config.eval_k) if task.solved else measure_reward
     return Evaluator(
         prompts=list(questions.test),
@@ -303,6 +308,7 @@ def build_evaluator(
         samples=config.eval_samples,
         max_tokens=config.max_completion_tokens,
         seed=mix_seed(Purpose.EVALUATION, config.seed),
+        world=world,
     )
 
 
@@ -314,41 +320,108 @@ def build_run(
     checkpoint: Path | None,
     note: Callable[[str], object] = print,
     progressed: Progressed = no_progress,
+    world: World = ALONE,
 ) -> Run:
-    """Everything that training needs, in the state of `checkpoint` or at the start."""
+    """Everything that training needs, in the state of `checkpoint` or at the start. world: that this process is in."""
     check_optimizer(config, choose_device(config))
     measured_on = questions.train[:PROMPTS]
     policy = build_policy(
-        config, questions.tokenizer, questions.longest_sequence, note, progressed, measured_on, checkpoint
+        config, questions.tokenizer, questions.longest_sequence, note, progressed, measured_on, checkpoint, world
     )
     begin(config, policy, folder, checkpoint, note)
-    threads = settle_threads(config, policy, questions.canary_prompts, checkpoint, note)
+    threads = world.broadcast(settle_threads(config, policy, questions.canary_prompts, checkpoint, note))
+    torch.set_num_threads(threads)  # which sums depend on, and what every rank computes for itself must be the same
     seed_globals(config.seed)
     progress = load_checkpoint(checkpoint, policy, note) if checkpoint else Progress()
     progress.threads = threads
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
-    plan = plan_memory(config, policy, questions.longest_sequence, progress.tokens_per_batch, note)
+    of_rank = share_of_rank(config, world)
+    world.prepare(policy.store.parameters())
+    plan = plan_memory(of_rank, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     engine = build_engine(
-        plan.settled(config) if plan else config,
+        plan.settled(of_rank) if plan else of_rank,
         policy,
         questions.tokenizer,
         questions.canary_prompts,
         questions.longest_sequence,
         note,
     )
-    plan = settle_memory(plan, config, policy, engine, note) if plan else None
+    plan = settle_memory(plan, of_rank, policy, engine, note) if plan else None
     tokens = plan.tokens_per_batch if plan else config.tokens_per_batch or progress.tokens_per_batch
     config = replace(config, tokens_per_batch=tokens)
     progress.tokens_per_batch = config.tokens_per_batch
     policy.fit = Fitting(batch_limit(config), note)
     policy.fit.restore(progress.batch_limit)
-    loss = build_loss(config)
+    loss: Loss = build_loss(config)
     if policy.device.type in REHEARSED:
-        rehearse(config, policy, engine, loss, questions, note)
+        rehearse(of_rank, policy, engine, loss, questions, note)
+    goes_on = engine.canary.restore(progress.canary)
+    if world.rank == 0:
+        loss, recorder = open_records(task, config, folder, questions, policy, progress, checkpoint, loss, note)
+    else:
+        recorder = Silent(f"rank {world.rank}")
+        seed_globals(mix_seed(config.seed, progress.step, world.rank) % 2**32)
+    policy.fit.tell = recorder.message
+    if isinstance(engine, ServerEngine):
+        engine.tell = recorder.message
+    draws = Draws(generators.reader(policy.device))
+    own = (draws, Log(folder / REWARDS_LOG))
+    pack = build_packer(config, policy.device, policy.fit.limit, world)
+    rollouts = Rollouts(
+        config=config,
+        world=world,
+        engine=engine,
+        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
+        score=build_scorer(config, questions, recorder.message, own),
+        estimator=ESTIMATORS[config.advantage],
+        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
+        admits=has_advantage if config.dynamic_sampling else admit_all,
+        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
+        trains=pack.trains,
+    )
+    return Run(
+        config=config,
+        world=world,
+        folder=folder,
+        policy=policy,
+        engine=engine,
+        source=rollouts,
+        pack=pack,
+        loss=loss,
+        evaluator=build_evaluator(task, config, questions, recorder.message, own, world),
+        recorder=recorder,
+        memory_peak=partial(gpu_peak, plan) if plan else process_peak,
+        generators_now=lambda: draws.state,
+        generators=draws.state,
+        progress=progress,
+        saved=(progress.step, progress.evaluated),
+    )
+
+
+def share_of_rank(config: Config, world: World) -> Config:
+    """As a rank by itself has it: so much is sampled and computed by each."""
+    return replace(
+        config,
+        prompts_per_step=max(config.mini_batches, math.ceil(config.prompts_per_step / world.size)),
+        eval_prompts=math.ceil(config.eval_prompts / world.size),
+    )
+
+
+def open_records(
+    task: Task,
+    config: Config,
+    folder: Path,
+    questions: Questions,
+    policy: Policy,
+    progress: Progress,
+    checkpoint: Path | None,
+    loss: Loss,
+    note: Callable[[str], object],
+) -> tuple[Loss, Recorder]:
+    """The run's folder made ready to go on in; the loss that is looked at for the records, and who writes them."""
     if config.adapter and not checkpoint:
         progress.start = keep(folder, policy)
-    goes_on = engine.canary.restore(progress.canary)
     # Before the files are cut back: whatever stops us in between, the last checkpoint is one that the files reach.
     if left := leave_later(folder, progress.step):
         note(f"note: going on from step {progress.step}: later checkpoints are now {', '.join(map(str, left))}.")
@@ -364,39 +437,7 @@ def build_run(
         gold=gold_of(task),
         traced=trace.records,
     )
-    policy.fit.tell = recorder.message
-    if isinstance(engine, ServerEngine):
-        engine.tell = recorder.message
-    draws = Draws(generators.reader(policy.device))
-    own = (draws, Log(folder / REWARDS_LOG))
-    pack = build_packer(config, policy.device, policy.fit.limit)
-    rollouts = Rollouts(
-        config=config,
-        engine=engine,
-        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
-        score=build_scorer(config, questions, recorder.message, own),
-        estimator=ESTIMATORS[config.advantage],
-        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
-        admits=has_advantage if config.dynamic_sampling else admit_all,
-        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
-        trains=pack.trains,
-    )
-    return Run(
-        config=config,
-        folder=folder,
-        policy=policy,
-        engine=engine,
-        source=rollouts,
-        pack=pack,
-        loss=trace,
-        evaluator=build_evaluator(task, config, questions, recorder.message, own),
-        recorder=recorder,
-        memory_peak=partial(gpu_peak, plan) if plan else process_peak,
-        generators_now=lambda: draws.state,
-        generators=draws.state,
-        progress=progress,
-        saved=(progress.step, progress.evaluated),
-    )
+    return trace, recorder
 
 
 def gold_of(task: Task) -> Gold:

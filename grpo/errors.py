@@ -31,6 +31,10 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+class ToldElsewhere(UserError):
+    """Another process of the same run has told the user."""
+
+
 class UnsuitedEngine(UserError):
     """The rollout engine has no way to sample from this model; another one may have."""
 

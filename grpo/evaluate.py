@@ -22,11 +22,13 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo.exchange import Share
 from grpo.metrics import HEADLINES
 from grpo.rewards import Scorer
 from grpo.rollout import Engine
 from grpo.rollout.sampling import sample_groups
 from grpo.types import Group, Prompt, sampled_tokens
+from grpo.world import ALONE, World
 
 Measure = Callable[[list[Group]], dict[str, float]]  # scored groups -> held-out scores
 
@@ -43,6 +45,7 @@ class Evaluator:
     samples: int  # n
     max_tokens: int  # of a completion
     seed: int
+    world: World = ALONE
 
     def __call__(self, engine: Engine) -> dict[str, float]:
         """{"eval/pass@1": 0.31, "eval/pass@1/low": ..., "eval/pass@1/high": ..., ...}."""
@@ -50,17 +53,18 @@ class Evaluator:
 
     def answers(self, engine: Engine, step: int = 0) -> list[Group]:
         """What the policy says to the held-out prompts, and what the rewards say of it after so many steps."""
+        share = Share(self.world, self.prompts, self.samples * self.max_tokens)
         with self.score.begun(step) as scoring:
-            groups = sample_groups(
-                engine, self.prompts, self.samples, self.max_tokens, self.seed, finished=scoring.begin
+            own = sample_groups(
+                engine, share.prompts, self.samples, self.max_tokens, self.seed, share.rows, scoring.begin
             )
-            scoring.finish(groups)
-        return groups
+            scoring.finish(own)
+        return share.exchange(own, self.score.failed())[0]
 
     def scores(self, groups: list[Group]) -> dict[str, float]:
         """Of these answers."""
         rewards = torch.cat([group.rewards for group in groups])
-        failed = sum(self.score.failed().values())
+        failed = sum(len(members) for group in groups for members in group.failed.values())
         return {
             **self.measure(groups),
             "eval/reward": float(rewards[~rewards.isnan()].mean()),

@@ -47,6 +47,10 @@ class Scorer(Protocol):
         """log p under the reference policy, [N]."""
         ...
 
+    def of_all_ranks(self, values: list[Tensor]) -> Tensor:
+        """The values, [n] each, of every rank, one behind the other."""
+        ...
+
 
 class Loss(Protocol):
     """What the policy is taught by."""
@@ -182,7 +186,7 @@ def store_top_entropy(policy: Scorer, batches: list[Batch], *, share: float) -> 
     """
     entropies = [policy.read(batch)[1] for batch in batches]
     of_sampled = [entropy[batch.mask] for entropy, batch in zip(entropies, batches, strict=True)]
-    descending = torch.cat(of_sampled).sort(descending=True).values
+    descending = policy.of_all_ranks(of_sampled).sort(descending=True).values
     lowest = descending[max(0, round(len(descending) * share) - 1)]
     for entropy, batch in zip(entropies, batches, strict=True):
         batch.in_top = entropy >= lowest

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, cycle, islice
 from math import ceil
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from grpo.config import Config
 from grpo.types import Batch, Completion, Group, Prompt
+from grpo.world import ALONE, World
 
 # Where neither the user nor a plan of the memory says how many. More gain nothing.
 TOKENS_PER_BATCH = 16384
@@ -92,6 +94,9 @@ class BatchLimit:
             self.lower(state[1])
 
 
+Piece = tuple[Group, list[int]]  # a group and which of its completions
+
+
 @dataclass(frozen=True)
 class Packer:
     """The choices of packing, made once for a run."""
@@ -103,11 +108,12 @@ class Packer:
     limit: BatchLimit
     max_completion_tokens: int
     device: torch.device
+    share: Callable[[list[Piece]], list[Piece]]  # a rank's part of an optimizer step
 
     def __call__(self, groups: list[Group]) -> list[list[Batch]]:
         """The batches of each optimizer step of one epoch; a step whose groups all have equal rewards is empty.
 
-        Groups are dealt out to the optimizer steps in turn.
+        Groups are dealt out to the optimizer steps in turn. Counts are those of the whole step, batches this rank's.
         """
         return [self._optimizer_step(groups[start :: self.mini_batches]) for start in range(self.mini_batches)]
 
@@ -126,7 +132,7 @@ class Packer:
         )
         return [
             lay_out(rows, lambda length: self.normalizer(length, totals), self.device)
-            for rows in fill(trained, self.limit.tokens)
+            for rows in fill(self.share(trained), self.limit.tokens)
         ]
 
     def _members(self, group: Group) -> list[int]:
@@ -140,7 +146,7 @@ def batch_limit(config: Config) -> BatchLimit:
     return BatchLimit(config.tokens_per_batch or TOKENS_PER_BATCH)
 
 
-def build_packer(config: Config, device: torch.device, limit: BatchLimit | None = None) -> Packer:
+def build_packer(config: Config, device: torch.device, limit: BatchLimit | None = None, world: World = ALONE) -> Packer:
     """The Packer that a configuration asks for. limit: of the policy that runs the batches, which may lower it."""
     return Packer(
         normalizer=NORMALIZERS[config.normalization],
@@ -150,10 +156,34 @@ def build_packer(config: Config, device: torch.device, limit: BatchLimit | None 
         limit=limit or batch_limit(config),
         max_completion_tokens=config.max_completion_tokens,
         device=device,
+        share=partial(share_of, rank=world.rank, size=world.size) if world.size > 1 else everything,
     )
 
 
-Piece = tuple[Group, list[int]]  # a group and which of its completions
+def everything(pieces: list[Piece]) -> list[Piece]:
+    """In a single process."""
+    return pieces
+
+
+def share_of(pieces: list[Piece], rank: int, size: int) -> list[Piece]:
+    """The part of pieces that a rank computes: in their order, from one completion to another, as many tokens as the
+    parts of others but for half a completion. A group that is cut has its prompt in both parts."""
+    total = sum(len(group.prompt.tokens) + sum(_lengths(group, members)) for group, members in pieces)
+    mine: list[Piece] = []
+    end = 0
+    for group, members in pieces:
+        end += len(group.prompt.tokens)
+        middles = []  # twice, to stay in whole numbers
+        for length in _lengths(group, members):
+            middles.append(2 * end + length)
+            end += length
+        kept = [member for member, middle in zip(members, middles, strict=True) if middle * size // (2 * total) == rank]
+        mine += [(group, kept)] if kept else []
+    return mine
+
+
+def _lengths(group: Group, members: list[int]) -> list[int]:
+    return [len(group.completions[member].tokens) for member in members]
 
 
 def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:

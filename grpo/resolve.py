@@ -43,8 +43,10 @@ class Resolved:
         return Saved(folder, run, path, self.task_sha256, self.task.name, self.config, self.origins)
 
 
-def resolve(argv: list[str]) -> tuple[Options, Resolved]:
+def resolve(argv: list[str], before: str = "") -> tuple[Options, Resolved]:
     """Task file (or saved run), the embedded default where something is missing, the recipe, the flags.
+
+    before: the folder of the run that an earlier process of the same command has begun, if one has: it is gone on with.
 
     Raises:
         UserError: they do not go together, or something that they name is not there.
@@ -52,6 +54,9 @@ def resolve(argv: list[str]) -> tuple[Options, Resolved]:
     options, flags = parse(argv)
     here = _here()
     options, flags = _from(here, options, flags)
+    if before and is_run(Path(before)) and not (options.check or options.eval):
+        options = dataclasses.replace(options, resume=before, resume_or_start=False)
+        flags = {name: value for name, value in flags.items() if name != "run_dir"}
     data = whole_path(flags["data"]) if flags.get("data") else ""  # now: a task file may go to another folder
     options = _settled(options, flags)
     saved = saved_run(options.resume or options.eval)

@@ -9,6 +9,7 @@ Scoring begins with the first group that is finished (grpo/rewards/scoring.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +22,7 @@ from grpo.checkpoint import Progress
 from grpo.clock import Clock
 from grpo.config import Config
 from grpo.evaluate import truncated_share
+from grpo.exchange import Share, means, sums
 from grpo.packing import has_advantage
 from grpo.rewards import Scorer
 from grpo.rollout import Engine
@@ -29,6 +31,7 @@ from grpo.rollout.sampling import sample_groups
 from grpo.seeds import Purpose, mix_seed
 from grpo.stream import PromptStream
 from grpo.types import Group, sampled_tokens
+from grpo.world import World
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Rollouts:
     """A `grpo.train.Source`: what the policy says to the next prompts, and what it earned."""
 
     config: Config
+    world: World
     engine: Engine
     stream: PromptStream
     score: Scorer
@@ -57,17 +61,25 @@ class Rollouts:
         groups: list[Group] = []
         scored: list[Group] = []
         told: dict[str, float] = {}
+        failed: dict[str, float] = {}
         num_rolled_out = 0
         for _ in range(self.max_rollouts):
             with self.score.begun(step) as scoring:
                 with clock("rollout"):
                     prompts = self.stream.take(config.prompts_per_step - len(groups))
                     shape = config.group_size, config.max_completion_tokens
-                    scored = sample_groups(self.engine, prompts, *shape, seed, num_rolled_out, scoring.begin)
+                    share = Share(self.world, prompts, math.prod(shape))
+                    rows = [num_rolled_out + row for row in share.rows]
+                    own = sample_groups(self.engine, share.prompts, *shape, seed, rows, scoring.begin)
                 with clock("audit"):
-                    told |= self.audit(scored, mix_seed(Purpose.AUDIT, config.seed, step))
+                    read = self.audit.read(own, mix_seed(Purpose.AUDIT, config.seed, step))
                 with clock("score"):
-                    told |= scoring.finish(scored)
+                    logged = scoring.finish(own)
+            with clock("score"):  # those who are done first wait here for the others
+                scored, of_ranks = share.exchange(own, (read, (len(own), logged), self.score.failed()))
+            all_read, all_logged, all_failed = zip(*of_ranks, strict=True)
+            told |= self.audit.judge(list(all_read)) | means(all_logged)
+            failed = sums([failed, *all_failed])
             num_rolled_out += len(scored)
             assign_advantages(scored, self.estimator, weights)
             groups += filter(self.admits, scored)
@@ -77,7 +89,7 @@ class Rollouts:
         groups = groups or scored
         # Anew over all groups of the step: some estimators scale by its spread.
         assign_advantages(groups, self.estimator, weights)
-        told |= self.score.failed() | {"groups/rolled_out": num_rolled_out}
+        told |= failed | {"groups/rolled_out": num_rolled_out}
         speed = {"speed/rollout_tokens_per_second": sampled_tokens(groups) / clock.seconds["rollout"]}
         return groups, told | step_metrics(groups, num_rolled_out, self.trains) | speed
 

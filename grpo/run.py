@@ -5,6 +5,7 @@
     python -m grpo.run --resume runs/gsm8k-...            go on where the last checkpoint was
     python -m grpo.run tasks/gsm8k.py --run-dir D --resume-or-start       the same command as often as a scheduler likes
     python -m grpo.run --eval runs/gsm8k-...              held-out score of a run, or of any model with a task file
+    torchrun --nproc-per-node 2 -m grpo.run tasks/gsm8k.py       the same on two GPUs
 
 Bad input, and memory or a disk that runs out, end with one sentence and exit code 2. Ctrl-C, SIGTERM and SIGHUP finish
 the step, save, and end with exit codes 130, 143 and 129.
@@ -19,10 +20,12 @@ import sys
 from contextlib import suppress
 
 from grpo.command import Options
-from grpo.errors import Stopped, UserError
+from grpo.errors import Stopped, ToldElsewhere, UserError
 from grpo.guards import no_happy_exit, stopped_by_signals
+from grpo.launcher import Place, launched, leave_variables, take_own_gpu
 from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
+from grpo.world import ALONE, FOLDER, World
 
 BROKEN_PIPE = 141  # as shells have it: 128 and the number of SIGPIPE, which not every system has
 
@@ -35,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
                 _open_what_is_closed()
                 _import_from_here()
                 plain_logs()
-            return _dispatch(sys.argv[1:] if argv is None else argv)
+            given, place = sys.argv[1:] if argv is None else argv, launched()
+            return _with_others(place, given) if place else _dispatch(given, ALONE)
+    except ToldElsewhere:
+        return 2
     except UserError as error:
         return _tell(str(error))
     except BrokenPipeError:  # --help has a reader that has read enough
@@ -69,10 +75,21 @@ def _tell(error: str) -> int:
     return 2
 
 
-def _dispatch(argv: list[str]) -> int:
-    options, resolved = resolve(argv)
+def _with_others(place: Place, argv: list[str]) -> int:
+    """As one of several processes, of which rank 0 speaks for all."""
+    take_own_gpu(place)
+    from grpo.ranks import joined  # which needs PyTorch, and a process by itself does not
+
+    leave_variables()
+    with joined(place) as world:
+        console.quiet = world.rank > 0
+        return _dispatch(argv, world)
+
+
+def _dispatch(argv: list[str], world: World) -> int:
+    options, resolved = resolve(argv, world.recall(FOLDER))
     try:
-        return _do(options, resolved, shlex.join(["python", "-m", "grpo.run", *argv]))
+        return _do(options, resolved, shlex.join(["python", "-m", "grpo.run", *argv]), world)
     except SystemExit as error:  # of a library, or of user code where none was expected: 0 would be a success
         raise UserError(
             f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "
@@ -80,19 +97,19 @@ def _dispatch(argv: list[str]) -> int:
         ) from error
 
 
-def _do(options: Options, resolved: Resolved, command: str) -> int:
+def _do(options: Options, resolved: Resolved, command: str, world: World) -> int:
     """Each verb is imported when it is wanted: all need PyTorch, and neither --help nor a mistyped flag does."""
     if options.check:
         from grpo.verbs.check import check
 
-        return check(resolved)
+        return check(resolved) if world.rank == 0 else 0
     if options.eval:
         from grpo.verbs.evaluate import evaluate
 
-        return evaluate(resolved, options.eval)
+        return evaluate(resolved, options.eval, world)
     from grpo.verbs.train import start
 
-    return start(options, resolved, command)
+    return start(options, resolved, command, world)
 
 
 if __name__ == "__main__":

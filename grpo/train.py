@@ -9,9 +9,9 @@ Every choice (engine, loss, estimator, precision) was made when the `Run` was bu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from grpo.checkpoint import Progress, save_checkpoint
 from grpo.clock import Clock
@@ -25,6 +25,7 @@ from grpo.policy.optimizer import learning_rate
 from grpo.record import Recorder
 from grpo.rollout import Engine
 from grpo.types import Group
+from grpo.world import World
 
 
 class Source(Protocol):
@@ -53,6 +54,7 @@ class Run:
     """The objects that the loop calls, and how far it is."""
 
     config: Config
+    world: World
     folder: Path
     policy: Policy
     engine: Engine
@@ -80,6 +82,7 @@ def train(run: Run) -> None:
         with clock("update"):
             run.engine.release()
             update = run.policy.update(run.pack(groups), run.loss, learning_rate(step, config), config.epochs)
+            run.world.require_same(run.policy.digest, drifted)
             run.source.check(update)
         with clock("sync"):
             sync = run.engine.sync()
@@ -87,11 +90,20 @@ def train(run: Run) -> None:
         run.recorder.step(step, metrics)
         run.recorder.completions(step, groups)
 
-        run.progress.step, run.progress.version = step + 1, run.policy.version
-        remember(run)
+        remember(run, step=step + 1, version=run.policy.version)
         finish_step(run)
+        run.stop_requested = any(run.world.gather(run.stop_requested))
         if run.stop_requested:
             break
+
+
+def drifted(others: list[int]) -> str:
+    """Why a run ends whose ranks have not the same adapter."""
+    return (
+        f"After an update the adapters of ranks {', '.join(map(str, others))} are not that of rank 0: they have taken "
+        "another step on the same gradient. GPUs of different kinds and different versions of PyTorch do that; "
+        "otherwise please report it. What the last checkpoint holds is one."
+    )
 
 
 def finish_step(run: Run) -> None:
@@ -110,20 +122,21 @@ def evaluate(run: Run) -> None:
     groups = run.evaluator.answers(run.engine, run.progress.step)
     scores, progress = run.evaluator.scores(groups), run.progress
     run.recorder.evaluation(progress.step, scores, groups)
-    progress.first_scores = progress.first_scores or scores
-    progress.last_scores, progress.evaluated = scores, progress.step
     score = scores[headline(scores)]
-    if score > progress.best or progress.best_step < 0:
-        progress.best, progress.best_step = score, progress.step
-    remember(run)
+    is_best = score > progress.best or progress.best_step < 0
+    best = (score, progress.step) if is_best else (progress.best, progress.best_step)
+    first = progress.first_scores or scores
+    remember(run, first_scores=first, last_scores=scores, evaluated=progress.step, best=best[0], best_step=best[1])
 
 
-def remember(run: Run) -> None:
-    """What a checkpoint of `progress` needs of the world around it, before anything moves on."""
-    run.generators = run.generators_now()
-    run.progress.position = run.recorder.position()
-    run.progress.batch_limit = run.policy.fit.limit.state()
-    run.source.remember(run.progress)
+def remember(run: Run, **changed: Any) -> None:
+    """So far is the run now, with what a checkpoint of that needs of the world around it. All of it at once: a signal,
+    or another rank's end, may interrupt anywhere, and what is saved then is of one moment."""
+    limit, position = run.policy.fit.limit.state(), run.recorder.position()
+    progress = replace(run.progress, batch_limit=limit, position=position, **changed)
+    run.source.remember(progress)
+    generators = run.generators_now()
+    run.generators, run.progress = generators, progress
 
 
 def is_unsaved(run: Run) -> bool:
@@ -135,5 +148,5 @@ def save(run: Run) -> None:
     """Write a checkpoint of the run as it was after its last whole step, also when the next one has failed."""
     run.recorder.stage("checkpoint")
     run.recorder.fsync()
-    save_checkpoint(run.folder, run.policy, run.progress, run.generators, run.config.keep)
+    run.world.first(save_checkpoint, run.folder, run.policy, run.progress, run.generators, run.config.keep)
     run.saved = (run.progress.step, run.progress.evaluated)

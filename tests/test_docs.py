@@ -41,6 +41,10 @@ OTHER_PROGRAMS |= {
     *("--host", "--port", "--dtype", "--max-model-len", "--max-loras", "--logprobs-mode", "--generation-config"),
     *("--tensor-parallel-size", "--data-parallel-size", "--api-key", "--no-enable-chunked-prefill"),
 }  # vLLM's server's
+OTHER_PROGRAMS |= {
+    *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+    *("--max-restarts", "--shutdown-timeout", "--requeue"),
+}  # torchrun's and Slurm's
 # Of python -m grpo.export.
 EXPORT_FLAGS = {f"--{name.replace('_', '-')}" for name in ExportOptions.__dataclass_fields__}
 REWARD_FLAGS = {f"--{name}" for name in RewardOptions.__dataclass_fields__}  # of python -m grpo.rewards

@@ -118,6 +118,8 @@ def test_a_groups_members_and_rows_have_seeds_of_their_own(tiny_config):
     """Rows counted from where the last call ended give what one call gives."""
     _, engine = build_engine(tiny_config(max_completion_tokens=9))
     whole = tokens_of(sample_groups(engine, prompts(), 3, 9, seed=5))
-    parts = [sample_groups(engine, prompts()[start : start + 2], 3, 9, 5, first_row=start) for start in (0, 2, 4)]
+    parts = [
+        sample_groups(engine, prompts()[start : start + 2], 3, 9, 5, rows=range(start, 5)[:2]) for start in (0, 2, 4)
+    ]
     assert tokens_of([group for part in parts for group in part]) == whole
     assert len(set(map(tuple, whole))) > 12  # of 15

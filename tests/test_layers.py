@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"kernels": ("grpo_kernels.*",)},
     {
-        "words": ("grpo.errors", "grpo.addresses", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
+        "words": (
+            *("grpo.errors", "grpo.addresses", "grpo.config", "grpo.types", "grpo.seeds", "grpo.generators"),
+            "grpo.world",
+        ),
         "system": ("grpo.system",),
         "terminal": ("grpo.terminal",),
         "threads": ("grpo.threads",),
@@ -34,6 +37,8 @@ LAYERS = (
         "folder": ("grpo.folder", "grpo.guards"),
         "command line": ("grpo.command",),
         "clock": ("grpo.clock",),
+        "ranks": ("grpo.launcher", "grpo.pulse", "grpo.ranks"),
+        "exchange": ("grpo.exchange",),
         "files": ("grpo.files", "grpo.sources"),
     },
     {

@@ -10,6 +10,7 @@ update(steps, loss, rate)    for each optimizer step: what the loss prepares -> 
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain, compress
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,9 @@ from grpo.loss import Loss
 from grpo.packing import batch_limit
 from grpo.policy.load import Loaded
 from grpo.policy.optimizer import build_optimizer, clip_gradient, state_to_come
+from grpo.seeds import mix_seed
 from grpo.types import Batch
+from grpo.world import ALONE, World
 
 # Rows whose distributions over the whole vocabulary exist at once: 78 MB of float32 at 152,000 tokens.
 ROWS_AT_ONCE = 128
@@ -34,10 +37,11 @@ class Policy:
     `version` counts optimizer updates: completions carry the version that sampled them.
     """
 
-    def __init__(self, loaded: Loaded, config: Config):
+    def __init__(self, loaded: Loaded, config: Config, world: World = ALONE):
+        """world: whose ranks have the same adapter, and batches of their own in an update."""
         self.model, self.store = loaded.model, loaded.store
         self.stop_tokens, self.source, self.conv1d = loaded.stop_tokens, loaded.source, loaded.conv1d
-        self.config = config
+        self.config, self.world = config, world
         self.version = 0
         self.optimizer = build_optimizer(self.store.parameters(), config)
         self.fit = Fitting(batch_limit(config))
@@ -94,14 +98,15 @@ class Policy:
         return F.log_softmax(logits / temperature, dim=-1)
 
     def update(self, optimizer_steps: list[list[Batch]], loss: Loss, rate: float, epochs: int = 1) -> dict[str, float]:
-        """One optimizer step at learning rate `rate` for each non-empty list of batches, `epochs` times over. Returns
-        the metrics.
+        """One optimizer step at learning rate `rate` for each list of batches that is not empty on all ranks, `epochs`
+        times over. Returns the metrics, which are those of the batches of all ranks.
 
         Where all lists are empty nothing is trained, and the adapter stays as it is.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        optimizer_steps = [batches for batches in optimizer_steps if batches]
+        trains = self.world.gather([bool(batches) for batches in optimizer_steps])
+        optimizer_steps = list(compress(optimizer_steps, map(any, zip(*trains, strict=True))))
         for batches in optimizer_steps:
             loss.prepare(self, batches)
         norms: list[float] = []
@@ -110,8 +115,10 @@ class Policy:
             loss.prepare_step(self, batches)
             sums += [part for batch in batches for part in self.fit(partial(self.backward, loss=loss), batch)]
             norms.append(self._optimizer_step())
-        return loss.summarize(sums) | {
-            "policy/split_batches": self.fit.count(),
+        on_cpu = [{name: value.cpu() for name, value in part.items()} for part in sums]
+        all_sums, split = zip(*self.world.gather((on_cpu, self.fit.count())), strict=True)
+        return loss.summarize(list(chain.from_iterable(all_sums))) | {
+            "policy/split_batches": sum(split),
             "optim/grad_norm": max(norms, default=0.0),
             "optim/learning_rate": rate,
         }
@@ -147,7 +154,17 @@ class Policy:
             _add_gradient(master, gradient)
         return sums
 
+    def digest(self) -> int:
+        """A number of the adapter's bits: where it differs, they do."""
+        sums = [master.detach().view(torch.int32).sum(dtype=torch.int64) for master in self.store.parameters()]
+        return mix_seed(*torch.stack(sums).tolist())
+
+    def of_all_ranks(self, values: list[Tensor]) -> Tensor:
+        """The values, [n] each, of every rank, one behind the other."""
+        return torch.cat(list(chain.from_iterable(self.world.gather([each.cpu() for each in values])))).to(self.device)
+
     def _optimizer_step(self) -> float:
+        self.world.sum_gradients(self.store.parameters())
         norm = clip_gradient(self.store.parameters(), self.config.max_grad_norm)
         # Counted first: a step that fails half-way, for want of memory say, leaves weights that are no longer the old.
         self.version += 1

@@ -49,10 +49,14 @@ class Audit:
         self.window: deque[list[float]] = deque(state or [], maxlen=WINDOW)  # [sum w (u - 1/2), sum w^2, sum w] a step
 
     def __call__(self, groups: list[Group], seed: int) -> dict[str, float]:
-        """Metrics of the completions read: mismatch/rank, the weighted mean of u.
+        """`read`, and `judge` of that alone."""
+        return self.judge([self.read(groups, seed)])
+
+    def read(self, groups: list[Group], seed: int) -> list[float]:
+        """[sum w (u - 1/2), sum w^2, sum w] of some of these completions.
 
         Raises:
-            UserError: the log-probabilities are not the policy's, or the tokens are not drawn from it.
+            UserError: the log-probabilities are not the policy's.
         """
         read = [Group(group.prompt, group.completions[:1]) for group in groups[:AUDITED]]
         batch = lay_out_to_read(read, self.policy.device)
@@ -61,9 +65,18 @@ class Audit:
         gap = logprobs - batch.sampler_logprobs[batch.mask].cpu()
         self.check_gap(float(gap.abs().mean()))
         off = ranks - 0.5
-        self.window.append([float(doubts @ off), float(doubts @ doubts), float(doubts.sum())])
+        return [float(doubts @ off), float(doubts @ doubts), float(doubts.sum())]
+
+    def judge(self, read: list[list[float]]) -> dict[str, float]:
+        """What `read` gave on each rank -> metrics of the completions read: mismatch/rank, the weighted mean of u.
+
+        Raises:
+            UserError: the tokens are not drawn from the policy.
+        """
+        self.window.append([sum(column) for column in zip(*read, strict=True)])
         self._check_ranks()
-        return {"mismatch/rank": float(0.5 + doubts @ off / doubts.sum())}
+        off, _, weights = self.window[-1]
+        return {"mismatch/rank": 0.5 + off / weights}
 
     def check_gap(self, gap: float) -> None:
         """gap: mean |log p of the policy - log p of the sampler|; NaN, of no tokens, passes.

@@ -24,19 +24,21 @@ def sample_groups(
     group_size: int,
     max_tokens: int,
     seed: int,
-    first_row: int = 0,
+    rows: Sequence[int] | None = None,
     finished: Finished = nobody,
 ) -> list[Group]:
     """A group of completions for each prompt.
 
-    A completion's seed is a function of (seed, row, member) alone, where rows are counted from `first_row` and members
-    from 0: it depends neither on the engine, nor on its neighbours, nor on how prompts are spread over calls.
+    A completion's seed is a function of (seed, row, member) alone, where members are counted from 0: it depends neither
+    on the engine, nor on its neighbours, nor on how prompts are spread over calls and ranks. rows: of these prompts;
+    from 0 where none are given.
 
     finished: is handed each group that is finished before the others, as the engine tells it.
     """
+    rows = range(len(prompts)) if rows is None else rows
     requests = [
         Request(prompt.tokens, mix_seed(seed, row, member), max_tokens)
-        for row, prompt in enumerate(prompts, start=first_row)
+        for row, prompt in zip(rows, prompts, strict=True)
         for member in range(group_size)
     ]
     written: list[dict[int, Completion]] = [{} for _ in prompts]  # of each group, by member

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,6 @@ from grpo.errors import UserError
 from grpo.folder import (
     REWARDS_LOG,
     Saved,
-    alone_in,
     check_new,
     new_id,
     new_run_folder,
@@ -44,10 +45,13 @@ from grpo.train import Run, evaluate, is_unsaved, save, train
 from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.closing import closing
 from grpo.verbs.opening import device_in_words, engine_in_words, opening, what_comes
+from grpo.verbs.together import alone_with, same_command, same_questions
+from grpo.world import ALONE, FOLDER, World
 
 
-def start(options: Options, resolved: Resolved, command: str) -> int:
-    """Train, from the start or from a checkpoint. command: as it was given, for the records."""
+def start(options: Options, resolved: Resolved, command: str, world: World = ALONE) -> int:
+    """Train, from the start or from a checkpoint. command: as it was given, for the records. world: of the processes
+    that train together."""
     check_installed(resolved.config.log)
     saved = saved_run(options.resume)
     resolved = resolved if saved else over_its_adapter(resolved)
@@ -60,6 +64,7 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
             "before and after compare if the rewards still mean the same."
         )
     checkpoint = resume_folder(Path(options.resume)) if options.resume else None
+    same_command(world, resolved, checkpoint)
     if checkpoint and saved:
         check_run(checkpoint, saved.id)
         _check_steps(resolved.config, checkpoint)
@@ -69,20 +74,22 @@ def start(options: Options, resolved: Resolved, command: str) -> int:
     if not saved:
         check_new(resolved.config)
     questions = _questions(resolved)
-    folder = saved.folder if saved else new_run_folder(resolved.task.name, resolved.config, resolved.here)
+    same_questions(world, questions)
+    folder = saved.folder if saved else _new_folder(resolved, world)
     as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
     watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
-    with alone_in(folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
+    with alone_with(world, folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         config = resolved.config
         completions = config.prompts_per_step * config.group_size
         before = read_state(checkpoint)[0].placed if checkpoint else NOT_KNOWN
         at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say, before)
         with memory_in_words(config, folder), at_work as staff:
             questions.rewards, questions.move = staff, staff.move
-            run = _built(resolved, as_saved, questions, checkpoint, starts_over=bool(saved and not checkpoint))
+            starts_over = bool(saved and not checkpoint)
+            run = _built(resolved, as_saved, questions, checkpoint, starts_over, world)
             run.progress.placed = staff.placed
-            _record_start(run, resolved, as_saved, questions, command)
-            with run.recorder, stops_gently(run, run.recorder.message) as asked:
+            world.first(_record_start, run, resolved, as_saved, questions, command)
+            with run.recorder, stops_gently(run, partial(_told_to_stop, run)) as asked:
                 _score_anew(run, resolved.task)
                 _train_and_keep(run)
     run.engine.close()
@@ -100,7 +107,22 @@ def _questions(resolved: Resolved) -> Questions:
     return questions
 
 
-def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: Path | None, starts_over: bool) -> Run:
+def _new_folder(resolved: Resolved, world: World) -> Path:
+    """Made by rank 0, and known to all."""
+    made: list[Path] = []
+    world.first(lambda: made.append(new_run_folder(resolved.task.name, resolved.config, resolved.here)))
+    [folder] = world.broadcast(made)
+    return folder
+
+
+def _told_to_stop(run: Run, sentence: str) -> None:
+    run.world.hurry()
+    run.world.first(run.recorder.message, sentence)
+
+
+def _built(
+    resolved: Resolved, saved: Saved, questions: Questions, checkpoint: Path | None, starts_over: bool, world: World
+) -> Run:
     """The run, its config.json written: before anything is trained, so that a run that is killed goes on.
 
     A new run's is there before it is built, for that takes minutes; a resumed one's stays as it was until all is well.
@@ -108,22 +130,28 @@ def _built(resolved: Resolved, saved: Saved, questions: Questions, checkpoint: P
     is_new = not checkpoint and not starts_over
     try:
         if is_new:
-            write_config(saved)
-        elif starts_over and (left := set_aside(saved.folder)):
-            say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {left}.")
+            world.first(write_config, saved)
+        elif starts_over:
+            world.first(_start_over, saved)
+        world.first(world.remember, FOLDER, str(saved.folder))
         with working("model and engine") as progressed:
-            run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say, progressed)
+            run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say, progressed, world)
     except BaseException:
         if is_new:
-            remove_unused(saved.folder)
+            world.first(remove_unused, saved.folder)
         raise
-    write_config(saved)
+    world.first(write_config, saved)
     run.progress.run = saved.id
     for line in opening(resolved.config, run.policy, run.engine):
         say(line)
     for line in what_comes(resolved.config, resolved.task, saved):
         say(line)
     return run
+
+
+def _start_over(saved: Saved) -> None:
+    if left := set_aside(saved.folder):
+        say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {left}.")
 
 
 def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questions, command: str) -> None:
@@ -164,7 +192,7 @@ def _score_anew(run: Run, task: Task) -> None:
         progress.best, progress.best_step, progress.first_scores = -1.0, -1, {}
         evaluate(run)
         run.saved = (0, -1)
-    progress.held_out = held_out
+    run.progress.held_out = held_out
 
 
 def fingerprint_of_held_out(prompts: list[list[int]], solved: tuple[str, float] | None, config: Config) -> str:
@@ -178,9 +206,13 @@ def _closing(run: Run, asked: Asked) -> int:
     """The last lines, and the exit code."""
     for warning in run.recorder.warnings():
         say(f"warning: {warning}")
-    for line in closing(run.folder, run.progress, run.config.steps):
-        say(line)
+    run.world.first(_say_all, closing(run.folder, run.progress, run.config.steps))
     return 0 if run.progress.step == run.config.steps else asked.exit_code
+
+
+def _say_all(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def _check_steps(config: Config, checkpoint: Path) -> None:

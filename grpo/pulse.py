@@ -1,0 +1,211 @@
+"""Pulse: tells the other ranks that this one lives, and ends this one when another has gone.
+Knows nothing of what ranks do.
+
+Who waits for a rank that is gone waits for ever: in C, on a GPU, where no exception comes. So each rank has a child, a
+fork of it from before there was a GPU or a thread, that looks every BEAT seconds:
+
+    is my rank there, and not stopped?   then it says so in the store that all ranks meet at; if it is gone, that
+    has any rank ended?                  then its own is rung: SIGNAL raises RankLost there, with the sentence of the
+                                         rank that ended first, so that rank 0 saves and all end; after GRACE it is
+                                         killed
+    is any rank silent?                  one that said nothing for SILENCE seconds (it is stopped, or its network is
+                                         cut) has ended
+
+A store that does not answer means that this host is cut off. While this process itself is late or stopped (Ctrl-Z of
+all) nobody is called silent.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+from grpo.errors import Stopped, UserError
+
+BEAT = 0.5  # seconds
+SILENCE = 20.0  # seconds
+GRACE = 25.0  # seconds that a rank gets to save and end: torchrun gives its processes 30
+HURRY = 15.0  # seconds that a step gets to finish once the launcher has asked to stop
+CUT_OFF = 20.0  # seconds without an answer of the store
+
+ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"  # keys of the store, for ranks
+
+# Of the real-time signals that of the watchdog is the last but one; where there are none (macOS), the first for users.
+SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
+
+_SIZE, _HEAD = 1 << 16, struct.Struct("dI")  # when to stop at the latest (monotonic; 0: no), bytes of the text
+_TEXT = 60_000  # bytes of a sentence at most
+
+Store = Any  # torch.distributed's; typed by torch as a class of C
+Connect = Callable[[], Store]
+
+
+class RankLost(UserError):
+    """Another rank has ended."""
+
+
+class Pulse:
+    """The child of this process, and what the two tell each other."""
+
+    def __init__(self, rank: int, size: int, connect: Connect):
+        """connect: makes a connection to the store; called in the child."""
+        self.rank = rank
+        self.shared = mmap.mmap(-1, _SIZE)
+        self.lost = ""
+        self.before = signal.signal(SIGNAL, self._ring)
+        parent = os.getpid()
+        self.child = os.fork()
+        if self.child == 0:
+            _live(parent, rank, size, connect, self.shared)
+
+    def check(self) -> None:
+        """Raises RankLost where another rank has ended, or Stopped where it is time to."""
+        if self.lost:
+            raise RankLost(self.lost)
+
+    def hurry(self) -> None:
+        """Raise Stopped in a while, if this has not ended by then."""
+        struct.pack_into("d", self.shared, 0, time.monotonic() + HURRY)
+
+    def ignore(self) -> None:
+        """From now on nothing that others do interrupts this rank."""
+        signal.signal(SIGNAL, signal.SIG_IGN)
+
+    def close(self) -> None:
+        """End the child."""
+        if self.child:
+            os.kill(self.child, signal.SIGKILL)
+            os.waitpid(self.child, 0)
+            self.child = 0
+        signal.signal(SIGNAL, self.before)
+
+    def _ring(self, number: int, frame: FrameType | None) -> None:
+        _, length = _HEAD.unpack_from(self.shared)
+        if not length:
+            raise Stopped(signal.SIGTERM)
+        if not self.lost:
+            self.lost = self.shared[_HEAD.size : _HEAD.size + length].decode(errors="replace")
+            raise RankLost(self.lost)
+
+
+def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
+    """Let all ranks know that this one ends, and why; whether it is the first to end."""
+    host = store.get(HOST.format(rank)).decode() if store.check([HOST.format(rank)]) else "of unknown host"
+    told = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
+    return store.compare_set(ENDED, "", told).decode() == told
+
+
+# ---- the child
+
+
+def _live(parent: int, rank: int, size: int, connect: Connect, shared: mmap.mmap) -> None:
+    """Never returns. A thread talks to the store, which may never answer; this one sees whether it does."""
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, SIGNAL):
+            signal.signal(number, signal.SIG_IGN)
+        null = os.open(os.devnull, os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        watch = _Watch(parent, rank, size, shared)
+        talk = threading.Thread(target=watch.talk, args=(connect,), daemon=True)
+        talk.start()
+        while os.getppid() == parent:
+            late = time.monotonic() - watch.answered > CUT_OFF
+            if (late or not talk.is_alive()) and not watch.rung_at:
+                watch.ring(f"Rank {rank} ({socket.gethostname()}) is cut off from the others: {_NO_ANSWER}")
+            watch.end_what_does_not_end()
+            time.sleep(BEAT)
+        talk.join(CUT_OFF)
+    finally:
+        os._exit(1)
+
+
+class _Watch:
+    """What the child knows."""
+
+    def __init__(self, parent: int, rank: int, size: int, shared: mmap.mmap):
+        self.parent, self.rank, self.shared = parent, rank, shared
+        self.others = [other for other in range(size) if other != rank]
+        self.answered = time.monotonic()
+        self.beats = dict.fromkeys(self.others, (b"", self.answered))
+        self.rung_at = 0.0  # when the rank began to end
+
+    def talk(self, connect: Connect) -> None:
+        """With the store, until the rank is gone or the store is."""
+        with suppress(Exception):
+            store = connect()
+            while os.getppid() == self.parent:
+                now = time.monotonic()
+                was_away, self.answered = now - self.answered > 5 * BEAT, now
+                if not _is_stopped(self.parent):
+                    store.add(BEATS.format(self.rank), 1)
+                self._hear(store, now, was_away)
+                self._look_at_the_end(store, now)
+                time.sleep(BEAT)
+            tell_the_end(store, self.rank, _WITHOUT_A_WORD)
+
+    def ring(self, text: str) -> None:
+        """Let the rank end with this sentence."""
+        self.rung_at = time.monotonic()
+        encoded = text.encode(errors="replace")[:_TEXT]
+        self.shared[_HEAD.size : _HEAD.size + len(encoded)] = encoded
+        _HEAD.pack_into(self.shared, 0, 0.0, len(encoded))
+        with suppress(ProcessLookupError):
+            os.kill(self.parent, SIGNAL)
+
+    def end_what_does_not_end(self) -> None:
+        """It waits for another in C, or on a GPU."""
+        if self.rung_at and time.monotonic() > self.rung_at + GRACE:
+            with suppress(ProcessLookupError):
+                os.kill(self.parent, signal.SIGKILL)
+
+    def _hear(self, store: Store, now: float, was_away: bool) -> None:
+        """The beats of the others. was_away: we were late or stopped ourselves, and count from now."""
+        there = [other for other in self.others if store.check([BEATS.format(other)])]
+        told = store.multi_get([BEATS.format(other) for other in there]) if there else []
+        for other, beat in zip(there, told, strict=True):
+            before, since = self.beats[other]
+            self.beats[other] = (beat, now if was_away or beat != before else since)
+            if now - self.beats[other][1] > SILENCE:
+                tell_the_end(store, other, _SILENT)
+
+    def _look_at_the_end(self, store: Store, now: float) -> None:
+        deadline, _ = _HEAD.unpack_from(self.shared)
+        if self.rung_at:
+            return
+        if store.check([ENDED]):
+            told = json.loads(store.get(ENDED))
+            if told["rank"] != self.rank:
+                self.ring(f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}")
+            elif told["sentence"] == _SILENT:
+                self.ring(f"The other ranks have ended the run: nothing was heard of rank {self.rank} for a while.")
+            self.rung_at = now
+            store.set(HEARD.format(self.rank), "")
+        elif deadline and now > deadline:
+            struct.pack_into("d", self.shared, 0, 0.0)
+            with suppress(ProcessLookupError):
+                os.kill(self.parent, SIGNAL)
+
+
+_WITHOUT_A_WORD = (
+    "It ended without a word: it crashed, or was killed from outside, as the system does when memory runs out."
+)
+_SILENT = f"Nothing was heard of it for {SILENCE:g} s: its process is stopped, or its host or network is down."
+_NO_ANSWER = "the store that all ranks meet at does not answer. Its host, its launcher or the network is down."
+
+
+def _is_stopped(process: int) -> bool:
+    """By a signal, or by a debugger. Where the system does not say it (macOS), it is not."""
+    with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    return False

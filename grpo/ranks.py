@@ -1,0 +1,294 @@
+"""Ranks: the World of several processes, over torch.distributed. Knows nothing of runs.
+
+    joined(place)       inside, this process is one of a world; how it ends is told to all others
+    Ranks.gather        pickles, by gloo
+    Ranks.sum_gradients one flat all-reduce, by NCCL where the masters are on GPUs, by gloo else
+
+The process groups are objects of our own beside torch's default group, which is left to others: vLLM makes it, of one
+process, in each rank. Whoever waits looks at the pulse (grpo/pulse.py) meanwhile, so that a rank that is gone ends the
+waiting. Before GPUs wait for each other the processes have met: a rank that is gone by then is not waited for there.
+
+What arrives is unpickled: like all of torch.distributed this is for hosts and networks that trust each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import socket
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo.errors import Stopped, ToldElsewhere, UserError, in_words
+from grpo.launcher import Place
+from grpo.pulse import HEARD, HOST, Pulse, RankLost, Store, tell_the_end
+from grpo.types import Completion
+from grpo.world import World
+
+distributed: Any = torch.distributed  # its stores and process groups are classes of C, without types
+
+ARRIVAL = 600.0  # seconds that ranks wait for each other at first
+NO_LIMIT = timedelta(days=30)  # of an exchange: who is gone the pulse knows
+LONGEST_PAUSE = 0.005  # seconds between two looks at whether an exchange is over
+BROKEN = 5.0  # seconds after which a broken connection has no better reason than itself
+
+
+class Ranks(World):
+    """One of several processes."""
+
+    def __init__(self, place: Place, root: Store, store: Store, pulse: Pulse):
+        """root: the launcher's store, which outlives the processes; store: of these processes alone."""
+        self.rank, self.size = place.rank, place.size
+        self.root, self.store, self.pulse = root, store, pulse
+        prefixed = distributed.PrefixStore("gloo", store)
+        self.group = distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT)
+        self.gpu_group: Any = None  # made when there is something to sum on a GPU
+
+    def gather(self, value: Any) -> list[Any]:
+        """See World.gather."""
+        content = torch.frombuffer(bytearray(_pickled(value)), dtype=torch.uint8)
+        sizes = [int(size) for size in self._all(torch.tensor([len(content)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(content)] = content
+        received = self._all(padded)
+        return [pickle.loads(each[:size].numpy().tobytes()) for each, size in zip(received, sizes, strict=True)]
+
+    def prepare(self, masters: Sequence[nn.Parameter]) -> None:
+        """See World.prepare."""
+        self.gather(None)
+        self._reduce(torch.zeros(sum(master.numel() for master in masters), device=masters[0].device))
+
+    def sum_gradients(self, masters: Sequence[nn.Parameter]) -> None:
+        """See World.sum_gradients."""
+        has_one = [
+            any(of_master) for of_master in zip(*self.gather([m.grad is not None for m in masters]), strict=True)
+        ]
+        summed = [master for master, has in zip(masters, has_one, strict=True) if has]
+        for master in summed:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+        gradients = [master.grad for master in summed if master.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """See World.share."""
+        return super().share(costs) or [0]
+
+    def require_same(self, value: Callable[[], object], told: Callable[[list[int]], str]) -> None:
+        """See World.require_same."""
+        values = self.gather(value())
+        if others := [rank for rank, other in enumerate(values) if other != values[0]]:
+            raise UserError(told(others))
+
+    def remember(self, name: str, value: str) -> None:
+        """See World.remember."""
+        self.root.set(f"grpo/{name}", value)
+
+    def recall(self, name: str) -> str:
+        """See World.recall."""
+        return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
+
+    def hurry(self) -> None:
+        """See World.hurry."""
+        self.pulse.hurry()
+
+    def leave(self) -> None:
+        """All went well: wait for all, so that nobody takes an end for a loss. Twice, so that nobody listens any more
+        when the first one goes."""
+        self.gather(None)
+        self.pulse.ignore()
+        self.gather(None)
+        self.pulse.close()
+        if self.gpu_group is not None:
+            self.gpu_group.shutdown()
+
+    def tell(self, error: BaseException, by_agent: bool) -> bool:
+        """Tell the others how this one ends; whether that is the first that they hear of an end."""
+        with suppress(RuntimeError):  # the store is gone, and the others know that as well
+            is_first = tell_the_end(self.store, self.rank, _sentence_of(error))
+            if not by_agent and self.rank == 0:  # the store goes with us
+                self.store.wait([HEARD.format(rank) for rank in range(1, self.size)], timedelta(seconds=BROKEN))
+            return is_first
+        return True
+
+    def _reduce(self, flat: Tensor) -> None:
+        """Add it up over all ranks, which have met."""
+        self._finish(self._group_for(flat).allreduce([flat]))
+
+    def _all(self, mine: Tensor) -> list[Tensor]:
+        received = [torch.empty_like(mine) for _ in range(self.size)]
+        self._finish(self.group.allgather([received], [mine]))
+        return received
+
+    def _group_for(self, tensor: Tensor) -> Any:
+        if tensor.device.type != "cuda":
+            return self.group
+        if self.gpu_group is None:
+            options = distributed.ProcessGroupNCCL.Options()
+            options._timeout = timedelta(hours=1)
+            prefixed = distributed.PrefixStore("nccl", self.store)
+            self.gpu_group = distributed.ProcessGroupNCCL(prefixed, self.rank, self.size, options)
+        return self.gpu_group
+
+    def _finish(self, work: Any) -> None:
+        """Wait for an exchange, as long as all others are there."""
+        pause = 1e-5
+        try:
+            while not work.is_completed():
+                self.pulse.check()
+                time.sleep(pause)
+                pause = min(LONGEST_PAUSE, 1.2 * pause)
+            work.wait()
+        except RuntimeError as error:
+            self._explain(error)
+        except BaseException:
+            if self.gpu_group is not None:  # what waits on the GPU would keep it from everything that follows
+                self.gpu_group.abort()
+            raise
+
+    def _explain(self, error: RuntimeError) -> None:
+        """A connection broke: a rank is gone, and the pulse will soon know why."""
+        end = time.monotonic() + BROKEN
+        while time.monotonic() < end:
+            self.pulse.check()
+            time.sleep(LONGEST_PAUSE)
+        raise RankLost(f"The connection between the ranks broke: {in_words(error)}.") from error
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Ranks]:
+    """Inside, this process is one of a world.
+
+    Raises:
+        UserError: the others did not come, or one of them has ended.
+        ToldElsewhere: instead of that, where this is not the rank to say so.
+    """
+    world = join(place)
+    try:
+        yield world
+        world.leave()
+    except SystemExit:  # after --help, on all of them
+        world.leave()
+        raise
+    except BaseException as error:  # the pulse stays: should this process not come to its end, it is ended
+        world.pulse.ignore()
+        is_first = world.tell(error, place.by_agent)
+        if world.rank > 0 and (isinstance(error, RankLost) or not is_first):
+            raise ToldElsewhere from error
+        if is_first and isinstance(error, UserError) and world.rank > 0:
+            raise UserError(f"Rank {world.rank} ({socket.gethostname()}): {error}") from error
+        raise
+
+
+def join(place: Place) -> Ranks:
+    """Meet the others.
+
+    Raises:
+        UserError: not all came.
+    """
+    try:
+        root = _connect(place, is_host=place.rank == 0 and not place.by_agent)
+        members = _agree_on_members(root, place)
+        store = distributed.PrefixStore(members, root)
+        store.set(HOST.format(place.rank), socket.gethostname())
+        pulse = Pulse(place.rank, place.size, lambda: distributed.PrefixStore(members, _connect(place, is_host=False)))
+        return Ranks(place, root, store, pulse)
+    except RuntimeError as error:  # torch's own for a store that is not there, among others
+        raise UserError(
+            f"Rank {place.rank} did not find the others at {place.host}:{place.port}: {in_words(error)}. Start all of "
+            "them with the same --rdzv-endpoint, and see that the hosts reach each other."
+        ) from error
+
+
+def _connect(place: Place, is_host: bool) -> Store:
+    wait = timedelta(seconds=ARRIVAL)
+    return distributed.TCPStore(place.host, place.port, None, is_host, wait, wait_for_workers=False, multi_tenant=True)
+
+
+def _agree_on_members(store: Store, place: Place) -> str:
+    """A name for these very processes. The store may know of earlier ones, that were started again, and how often that
+    was is not the same on all hosts.
+
+    Each process names itself at random; rank 0 lists the names as it sees them until each has found its own in the
+    list and said so of the same list.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + ARRIVAL
+    store.set(f"name/{place.rank}", mine)
+    names = [f"name/{rank}" for rank in range(place.size)]
+    while time.monotonic() < end:
+        if place.rank == 0 and store.check(names):
+            store.set(f"list/{mine}", b" ".join(store.multi_get(names)))
+        listed = _listed(store)
+        if len(listed) == place.size and listed[place.rank] == mine:
+            digest = hashlib.sha256(" ".join(listed).encode()).hexdigest()[:16]
+            store.set(f"seen/{digest}/{place.rank}", "")
+            if store.check([f"seen/{digest}/{rank}" for rank in range(place.size)]):
+                return digest
+        time.sleep(10 * LONGEST_PAUSE)
+    came = [rank for rank in range(place.size) if store.check([f"name/{rank}"])]
+    raise UserError(
+        f"Of {place.size} processes only ranks {', '.join(map(str, came))} came within {ARRIVAL:g} s. Start as many as "
+        "--nproc-per-node and --nnodes say."
+    )
+
+
+def _listed(store: Store) -> list[str]:
+    """The names in the list of the present rank 0, as far as it has one."""
+    if not store.check(["name/0"]):
+        return []
+    key = f"list/{store.get('name/0').decode()}"
+    return store.get(key).decode().split(" ") if store.check([key]) else []
+
+
+def _sentence_of(error: BaseException) -> str:
+    if isinstance(error, Stopped):
+        return f"It was stopped by signal {error.number}."
+    if isinstance(error, KeyboardInterrupt):
+        return "It was stopped at once."
+    return str(error) if isinstance(error, UserError) else f"It failed with {in_words(error)}."
+
+
+# ---- pickles
+
+
+class _Pickler(pickle.Pickler):
+    """Columns of numbers as bytes, which takes a tenth of the time; the numbers are the same to the bit."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Completion:
+            tokens, logprobs = array("q", obj.tokens), array("d", obj.sampler_logprobs)
+            rest = (obj.text, obj.finish, obj.policy_version, obj.seed, tuple(map(tuple, obj.others)))
+            return _completion, (tokens.tobytes(), logprobs.tobytes(), *rest)
+        if type(obj) is Tensor:
+            return _tensor, (obj.tolist(), obj.dtype)
+        return NotImplemented
+
+
+def _tensor(values: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def _completion(
+    tokens: bytes, logprobs: bytes, text: str, finish: Any, version: int, seed: int, others: Any
+) -> Completion:
+    from grpo.types import Span
+
+    columns = (array("q", tokens).tolist(), array("d", logprobs).tolist())
+    return Completion(*columns, text, finish, version, seed, tuple(Span(*span) for span in others))
+
+
+def _pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()

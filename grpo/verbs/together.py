@@ -1,0 +1,81 @@
+"""Together: what all ranks of a run must have in common before it begins. Knows nothing of how they meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from grpo.checkpoint import read_state
+from grpo.errors import UserError
+from grpo.folder import alone_in
+from grpo.policy.load import choose_device
+from grpo.questions import Questions
+from grpo.resolve import Resolved
+from grpo.types import Prompt
+from grpo.world import World
+
+
+def same_command(world: World, resolved: Resolved, checkpoint: Path | None) -> None:
+    """Every rank would do the same.
+
+    Raises:
+        UserError: one would not.
+    """
+    config = dataclasses.asdict(resolved.config)
+    if world.size > 1 and resolved.config.engine == "server":
+        raise UserError(
+            f"--engine server is of one process, and there are {world.size}: each would load its adapter into the same "
+            "servers. Use one process for the update, or --engine vllm in each."
+        )
+    mine = {
+        "the task file's SHA-256": resolved.task_sha256,
+        "the device": choose_device(resolved.config).type,
+        "torch": torch.__version__,
+        "the checkpoint to go on from": str(checkpoint and (checkpoint.name, read_state(checkpoint)[1])),
+        **{f"--{name.replace('_', '-')}": repr(value) for name, value in config.items()},
+    }
+    for rank, other in enumerate(world.gather(mine)[1:], start=1):
+        for name, value in _differences(mine, other):
+            raise UserError(
+                f"Rank {rank} is not like the others: {name} is {value} there. All processes need the same command, "
+                "the same task file, data and versions, and a GPU each; several hosts that resume need the run's "
+                "folder on a file system that they share."
+            )
+
+
+def _differences(mine: dict[str, str], other: dict[str, str]) -> Iterator[tuple[str, str]]:
+    return ((name, value) for name, value in other.items() if mine.get(name) != value)
+
+
+def same_questions(world: World, questions: Questions) -> None:
+    """Every rank asks the same: only then is one's group everybody's.
+
+    Raises:
+        UserError: one does not.
+    """
+    world.require_same(
+        lambda: [_digest(questions.train), _digest(questions.test)],
+        lambda others: (
+            f"The prompts of ranks {', '.join(map(str, others))} are not those of rank 0. The task's `rows` must give "
+            "the same rows in the same order in every process: sort what comes from a set or a folder, seed what is "
+            "drawn, and give all hosts the same data."
+        ),
+    )
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.index, prompt.tokens]).encode())
+    return digest.hexdigest()
+
+
+def alone_with(world: World, folder: Path) -> AbstractContextManager[None]:
+    """As `alone_in` for the rank that writes there."""
+    return alone_in(folder) if world.rank == 0 else nullcontext()

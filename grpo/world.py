@@ -1,0 +1,88 @@
+"""World: the processes of a run, one a GPU, as everything else sees them. Knows nothing of what they exchange.
+
+    rank, size                which of how many this is
+    gather(value)             what every rank has, in the order of ranks
+    broadcast(value)          what rank 0 has
+    sum_gradients(masters)    the gradient of each over all ranks, in place
+    share(costs)              which of some things, each of a cost, are this rank's
+    first(function, ...)      called by rank 0 alone
+
+A process by itself is a world of one, in which each of these is the identity, so nobody asks how many ranks there are.
+The form of several processes is in grpo/ranks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import nn  # it takes a second to import, and --help needs none
+
+Value = TypeVar("Value")
+
+FOLDER = "folder"  # of the run, as `remember` and `recall` have it
+
+
+class World:
+    """One process by itself."""
+
+    rank, size = 0, 1
+
+    def gather(self, value: Value) -> list[Value]:
+        """What every rank has given, in the order of ranks. Each must call it."""
+        return [value]
+
+    def broadcast(self, value: Value) -> Value:
+        """What rank 0 has given. Each must call it."""
+        return self.gather(value)[0]
+
+    def prepare(self, masters: Sequence[nn.Parameter]) -> None:
+        """Meet once as the sums of these masters' gradients will. What that takes of a GPU's memory is there before it
+        is planned."""
+
+    def sum_gradients(self, masters: Sequence[nn.Parameter]) -> None:
+        """Add up each master's gradient over all ranks, the same bits on each. One without a gradient on any rank keeps
+        none."""
+
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """The indices, ascending, of the things of these costs that are this rank's. Where there are fewer of them than
+        ranks, some do what another does as well: nobody needs to know what to do with nothing."""
+        return deal(costs, self.size)[self.rank]
+
+    def first(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call it where this is rank 0: files are written by that one alone."""
+        if self.rank == 0:
+            function(*arguments)
+
+    def require_same(self, value: Callable[[], object], told: Callable[[list[int]], str]) -> None:
+        """What `value` gives is the same on all ranks. told: ranks where it is not that of rank 0 -> a sentence.
+
+        Raises:
+            UserError: it is not.
+        """
+
+    def remember(self, name: str, value: str) -> None:
+        """For the processes that a launcher starts in the place of these."""
+
+    def recall(self, name: str) -> str:
+        """What processes before these have remembered; empty if nothing."""
+        return ""
+
+    def hurry(self) -> None:
+        """This process was asked to stop, and will not be waited for without end."""
+
+
+ALONE = World()
+
+
+def deal(costs: Sequence[float], count: int) -> list[list[int]]:
+    """The indices of things of these costs in `count` shares of about equal cost, each ascending: the costliest first,
+    each to the share that has cost least so far (Graham 1969: at most 4/3 of the best)."""
+    shares: list[list[int]] = [[] for _ in range(count)]
+    spent = [0.0] * count
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        least = min(range(count), key=lambda share: (spent[share], share))
+        shares[least].append(index)
+        spent[least] += costs[index]
+    return [sorted(share) for share in shares]

@@ -1,0 +1,59 @@
+"""Several ranks on this host, each the process of a command: what the tests of ranks share. No test is here.
+
+They are forks of one process that has imported all that a run needs, and find the variables that torchrun sets.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["grpo.verbs.train", "grpo.verbs.evaluate", "grpo.ranks"])
+
+
+def launch(size, folder, argv, **variables):
+    """Start the command line in so many processes; what each writes to the terminal is in folder/rank-N.log."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **variables}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "ME": str(rank), **common} for rank in range(size)]
+    processes = [CONTEXT.Process(target=_run, args=(str(folder), argv, place)) for place in places]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ended(processes, seconds=60):
+    """Their exit codes, once all have ended; those that have not are killed and fail the test."""
+    for process in processes:
+        process.join(seconds)
+    late = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+    for process in processes:
+        process.kill()
+    assert not late, f"ranks {late} did not end in {seconds} s"
+    return [process.exitcode for process in processes]
+
+
+def run_ranks(size, folder, argv, seconds=60, **variables):
+    """The exit codes, and what each rank wrote."""
+    codes = ended(launch(size, folder, argv, **variables), seconds)
+    return codes, [told(folder, rank) for rank in range(size)]
+
+
+def told(folder, rank):
+    return (Path(folder) / f"rank-{rank}.log").read_text()
+
+
+def _run(folder, argv, variables):
+    os.chdir(folder)
+    log = os.open(f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(variables)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    from grpo.run import main
+
+    sys.exit(main(argv))
