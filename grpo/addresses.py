@@ -47,7 +47,7 @@ def read_address(word: str) -> Address:
     host = parts.hostname or ""
     if ":" not in host:
         host = host.encode("idna").decode("ascii").lower()
-    path = parts.path.rstrip("/").removesuffix(OF_THE_API).rstrip("/")
+    path = urllib.parse.quote(parts.path, safe="/%").rstrip("/").removesuffix(OF_THE_API).rstrip("/")
     return Address(parts.scheme, host, parts.port or PORTS[parts.scheme], path)
 
 

@@ -18,6 +18,9 @@ MEANT = {
     "http://[FE80::1]": "http://[fe80::1]",
     "http://büro:8000": "http://xn--bro-hoa:8000",
     "http://127.0.0.1": "http://127.0.0.1",
+    "http://my_host-1:8000": "http://my_host-1:8000",
+    "http://a/für/v1": "http://a/f%C3%BCr",
+    "http://a/%20x": "http://a/%20x",
 }
 
 
