@@ -314,6 +314,23 @@ def test_a_slow_server_that_is_well_is_waited_for(open_engine):
     assert not told
 
 
+def test_ctrl_c_in_a_rollout_breaks_off_what_is_asked_and_the_engine_can_go_on(open_engine):
+    engine, [fake], told = open_engine(1)
+
+    def interrupts(server, _):
+        server.goes_on.clear()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        server.goes_on.wait()
+
+    fake.faults.append(interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        rollout(engine, prompts(), 4, seed=1)
+    assert not engine.pool.stations[0].calls
+    fake.goes_on.set()
+    assert tokens_of(rollout(engine, prompts(), 4, seed=1)) == expected(engine, 1)
+    assert not told
+
+
 # ---- faults between rollouts
 
 
