@@ -47,6 +47,7 @@ from grpo.policy.load import Model
 from grpo.policy.projections import Masters, ProjectionStore
 from grpo.rollout.vllm_compat import reason_of
 from grpo.rollout.vllm_experts import SharedExperts, experts_by_layer
+from grpo.rollout.vllm_norms import use_our_kernel
 from grpo.rollout.vllm_rows import BLOCKS, NotShareableError, Rows, StandIns, base_tensors, joined
 
 # The name under which vLLM knows the quantisation config and the loader.
@@ -390,6 +391,7 @@ class SharedLoader(BaseModelLoader):
         if loaded is not None and (missing := sorted(parameters - loaded)):
             raise NotShareableError(f"the trainer has nothing for {missing[0]} in it")
         _share_tables(model, loan)
+        use_our_kernel(model)
         layers = [(name, layer) for name, layer in model.named_modules() if _is_shared(layer)]
         for name, layer in layers:
             layer.quant_method.bind(layer, name, stand_ins)

@@ -1,5 +1,6 @@
 """A GPU whose memory does not hold a batch: the step is what it would have been, and nothing stays of what failed."""
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -96,6 +97,7 @@ def test_a_batch_that_the_gpu_does_not_hold_is_computed_in_parts(policy, limited
     assert metrics_of_parts == pytest.approx(metrics, rel=2e-2, abs=1e-3)
     policy.optimizer.zero_grad()
     del parts
+    gc.collect()  # a failed pass leaves a few MB in cycles, which Python takes away in time
     assert torch.cuda.memory_allocated() <= kept, "something of the failed tries is still there"
     measured(policy, config, groups)
     assert policy.fit.count() == 0, "the batches that followed are not the smaller ones"
