@@ -1,6 +1,8 @@
 """The command `grpo`, which is `python -m grpo` too: one word for each of the package's commands.
 
     grpo gsm8k                    train; `grpo run gsm8k` in full: what is no command below is a task or a flag of run
+    grpo sft [TASK]               learn from given answers: of a task, or rows with messages
+    grpo dpo [TASK]               learn from pairs of a better and a worse answer
     grpo chat RUN                 talk to what was trained, and to its base beside it
     grpo report RUN [RUN ...]     report.html about a run, or several compared
     grpo export RUN --to DIR      the adapter or the whole model, for other programs
@@ -24,6 +26,8 @@ from grpo.terminal import leave_a_broken_pipe
 
 COMMANDS = {
     "run": "grpo.run",
+    "sft": "grpo.sft",
+    "dpo": "grpo.dpo",
     "chat": "grpo.chat.__main__",
     "report": "grpo.report.__main__",
     "export": "grpo.export.__main__",

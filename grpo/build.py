@@ -19,17 +19,23 @@ import numpy as np
 import torch
 
 from grpo import generators, memory, memory_trial, system
-from grpo.advantages import ESTIMATORS
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.fitting import Fitting
 from grpo.folder import REWARDS_LOG, leave_later
-from grpo.loss import Loss, build_loss
+from grpo.loss import Loss
 from grpo.memory import Asked, Need, Plan
-from grpo.metrics import HEADLINES
-from grpo.packing import batch_limit, build_packer, has_advantage, lay_out_longest, lay_out_to_read
+from grpo.methods import build_examiner, build_rollouts, build_taught, headline_of, planned_for
+from grpo.objectives import OBJECTIVES
+from grpo.packing import (
+    PACKERS,
+    batch_limit,
+    lay_out_longest,
+    lay_out_longest_pairs,
+    lay_out_to_read,
+)
 from grpo.policy import Policy, load_model
 from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
@@ -46,14 +52,12 @@ from grpo.rewards.draws import Draws, apart
 from grpo.rewards.failures import Tolerance
 from grpo.rewards.kept import Log
 from grpo.rollout import Engine
-from grpo.rollout.audit import Audit
+from grpo.rollout.idle import Idle, OnCall
 from grpo.rollout.server import ServerEngine, check_reachable
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_compat import why_not
-from grpo.rollouts import Rollouts
 from grpo.seeds import Purpose, mix_seed
 from grpo.start import begin, keep
-from grpo.stream import PromptStream
 from grpo.task import Task
 from grpo.threads import choose
 from grpo.train import Run
@@ -164,6 +168,8 @@ def build_engine(
     Raises:
         UserError: vLLM is asked for and cannot be had, or cannot sample from this policy; so with servers.
     """
+    if config.engine == "none":
+        return Idle()
     if config.engine == "server":
         return ServerEngine(policy, tokenizer, canary_prompts, config, longest, note)
     if config.engine == "vllm":
@@ -268,7 +274,9 @@ def rehearse(
 ) -> None:
     """Run the largest batch that can come as an update would, so that what does not fit shows now; `note` is told."""
     engine.release()
-    batch = lay_out_longest(config, policy.fit.limit, questions.longest, questions.canary_prompts[0], policy.device)
+    prompt = max(1, questions.longest_sequence - config.max_completion_tokens)
+    lay_out = lay_out_longest_pairs if config.method == "dpo" else lay_out_longest
+    batch = lay_out(config, policy.fit.limit, prompt, questions.canary_prompts[0], policy.device)
     policy.rehearse(batch, loss)
     size = min(len(batch.tokens), max(policy.fit.limit.tokens, questions.longest_sequence))
     note(f"rehearsal: a batch of {size:,} tokens, the largest that can come, fits into the memory")
@@ -324,6 +332,8 @@ def build_run(
 ) -> Run:
     """Everything that training needs, in the state of `checkpoint` or at the start. world: that this process is in."""
     check_optimizer(config, choose_device(config))
+    if questions.lessons:  # each is gone through once in a step, and nobody samples where nothing could be scored
+        config = replace(config, epochs=1, engine=config.engine if questions.rewards else "none")
     measured_on = questions.train[:PROMPTS]
     policy = build_policy(
         config, questions.tokenizer, questions.longest_sequence, note, progressed, measured_on, checkpoint, world
@@ -336,8 +346,9 @@ def build_run(
     progress.threads = threads
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
     of_rank = share_of_rank(config, world)
+    planned = planned_for(of_rank, questions)
     world.prepare(policy.store.parameters())
-    plan = plan_memory(of_rank, policy, questions.longest_sequence, progress.tokens_per_batch, note)
+    plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     engine = build_engine(
         plan.settled(of_rank) if plan else of_rank,
@@ -347,15 +358,16 @@ def build_run(
         questions.longest_sequence,
         note,
     )
-    plan = settle_memory(plan, of_rank, policy, engine, note) if plan else None
+    engine = OnCall(engine) if questions.lessons else engine
+    plan = settle_memory(plan, planned, policy, engine, note) if plan else None
     tokens = plan.tokens_per_batch if plan else config.tokens_per_batch or progress.tokens_per_batch
     config = replace(config, tokens_per_batch=tokens)
     progress.tokens_per_batch = config.tokens_per_batch
     policy.fit = Fitting(batch_limit(config), note)
     policy.fit.restore(progress.batch_limit)
-    loss: Loss = build_loss(config)
+    objective = loss = OBJECTIVES[config.method](config)
     if policy.device.type in REHEARSED:
-        rehearse(of_rank, policy, engine, loss, questions, note)
+        rehearse(replace(planned, tokens_per_batch=tokens), policy, engine, loss, questions, note)
     goes_on = engine.canary.restore(progress.canary)
     if world.rank == 0:
         loss, recorder = open_records(task, config, folder, questions, policy, progress, checkpoint, loss, note)
@@ -363,33 +375,31 @@ def build_run(
         recorder = Silent(f"rank {world.rank}")
         seed_globals(mix_seed(config.seed, progress.step, world.rank) % 2**32)
     policy.fit.tell = recorder.message
-    if isinstance(engine, ServerEngine):
-        engine.tell = recorder.message
+    inner = engine.engine if isinstance(engine, OnCall) else engine
+    if isinstance(inner, ServerEngine):
+        inner.tell = recorder.message
     draws = Draws(generators.reader(policy.device))
     own = (draws, Log(folder / REWARDS_LOG))
-    pack = build_packer(config, policy.device, policy.fit.limit, world)
-    rollouts = Rollouts(
-        config=config,
-        world=world,
-        engine=engine,
-        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), progress.cursor),
-        score=build_scorer(config, questions, recorder.message, own),
-        estimator=ESTIMATORS[config.advantage],
-        audit=Audit(policy, engine.canary.noise, progress.audit if goes_on else []),
-        admits=has_advantage if config.dynamic_sampling else admit_all,
-        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
-        trains=pack.trains,
-    )
+    pack = PACKERS[config.method](config, policy.device, policy.fit.limit, world)
+    asked = build_evaluator(task, config, questions, recorder.message, own, world)
+    if questions.lessons:
+        source = build_taught(config, questions.lessons, progress.cursor)
+        evaluator = build_examiner(config, questions, policy, objective, asked)
+    else:
+        score = build_scorer(config, questions, recorder.message, own)
+        kept = progress.audit if goes_on else []
+        evaluator = asked
+        source = build_rollouts(config, questions, policy, engine, score, pack, progress.cursor, kept, world)
     return Run(
         config=config,
         world=world,
         folder=folder,
         policy=policy,
         engine=engine,
-        source=rollouts,
+        source=source,
         pack=pack,
         loss=loss,
-        evaluator=build_evaluator(task, config, questions, recorder.message, own, world),
+        evaluator=evaluator,
         recorder=recorder,
         memory_peak=partial(gpu_peak, plan) if plan else process_peak,
         generators_now=lambda: draws.state,
@@ -433,9 +443,10 @@ def open_records(
         task.name,
         [reward.name for reward in questions.rewards],
         progress.position if checkpoint else None,
-        headline=HEADLINES[0 if task.solved else 1],
+        headline=headline_of(task, config),
         gold=gold_of(task),
         traced=trace.records,
+        method=config.method,
     )
     return trace, recorder
 
@@ -451,11 +462,6 @@ def seed_globals(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def admit_all(group: Group) -> bool:
-    """Without dynamic sampling every group is part of the step."""
-    return True
 
 
 def gpu_peak(plan: Plan) -> float:

@@ -45,10 +45,15 @@ class ChatTemplate:
         return self.makes_tokens or bool(self.tokenizer.chat_template)
 
     def render(
-        self, index: int, messages: list[Message], variables: dict[str, Any], another_day: bool = False
+        self,
+        index: int,
+        messages: list[Message],
+        variables: dict[str, Any],
+        another_day: bool = False,
+        closed: bool = False,
     ) -> Rendered:
         """The messages of row `index` as the model reads them, on this day or another one. variables: what the template
-        reads beside them.
+        reads beside them. closed: the conversation ends here; else the completion follows.
 
         Where the last message is the assistant's the completion goes on with it. Where the template refuses a system
         message, as Gemma's does, the system text comes in front of the first message of the user, which is what such
@@ -57,13 +62,13 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages anyway.
         """
-        goes_on = messages[-1]["role"] == "assistant"
+        goes_on = messages[-1]["role"] == "assistant" and not closed
         own = self.tokenizer.get_chat_template(None, variables.get("tools")) if another_day else ""
         render = partial(
             self.tokenizer.apply_chat_template,
             tokenize=self.makes_tokens,
             return_dict=False,
-            add_generation_prompt=not goes_on,
+            add_generation_prompt=not (goes_on or closed),
             continue_final_message=goes_on,
             **variables,
             **({"chat_template": ANOTHER_DAY + own} if another_day else {}),

@@ -23,6 +23,7 @@ from grpo.config import (
     ModelConfig,
     RolloutConfig,
     RunConfig,
+    TeachingConfig,
     UpdateConfig,
     field_names,
 )
@@ -119,6 +120,7 @@ class _Help(Options):
     model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
     rollout: tyro.conf.OmitArgPrefixes[RolloutConfig] = field(default_factory=RolloutConfig)
     loss: tyro.conf.OmitArgPrefixes[LossConfig] = field(default_factory=LossConfig)
+    teaching: tyro.conf.OmitArgPrefixes[TeachingConfig] = field(default_factory=TeachingConfig)
     update: tyro.conf.OmitArgPrefixes[UpdateConfig] = field(default_factory=UpdateConfig)
     held_out: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)

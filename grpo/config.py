@@ -137,10 +137,10 @@ class ModelConfig(Part):
 class RolloutConfig(Part):
     """The rollout: who samples the completions, and how many."""
 
-    engine: Literal["auto", "vllm", "torch", "server"] = "auto"
+    engine: Literal["auto", "vllm", "torch", "server", "none"] = "auto"
     """Who samples the completions. vllm: vLLM in this process over the policy's own weights. torch: the policy's own
     model in PyTorch. server: one or more `vllm serve` (--servers). auto: vllm if it is installed, there is a GPU, and
-    it takes the model."""
+    it takes the model. none: nobody, for sft and dpo, whose held-out score is then that of given answers."""
     servers: tuple[str, ...] = ()
     """server: addresses of `vllm serve`, such as http://127.0.0.1:8000. Their key is in GRPO_SERVER_KEY."""
     servers_folder: str = ""
@@ -272,13 +272,50 @@ class LossConfig(Part):
 
 
 @dataclass(frozen=True)
+class TeachingConfig(Part):
+    """What teaches: rewards, answers or pairs (docs/sft.md)."""
+
+    method: Literal["grpo", "sft", "dpo"] = "grpo"
+    """What the policy learns from: rewards of what it says (grpo), given answers (sft, `python -m grpo.sft`), or pairs
+    of a better and a worse one (dpo, `python -m grpo.dpo`)."""
+    train_on: Literal["answer", "assistant"] = "answer"
+    """sft: of a conversation the last answer, or every message of the assistant."""
+    dpo_loss: Literal["sigmoid", "sigmoid_norm", "ipo", "robust"] = "sigmoid"
+    """dpo: log-sigmoid of the margin (sigmoid), of the margin of means a token (sigmoid_norm); the squared distance of
+    that from 1 / (2 beta) (ipo); unbiased where label_smoothing of the pairs are the wrong way round (robust)."""
+    dpo_beta: float = 0.1
+    """dpo: how strongly the policy is held to the reference policy (--reference)."""
+    label_smoothing: float = 0.0
+    """dpo: the share of the pairs that are taken to be the wrong way round."""
+    sft_coef: float = 0.0
+    """dpo: weight of the chosen answers' negative log-likelihood in the loss."""
+
+    def checks(self) -> list[Check]:
+        return [
+            *super().checks(),
+            *self.between(TINY, LARGEST, "dpo_beta"),
+            *self.between(0, LARGEST, "sft_coef"),
+            (
+                not 0 <= self.label_smoothing < 0.5,
+                f"label_smoothing is {self.label_smoothing}. Use 0 or more, and less than 0.5: with half of the pairs "
+                "the wrong way round there is nothing to learn.",
+            ),
+            (
+                self.label_smoothing > 0 and self.dpo_loss == "ipo",
+                "label_smoothing is of a sigmoid, and dpo_loss is ipo. Use dpo_loss sigmoid or robust, or smoothing 0.",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
 class UpdateConfig(Part):
     """The update of the adapter."""
 
     mini_batches: int = 1
     """Optimizer steps that the groups of one rollout are dealt out to."""
     epochs: int = 1
-    """Times that the same rollout is trained on (mu in the paper)."""
+    """Times that the same rollout is trained on (mu in the paper). Of sft and dpo: that the data are gone through,
+    where --steps does not say how long."""
     tokens_per_batch: int = 0
     """Tokens in one forward and backward pass; 0 takes what fits a GPU's memory, 16,384 on a CPU. Changes memory and
     speed, never the result."""
@@ -426,17 +463,29 @@ def named(words: tuple[str, ...]) -> dict[str, str]:
     return {new.strip(): old.strip() for new, _, old in pairs}
 
 
+# Which method of teaching alone has a use for a field.
+OF_METHOD = {"train_on": "sft"} | dict.fromkeys(("dpo_loss", "dpo_beta", "label_smoothing", "sft_coef"), "dpo")
+
 # In the order in which --help shows them. (Fields of a dataclass begin with those of its last base.)
-PARTS = (ModelConfig, RolloutConfig, LossConfig, UpdateConfig, EvalConfig, RunConfig)
+PARTS = (ModelConfig, RolloutConfig, LossConfig, TeachingConfig, UpdateConfig, EvalConfig, RunConfig)
 
 
 @dataclass(frozen=True)
-class Config(RunConfig, EvalConfig, UpdateConfig, LossConfig, RolloutConfig, ModelConfig):
+class Config(RunConfig, EvalConfig, UpdateConfig, TeachingConfig, LossConfig, RolloutConfig, ModelConfig):
     """What a run is made of."""
 
     def checks(self) -> list[Check]:
         return [
             *super().checks(),
+            (
+                self.engine == "none" and self.method == "grpo",
+                "engine is none, and GRPO learns from what is sampled. Use engine auto, vllm or torch.",
+            ),
+            (
+                self.temperature != 1 and self.method != "grpo",
+                f"temperature is {self.temperature}, and {self.method} learns the model's own probabilities, those of "
+                "temperature 1. Leave it out.",
+            ),
             (
                 self.mini_batches > self.prompts_per_step,
                 f"mini_batches is {self.mini_batches} but a step has only {self.prompts_per_step} groups to deal out. "
@@ -521,6 +570,11 @@ def _fits(value: object, annotation: Any) -> bool:
 def field_names() -> list[str]:
     """The names of all fields, in the order of the class."""
     return [field.name for field in dataclasses.fields(Config)]
+
+
+def fields_of_part(part: type[Part]) -> list[str]:
+    """The names of the fields of a part of it."""
+    return [field.name for field in dataclasses.fields(part)]
 
 
 def from_dict(values: dict) -> Config:

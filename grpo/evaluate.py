@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo.exchange import Share
-from grpo.metrics import HEADLINES
+from grpo.metrics import HEADLINES, is_share
 from grpo.rewards import Scorer
 from grpo.rollout import Engine
 from grpo.rollout.sampling import sample_groups
@@ -178,7 +178,7 @@ def comparison(before: dict[str, float], after: dict[str, float]) -> str:
         return f"held-out {name.removeprefix('eval/')}: {after[name]:{form}} after; before, something else was measured"
     first, last = (f"{s[name]:{form}} [{s[f'{name}/low']:{form}}, {s[f'{name}/high']:{form}}]" for s in (before, after))
     gain = after[name] - before[name]
-    gained = f"{100 * gain:+.1f} points" if "@" in name else f"{gain:+.3f}"
+    gained = f"{100 * gain:+.1f} points" if is_share(name) else f"{gain:+.3f}"
     apart = after[f"{name}/low"] > before[f"{name}/high"] or after[f"{name}/high"] < before[f"{name}/low"]
     verdict = "the 95% intervals are apart" if apart else "the 95% intervals overlap"
     return f"held-out {name.removeprefix('eval/')}: {first} before, {last} after: {gained}; {verdict}"
@@ -191,4 +191,4 @@ def headline(scores: dict[str, float]) -> str:
 
 def format_of(name: str) -> str:
     """Shares are shown as percentages, rewards as they are."""
-    return ".1%" if "@" in name else ".3f"
+    return ".1%" if is_share(name) else ".3f"

@@ -38,7 +38,7 @@ CHECKPOINTS = "checkpoints"  # the folder in a run's
 BEST = "best"  # the file in a run's that names its best checkpoint
 LEFT = "left-"  # before the name of what belongs to a course that the run has left
 START = "start_adapter"  # the folder in a run's of the adapter that it began from
-Origin = Literal["default", "task", "embedded", "recipe", "flag", "adapter"]  # of a value of a run
+Origin = Literal["default", "task", "method", "embedded", "recipe", "flag", "adapter", "data"]  # of a value of a run
 REWARDS_LOG = "rewards.log"  # what rewards print
 RECORDED = (
     *("metrics.jsonl", "prompts.jsonl", "completions.jsonl", "held_out.jsonl", "tokens.jsonl"),

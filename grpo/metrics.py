@@ -16,7 +16,9 @@ from functools import cache
 TIMING_PREFIXES = ("time/", "speed/", "memory/")
 
 # Which held-out score says how good a policy is: the first that has an interval. The others have no column.
-HEADLINES = ("eval/pass@1", "eval/reward")
+HEADLINES = ("eval/pass@1", "eval/reward", "eval/accuracy", "eval/logprob")
+# The methods of teaching (`Config.method`) whose step line may have a column.
+METHODS = ("grpo", "sft", "dpo")
 
 _STANDS_FOR = {"<reward>": "[^/]+", "<part>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
 
@@ -29,6 +31,7 @@ class Column:
     spec: str  # of format(), without a width
     width: int  # that the numbers need
     rank: int
+    of: tuple[str, ...] = METHODS
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,13 @@ _HEALTH = {
 # In the order in which the step line shows those that have a column.
 METRICS = (
     Metric("reward/mean", "Weighted sum of the rewards, mean of the step's completions.", "reward", "rises",
-           column=Column("mean reward", ".3f", 7, 0)),
+           column=Column("mean reward", ".3f", 7, 0, ("grpo",))),
     Metric("reward/<reward>/failed", "Completions that the reward failed on (an exception, a time-out, a process that "
            "ended, no number): they have no part in the step, and completions.jsonl says why.", "completions",
            "not there, or few", optional=True),
     Metric("reward/<reward>/<part>", "What one part gave of a reward that names its parts.", "reward", optional=True),
     Metric("reward/<reward>", "What one reward gave, without its weight: mean of the completions that it applies to.",
-           "reward", column=Column("", ".2f", 6, 3)),
+           "reward", column=Column("", ".2f", 6, 3, ("grpo",))),
     Metric("reward/std", "Standard deviation of the weighted sum over the step's completions.", "reward", "above 0"),
     Metric("eval/pass@1", "Held-out: share of completions that are right.", "share", "rises", interval=True,
            optional=True, column=Column("held-out pass@1", ".1%", 6, 1)),
@@ -160,6 +163,14 @@ METRICS = (
     Metric("eval/reward", "Held-out: weighted sum of the rewards, mean of the completions; with its interval where a "
            "task says of no answer that it is right.", "reward", "rises", interval=True,
            column=Column("held-out reward", ".3f", 7, 1)),
+    Metric("eval/accuracy", "Held-out: share of pairs whose chosen answer has gained on the rejected one, from the "
+           "reference policy on.", "share", "rises", interval=True, optional=True,
+           column=Column("held-out accuracy", ".1%", 8, 1, ("dpo",))),
+    Metric("eval/margin", "Held-out: how much more the chosen answer has gained than the rejected one: the difference "
+           "of their implicit rewards.", "reward", "rises", interval=True, optional=True),
+    Metric("eval/logprob", "Held-out: mean log p of a token of the given answers.", "nats a token", "rises",
+           interval=True, optional=True, column=Column("held-out log p", ".3f", 8, 1, ("sft",))),
+    Metric("eval/loss", "Held-out: the loss of given answers or pairs.", "1", "falls", optional=True),
     Metric("eval/length", "Held-out: mean length of a completion.", "tokens"),
     Metric("eval/failed", "Held-out: completions that a reward failed on, which are left out of what it measures.",
            "completions", "not there, or few", optional=True),
@@ -167,15 +178,25 @@ METRICS = (
     Metric("completion/length", "Mean length of a completion.", "tokens",
            column=Column("mean length", ".0f", 5, 2)),
     Metric("completion/truncated", "Share of completions cut off by `--max-completion-tokens`.", "share", "below 10%",
-           column=Column("cut off", ".0%", 4, 20)),
+           column=Column("cut off", ".0%", 4, 20, ("grpo",))),
     Metric("groups/zero_variance", "Share of groups whose rewards teach nothing, because all advantages are 0.",
-           "share", "below 80%", column=Column("zero var.", ".0%", 4, 21)),
+           "share", "below 80%", column=Column("zero var.", ".0%", 4, 21, ("grpo",))),
     Metric("groups/trained", "Groups that have a part in the update.", "groups", "above 0"),
     Metric("groups/rolled_out", "Groups sampled for the step: more than it trains on with `--dynamic-sampling`.",
            "groups"),
+    Metric("lessons/epoch", "How often the given answers or pairs were gone through.", "epochs", optional=True),
+    Metric("dpo/accuracy", "Share of the step's pairs whose chosen answer has gained on the rejected one, from the "
+           "reference policy on.", "share", "rises above 50%", optional=True,
+           column=Column("pairs right", ".0%", 5, 3, ("dpo",))),
+    Metric("dpo/margin", "How much more the chosen answer has gained than the rejected one: the difference of their "
+           "implicit rewards.", "reward", "rises", optional=True, column=Column("margin", ".3f", 7, 4, ("dpo",))),
+    Metric("dpo/chosen", "Implicit reward of the chosen answer: beta x (log p - log p of the reference policy), or its "
+           "mean a token.", "reward", optional=True),
+    Metric("dpo/rejected", "The same of the rejected answer.", "reward", "falls", optional=True),
     Metric("policy/entropy", "Mean entropy of the policy where it sampled, at the sampling temperature.",
            "nats a token", "falls slowly, stays above 0", column=Column("entropy nats", ".3f", 6, 23)),
-    Metric("policy/loss", "The loss of the step's update. Its size says nothing: the gradient does.", "1"),
+    Metric("policy/loss", "The loss of the step's update. Of GRPO its size says nothing: the gradient does; of sft it "
+           "is the mean -log p of a token that is taught.", "1", column=Column("loss", ".3f", 7, 0, ("sft", "dpo"))),
     Metric("policy/clip_fraction", "Share of sampled tokens whose ratio the objective clips; 0 with one optimizer step "
            "a rollout.", "share", "below 20%"),
     Metric("policy/kept", "Share of sampled tokens that `--off-policy-mask` and `--top-entropy` leave in the loss.",
@@ -184,7 +205,7 @@ METRICS = (
            "result is the same, and later batches are no larger than the halves.", "batches", "0 but for a first step"),
     Metric("mismatch/kl", "KL divergence from sampler to trainer, estimated on the sampled tokens (k3): how far the "
            "engine's numerics are from the policy's.", "nats a token", "about 1e-13 in float32, below 1e-2 in bf16",
-           column=Column("mismatch KL", ".1e", 7, 24)),
+           column=Column("mismatch KL", ".1e", 7, 24, ("grpo",))),
     Metric("mismatch/gap", "Mean |log p of the trainer - log p of the sampler| of the sampled tokens.",
            "nats a token", "below 0.1"),
     Metric("mismatch/correction", "Mean factor by which `--correction` weighs a token.", "1", "about 1"),
@@ -208,6 +229,11 @@ METRICS = (
            column=Column("memory GiB", ".1f", 6, 27)),
     Metric("logged/<name>", "What a reward told `log_metric`.", "its own", optional=True),
 )  # fmt: skip
+
+
+def is_share(name: str) -> bool:
+    """Whether a held-out score is shown as a percentage."""
+    return "@" in name or name == "eval/accuracy"
 
 
 @cache

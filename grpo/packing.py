@@ -22,6 +22,7 @@ from grpo_kernels.layout import GroupLayout
 from torch import Tensor
 
 from grpo.config import Config
+from grpo.errors import UserError
 from grpo.types import Batch, Completion, Group, Prompt
 from grpo.world import ALONE, World
 
@@ -95,6 +96,8 @@ class BatchLimit:
 
 
 Piece = tuple[Group, list[int]]  # a group and which of its completions
+Fill = Callable[[list[Piece], int], list[list[Piece]]]  # pieces, tokens per batch -> the pieces of each batch
+Part = Callable[[list[Piece]], list[Piece]]  # the pieces of an optimizer step -> those of a rank
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class Packer:
     limit: BatchLimit
     max_completion_tokens: int
     device: torch.device
-    share: Callable[[list[Piece]], list[Piece]]  # a rank's part of an optimizer step
+    share: Part
+    fill: Fill
+    whole_groups: bool = False  # the loss looks at the completions of a group together
 
     def __call__(self, groups: list[Group]) -> list[list[Batch]]:
         """The batches of each optimizer step of one epoch; a step whose groups all have equal rewards is empty.
@@ -131,8 +136,8 @@ class Packer:
             max_completion_tokens=self.max_completion_tokens,
         )
         return [
-            lay_out(rows, lambda length: self.normalizer(length, totals), self.device)
-            for rows in fill(self.share(trained), self.limit.tokens)
+            lay_out(rows, lambda length: self.normalizer(length, totals), self.device, self.whole_groups)
+            for rows in self.fill(self.share(trained), self.limit.tokens)
         ]
 
     def _members(self, group: Group) -> list[int]:
@@ -146,6 +151,32 @@ def batch_limit(config: Config) -> BatchLimit:
     return BatchLimit(config.tokens_per_batch or TOKENS_PER_BATCH)
 
 
+def build_likelihood_packer(
+    config: Config, device: torch.device, limit: BatchLimit | None = None, world: World = ALONE
+) -> Packer:
+    """Of answers that are taught: the token mean over the step, of all of them."""
+    every = dict(normalizer=NORMALIZERS["dapo"], has_gradient=any_group, counts=counts_all)
+    return replace(build_packer(config, device, limit, world), **every)
+
+
+def build_pair_packer(
+    config: Config, device: torch.device, limit: BatchLimit | None = None, world: World = ALONE
+) -> Packer:
+    """Of pairs: the mean over the step's pairs, each of which stays in one batch.
+
+    Raises:
+        UserError: a term is asked for whose mean nobody takes over several processes.
+    """
+    if world.size > 1 and config.sft_coef:
+        raise UserError(
+            f"sft_coef is {config.sft_coef}, whose mean over the chosen answers is that of one process, and there are "
+            f"{world.size}. Use one process, or sft_coef 0."
+        )
+    every = dict(normalizer=NORMALIZERS["grpo"], has_gradient=any_group, counts=counts_all)
+    whole = dict(share=part_of(share_of_whole, world), fill=fill_whole, whole_groups=True)
+    return replace(build_packer(config, device, limit, world), **every, **whole)
+
+
 def build_packer(config: Config, device: torch.device, limit: BatchLimit | None = None, world: World = ALONE) -> Packer:
     """The Packer that a configuration asks for. limit: of the policy that runs the batches, which may lower it."""
     return Packer(
@@ -156,8 +187,18 @@ def build_packer(config: Config, device: torch.device, limit: BatchLimit | None 
         limit=limit or batch_limit(config),
         max_completion_tokens=config.max_completion_tokens,
         device=device,
-        share=partial(share_of, rank=world.rank, size=world.size) if world.size > 1 else everything,
+        share=part_of(share_of, world),
+        fill=fill,
     )
+
+
+# By what teaches (`Config.method`).
+PACKERS = {"grpo": build_packer, "sft": build_likelihood_packer, "dpo": build_pair_packer}
+
+
+def part_of(share: Callable[..., list[Piece]], world: World) -> Part:
+    """The part of a rank, by what shares pieces out."""
+    return partial(share, rank=world.rank, size=world.size) if world.size > 1 else everything
 
 
 def everything(pieces: list[Piece]) -> list[Piece]:
@@ -180,6 +221,14 @@ def share_of(pieces: list[Piece], rank: int, size: int) -> list[Piece]:
         kept = [member for member, middle in zip(members, middles, strict=True) if middle * size // (2 * total) == rank]
         mine += [(group, kept)] if kept else []
     return mine
+
+
+def share_of_whole(pieces: list[Piece], rank: int, size: int) -> list[Piece]:
+    """The same where no group may be cut: as many tokens as others but for half a group."""
+    sizes = [len(group.prompt.tokens) + sum(_lengths(group, members)) for group, members in pieces]
+    ends = accumulate(sizes)
+    middles = [2 * end - size_ for end, size_ in zip(ends, sizes, strict=True)]
+    return [piece for piece, middle in zip(pieces, middles, strict=True) if middle * size // (2 * sum(sizes)) == rank]
 
 
 def _lengths(group: Group, members: list[int]) -> list[int]:
@@ -209,8 +258,25 @@ def fill(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
     return rows
 
 
-def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.device) -> Batch:
-    """One batch of these pieces. weight: sampled tokens of a completion -> loss weight of each of them."""
+def fill_whole(pieces: list[Piece], tokens_per_batch: int) -> list[list[Piece]]:
+    """The same with every group in one batch, in its order; one that is larger than a batch has one to itself."""
+    rows: list[list[Piece]] = []
+    left = 0
+    for group, members in pieces:
+        size = len(group.prompt.tokens) + sum(len(group.completions[member].tokens) for member in members)
+        if size > left or not rows:
+            rows.append([])
+            left = tokens_per_batch
+        rows[-1].append((group, members))
+        left -= size
+    return rows
+
+
+def lay_out(
+    pieces: list[Piece], weight: Callable[[int], float], device: torch.device, whole_groups: bool = False
+) -> Batch:
+    """One batch of these pieces. weight: sampled tokens of a completion -> loss weight of each of them. whole_groups:
+    the loss looks at the completions of a group together."""
     layout = GroupLayout.of(
         [len(group.prompt.tokens) for group, _ in pieces],
         [[len(group.completions[member].tokens) for member in members] for group, members in pieces],
@@ -243,6 +309,7 @@ def lay_out(pieces: list[Piece], weight: Callable[[int], float], device: torch.d
         sampler_logprobs=column(sampler_logprobs, torch.float32),
         advantages=column(advantages, torch.float32),
         weights=column(weights, torch.float32),
+        whole_groups=whole_groups,
     )
 
 
@@ -268,13 +335,13 @@ def _links(layout: GroupLayout) -> dict[str, Tensor]:
 def halve(batch: Batch) -> list[Batch]:
     """The completions of a batch in two batches, in their order: cut between two of its groups, where the larger half
     is smallest. A single group is cut between two completions, and both halves have its prompt; a single completion
-    stays whole.
+    stays whole, and so does a single group that the loss looks at together.
 
     What the loss has stored goes along, and what it sums over a sequence it finds whole.
     """
     layout = batch.layout
     prompts, groups = list(layout.prompt_lengths), list(layout.completion_lengths)
-    if batch.num_sequences == 1:
+    if batch.num_sequences == 1 or (batch.whole_groups and len(groups) == 1):
         return [batch]
     if len(groups) > 1:
         cut = _middle([prompt + sum(group) for prompt, group in zip(prompts, groups, strict=True)])
@@ -345,6 +412,19 @@ def lay_out_longest(
         group.advantages = torch.ones(len(lengths))
         pieces.append((group, list(range(len(lengths)))))
     return lay_out(pieces, lambda length: 1.0, device)
+
+
+def lay_out_longest_pairs(
+    config: Config, limit: BatchLimit, longest_prompt: int, text: list[int], device: torch.device
+) -> Batch:
+    """The same of pairs: as many of the longest as the limit holds, or one."""
+    count = max(1, limit.tokens // (longest_prompt + 2 * config.max_completion_tokens))
+    most = min(count, ceil(config.prompts_per_step / config.mini_batches))
+    words = list(islice(cycle(text), max(longest_prompt, config.max_completion_tokens)))
+    answer = words[: config.max_completion_tokens]
+    pair = [Completion(answer, [0.0] * len(answer), "", "stop", 0) for _ in range(2)]
+    group = Group(Prompt(0, "", words[:longest_prompt], {}), pair, advantages=torch.tensor([1.0, -1.0]))
+    return lay_out([(group, [0, 1])] * most, lambda length: 1.0, device, whole_groups=True)
 
 
 def _count_tokens(pieces: list[Piece]) -> int:

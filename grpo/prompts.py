@@ -99,7 +99,7 @@ class Asker:
         if chat and self.template.makes_tokens:
             tokens, texts = rendered, [self.tokenizer.decode(each, skip_special_tokens=False) for each in rendered]
         else:
-            tokens, texts = self._tokens(rendered, chat), rendered
+            tokens, texts = self.tokens_of(rendered, chat), rendered
         return [
             Prompt(index, text, list(of_prompt), row, content if isinstance(content, list) else None)
             for (index, row, content), text, of_prompt in zip(asked, texts, tokens, strict=True)
@@ -161,7 +161,11 @@ class Asker:
             return 0
         return len(json.dumps(self.given(index, row), indent=4, default=str).encode())
 
-    def _tokens(self, texts: list[str], chat: bool) -> list[list[int]]:
+    def makes_tokens(self, chat: bool) -> bool:
+        """Whether prompts come as tokens of which nobody knows the text: chats of some templates do."""
+        return chat and self.template.makes_tokens
+
+    def tokens_of(self, texts: list[str], chat: bool) -> list[list[int]]:
         """A chat template writes its special tokens itself. In front of a plain text come the tokenizer's own, unless
         it begins with them; behind it none, because the completion follows.
         """

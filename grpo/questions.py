@@ -15,8 +15,10 @@ from typing import Any
 from grpo.cautions import cautions
 from grpo.config import Config
 from grpo.errors import UserError
+from grpo.lessons import Lessons, build_lessons, build_teacher
 from grpo.policy import load_tokenizer
-from grpo.policy.load import context_length, vocabulary_size
+from grpo.policy.load import context_length, ends_of_completion, vocabulary_size
+from grpo.policy.stop import end_of_turn
 from grpo.prompts import Asker, Prompts, build_prompts, short_enough
 from grpo.rewards import Reward, build_rewards
 from grpo.rewards.preflight import Calls, Preflight, preflight, preflight_without_gold
@@ -46,11 +48,14 @@ class Questions:
     max_completion_tokens: int
     left_out: list[str] = field(default_factory=list)  # rows that cannot be used, a sentence each
     move: Callable[[set[str]], object] = set.clear  # is told which rewards took too long: see rewards/staff.py
+    lessons: Lessons | None = None  # what sft and dpo teach
+    held_out: Lessons | None = None  # of the held-out prompts
 
     @property
     def longest_sequence(self) -> int:
         """The longest prompt and completion together, in tokens."""
-        return self.longest + self.max_completion_tokens
+        lessons = max(each.longest if each else 0 for each in (self.lessons, self.held_out))
+        return max(lessons, self.longest + self.max_completion_tokens)
 
     @property
     def canary_prompts(self) -> list[list[int]]:
@@ -65,6 +70,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     Raises:
         UserError: the data, a prompt or a reward is not as it must be.
     """
+    if config.method != "grpo":
+        task, config = for_lessons(task, config)
     asker = build_asker(task, config)
     train, test = read_splits(asker, config, None if all_tests else config.eval_prompts, note)
     train, test = (_short_enough(asker, split, note) for split in (train, test))
@@ -73,16 +80,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     longest = max(longest, longest_test)
     for told in cautions(asker, [*train_prompts[:PREFLIGHT_ROWS], *test_prompts[:PREFLIGHT_ROWS]]):
         note(f"note: {told}")
-    first = train_prompts[0]
-    rewards = build_rewards(
-        task.rewards,
-        columns=dict.fromkeys([*train.columns, *test.columns]),
-        chat=first.messages is not None,
-        probe=(first, first.text if task.gold is None else task.gold_text(first.fields)),
-        tokenizer=asker.tokenizer,
-        group_size=config.group_size,
-        timeout=config.reward_timeout or None,
-    )
+    unscored = config.method != "grpo" and not task.rewards
+    rewards = [] if unscored else _rewards(task, config, asker, [*train.columns, *test.columns], train_prompts[0])
     check_solved(task, rewards)
     count = f"{len(train_prompts):,} training and {len(test_prompts):,} held-out rows"
     later = ", made when they are asked" if isinstance(train_prompts, Prompts) else ""
@@ -91,7 +90,49 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
         told for rows in {id(each.rows): each.rows for each in (train, test)}.values() for told in rows.reading.bad
     ]
     most = config.max_completion_tokens
-    return Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, most, left_out)
+    questions = Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, most, left_out)
+    return questions if config.method == "grpo" else with_lessons(questions, asker, config, note)
+
+
+def _rewards(task: Task, config: Config, asker: Asker, columns: Sequence[str], first: Prompt) -> list[Reward]:
+    """The task's. first: a prompt to try them on."""
+    return build_rewards(
+        task.rewards,
+        columns=dict.fromkeys(columns),
+        chat=first.messages is not None,
+        probe=(first, first.text if task.gold is None else task.gold_text(first.fields)),
+        tokenizer=asker.tokenizer,
+        group_size=config.group_size,
+        timeout=config.reward_timeout or None,
+    )
+
+
+def for_lessons(task: Task, config: Config) -> tuple[Task, Config]:
+    """Of a run that is taught by given answers: prompts that leave no room for one are left out, and only where the
+    task has rewards does the policy answer any."""
+    most = config.max_completion_tokens if task.rewards and config.engine != "none" else 1
+    config = replace(config, max_completion_tokens=most)
+    longest = max(1, context_length(config.model, config) - most)
+    return replace(task, max_prompt_tokens=min(task.max_prompt_tokens or longest, longest)), config
+
+
+def with_lessons(questions: Questions, asker: Asker, config: Config, note: Note) -> Questions:
+    """The same with what is taught, and what is held out of it."""
+    stop = ends_of_completion(config.model, questions.tokenizer)
+    end = end_of_turn(questions.tokenizer) if questions.train[0].messages is not None else None
+    teacher = build_teacher(asker, config, stop, end, context_length(config.model, config))
+    source = config.data or asker.task.data
+    made = [
+        build_lessons(teacher, prompts, f"{source} ({split})", config.skip_bad_rows, note)
+        for split, prompts in (("train", questions.train), ("held-out", questions.test))
+    ]
+    lessons, held_out = made
+    what = "pairs" if config.method == "dpo" else "answers"
+    note(
+        f"{len(lessons):,} {what} to learn from and {len(held_out):,} held out, with their prompts of at most "
+        f"{max(lessons.longest, held_out.longest):,} tokens; {lessons.num_tokens:,} tokens are taught in an epoch."
+    )
+    return replace(questions, lessons=lessons, held_out=held_out)
 
 
 def _short_enough(asker: Asker, split: Split, note: Note) -> Split:

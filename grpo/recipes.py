@@ -39,3 +39,14 @@ RECIPES: dict[Recipe, dict[str, Any]] = {
     # MiniMax 2025, arXiv 2506.13585, section 3.1; it publishes no cap: 5 is Khatri et al. 2025, arXiv 2510.13786
     "cispo": _COMMON | dict(normalization="dapo", objective="cispo", cispo_cap=5.0, dynamic_sampling=True),
 }
+
+# What teaches, and what it means for the fields of a task that was written for GRPO: over the task's, under the flags.
+Method = Literal["grpo", "sft", "dpo"]
+_TAUGHT: dict[str, Any] = dict(temperature=1.0, epochs=1, mini_batches=1)
+METHODS: dict[Method, dict[str, Any]] = {
+    "grpo": {},
+    # About ten times the rate of full fine-tuning (Schulman et al. 2025, "LoRA without regret").
+    "sft": _TAUGHT | dict(method="sft", learning_rate=2e-4),
+    # Rafailov et al. 2023, appendix B: beta 0.1 and 1e-6 in full training.
+    "dpo": _TAUGHT | dict(method="dpo", learning_rate=1e-5),
+}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from grpo.command import Options, parse
-from grpo.config import Config, field_names
+from grpo.config import OF_METHOD, Config, LossConfig, field_names, fields_of_part
 from grpo.errors import UserError
 from grpo.folder import Origin, Saved, fingerprint_of, is_run, run_of, saved_run
-from grpo.recipes import RECIPES
+from grpo.recipes import METHODS, RECIPES, Method
 from grpo.sources import hub_name, is_local, whole_path
 from grpo.task import Task, load_task, shipped_tasks, task_file
 
@@ -43,8 +43,10 @@ class Resolved:
         return Saved(folder, run, path, self.task_sha256, self.task.name, self.config, self.origins)
 
 
-def resolve(argv: list[str], before: str = "") -> tuple[Options, Resolved]:
+def resolve(argv: list[str], before: str = "", method: Method | None = None) -> tuple[Options, Resolved]:
     """Task file (or saved run), the embedded default where something is missing, the recipe, the flags.
+
+    method: what teaches, where the command says it.
 
     before: the folder of the run that an earlier process of the same command has begun, if one has: it is gone on with.
 
@@ -52,6 +54,9 @@ def resolve(argv: list[str], before: str = "") -> tuple[Options, Resolved]:
         UserError: they do not go together, or something that they name is not there.
     """
     options, flags = parse(argv)
+    method = _method(method, options, flags)
+    if method and not (options.task or options.resume or options.eval):
+        options = dataclasses.replace(options, task=OF_ROWS.get(method, ""))
     here = _here()
     options, flags = _from(here, options, flags)
     if before and is_run(Path(before)) and not (options.check or options.eval):
@@ -69,18 +74,68 @@ def resolve(argv: list[str], before: str = "") -> tuple[Options, Resolved]:
         _check_same_run(saved, task, task_path, options.resume, flags)
     if saved:
         _check_adapter(saved, flags)
+        _check_method(saved, method)
     if options.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
         flags = flags | {"model": options.eval}
     config, origins = (saved.config, dict(saved.origins)) if saved else _of_task(task)
-    layers: Layers = {"recipe": RECIPES[options.recipe] if options.recipe else {}, "flag": flags}
+    of_method = {} if saved else METHODS[method or config.method]
+    layers: Layers = {
+        "method": of_method,
+        "recipe": RECIPES[options.recipe] if options.recipe else {},
+        "flag": flags,
+    }
     missing: list[str] = []
     if not saved and task.embedded:
         missing, layers = _embedded_where_missing(task, config, layers)
     origins |= {name: origin for origin, layer in layers.items() for name in layer}
     config = Config(**_over(config, layers))
     config = dataclasses.replace(config, **_absolute(config, task))
+    if not saved and config.method == "dpo" and config.adapter and "reference" not in flags:
+        config = dataclasses.replace(config, reference="start")
+        origins["reference"] = "method"
     unsaid = [name for name in saved.unsaid if origins.get(name, "default") == "default"] if saved else []
     return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), here, config, origins, unsaid, missing)
+
+
+# The task of rows that say all themselves, where a command line names none.
+OF_ROWS: dict[Method, str] = {"sft": "messages", "dpo": "pairs"}
+
+
+def _method(of_command: Method | None, options: Options, flags: dict[str, Any]) -> Method | None:
+    """What teaches; None where that is left to the task or the run.
+
+    Raises:
+        UserError: it is asked for by two names, or something is given that it has no use for.
+    """
+    method = flags.get("method", of_command)
+    if of_command and method != of_command:
+        raise UserError(f"--method is {method}, and the command is `python -m grpo.{of_command}`. Leave --method out.")
+    if method in OF_ROWS and options.recipe:
+        raise UserError(f"--recipe is of GRPO's objective, and {method} has another. Leave it out.")
+    of_others = dict.fromkeys(fields_of_part(LossConfig), "grpo") | OF_METHOD
+    for name in flags:
+        owner = of_others.get(name)
+        if owner and not (options.resume or options.eval) and owner != (method or "grpo"):
+            raise UserError(
+                f"--{name.replace('_', '-')} is of `python -m grpo.{'run' if owner == 'grpo' else owner}`, and "
+                f"{(method or 'grpo')} has no use for it. Leave it out."
+            )
+    return method
+
+
+def _check_method(saved: Saved, method: Method | None) -> None:
+    """A run goes on with what it learnt from.
+
+    Raises:
+        UserError: the command line asks for something else.
+    """
+    own = saved.config.method
+    if method and method != own:
+        raise UserError(
+            f"{saved.folder} is a run of {own}, and {method} is asked for. A run keeps what it learns from: `python -m "
+            f"grpo.run --resume {saved.folder}` goes on with it, and --adapter {saved.folder} begins a run of {method} "
+            "from what it has learnt."
+        )
 
 
 def _here() -> Path:
@@ -113,7 +168,7 @@ def _embedded_where_missing(task: Task, config: Config, layers: Layers) -> tuple
     """What the task's own model and data lack here, and the layers with the embedded default where they lack something,
     or where that is asked for."""
     of_another: dict[str, Any] = {"adapter": "", "reference": "base"} if config.adapter else {}  # of the task's model
-    with_embedded: Layers = {"embedded": of_another | task.embedded, **layers}
+    with_embedded: Layers = {"method": layers["method"], "embedded": of_another | task.embedded, **layers}
     _check_either(config, with_embedded, layers)  # before something slow is asked
     asked = _over(config, layers)
     data = "embedded" if task.made_up else asked["data"] or task.data

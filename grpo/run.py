@@ -23,6 +23,7 @@ from grpo.command import Options
 from grpo.errors import Stopped, ToldElsewhere, UserError
 from grpo.guards import no_happy_exit, stopped_by_signals
 from grpo.launcher import Place, launched, leave_variables, take_own_gpu
+from grpo.recipes import Method
 from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 from grpo.world import ALONE, FOLDER, World
@@ -30,8 +31,9 @@ from grpo.world import ALONE, FOLDER, World
 BROKEN_PIPE = 141  # as shells have it: 128 and the number of SIGPIPE, which not every system has
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line, by default the process's own. Returns the exit code."""
+def main(argv: list[str] | None = None, method: Method | None = None) -> int:
+    """Run a command line, by default the process's own. Returns the exit code. method: what teaches, where the command
+    says it (grpo/sft.py, grpo/dpo.py)."""
     try:
         with stopped_by_signals(), no_happy_exit():
             if argv is None:
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
                 _import_from_here()
                 plain_logs()
             given, place = sys.argv[1:] if argv is None else argv, launched()
-            return _with_others(place, given) if place else _dispatch(given, ALONE)
+            return _with_others(place, given, method) if place else _dispatch(given, ALONE, method)
     except ToldElsewhere:
         return 2
     except UserError as error:
@@ -75,7 +77,7 @@ def _tell(error: str) -> int:
     return 2
 
 
-def _with_others(place: Place, argv: list[str]) -> int:
+def _with_others(place: Place, argv: list[str], method: Method | None) -> int:
     """As one of several processes, of which rank 0 speaks for all."""
     take_own_gpu(place)
     from grpo.ranks import joined  # which needs PyTorch, and a process by itself does not
@@ -83,13 +85,13 @@ def _with_others(place: Place, argv: list[str]) -> int:
     leave_variables()
     with joined(place) as world:
         console.quiet = world.rank > 0
-        return _dispatch(argv, world)
+        return _dispatch(argv, world, method)
 
 
-def _dispatch(argv: list[str], world: World) -> int:
-    options, resolved = resolve(argv, world.recall(FOLDER))
+def _dispatch(argv: list[str], world: World, method: Method | None) -> int:
+    options, resolved = resolve(argv, world.recall(FOLDER), method)
     try:
-        return _do(options, resolved, shlex.join(["python", "-m", "grpo.run", *argv]), world)
+        return _do(options, resolved, shlex.join(["python", "-m", f"grpo.{method or 'run'}", *argv]), world)
     except SystemExit as error:  # of a library, or of user code where none was expected: 0 would be a success
         raise UserError(
             f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "

@@ -87,7 +87,7 @@ def begin(config: Config, policy: Policy, folder: Path | None, checkpoint: Path 
     Raises:
         UserError: the adapter does not go with the model, or what the run kept of it is gone or was changed.
     """
-    refers = config.reference == "start" and config.kl_coef > 0
+    refers = config.reference == "start" and (config.kl_coef > 0 or config.method == "dpo")
     if not config.adapter or (checkpoint and not refers):
         return
     kept = folder / START if folder else None

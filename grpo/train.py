@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from grpo.checkpoint import Progress, save_checkpoint
 from grpo.clock import Clock
 from grpo.config import Config
-from grpo.evaluate import Evaluator, headline
+from grpo.evaluate import headline
 from grpo.generators import Generators
 from grpo.loss import Loss
 from grpo.packing import Packer
@@ -24,7 +24,7 @@ from grpo.policy import Policy
 from grpo.policy.optimizer import learning_rate
 from grpo.record import Recorder
 from grpo.rollout import Engine
-from grpo.types import Group
+from grpo.types import Group, Prompt
 from grpo.world import World
 
 
@@ -49,6 +49,23 @@ class Source(Protocol):
         ...
 
 
+class Exam(Protocol):
+    """The held-out score."""
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """What it is of."""
+        ...
+
+    def answers(self, engine: Engine, step: int = 0) -> list[Group]:
+        """Held-out answers after so many steps, with what they are worth."""
+        ...
+
+    def scores(self, groups: list[Group]) -> dict[str, float]:
+        """Of these answers, under eval/ names."""
+        ...
+
+
 @dataclass
 class Run:
     """The objects that the loop calls, and how far it is."""
@@ -61,7 +78,7 @@ class Run:
     source: Source
     pack: Packer
     loss: Loss
-    evaluator: Evaluator
+    evaluator: Exam
     recorder: Recorder
     memory_peak: Callable[[], float]  # GiB
     generators_now: Callable[[], Generators]

@@ -129,6 +129,8 @@ class Batch:
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, policy that sampled
     reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32
     in_top: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] bool, of the share of highest entropy
+    likelihood_weights: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, of chosen answers
+    whole_groups: bool = False  # the loss looks at the completions of a group together: they stay in one batch
 
     @property
     def num_sequences(self) -> int:

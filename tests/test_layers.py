@@ -31,7 +31,7 @@ LAYERS = (
         "embedded": ("grpo.embedded.*",),
     },
     {
-        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.fitting", "grpo.loss"),
+        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.fitting", "grpo.loss", "grpo.objectives"),
         "rewards": ("grpo.rewards.*",),
         "record": ("grpo.record.*",),
         "folder": ("grpo.folder", "grpo.guards"),
@@ -51,6 +51,8 @@ LAYERS = (
             "grpo.stream",
             "grpo.cautions",
             "grpo.chat_template",
+            "grpo.lessons",
+            "grpo.pairs",
         ),
     },
     {
@@ -62,12 +64,12 @@ LAYERS = (
         "new": ("grpo.guess", "grpo.scaffold", "grpo.new"),
     },
     {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",), "export": ("grpo.export.*",)},
-    {"source of groups": ("grpo.rollouts",)},
-    {"loop": ("grpo.train",)},
+    {"source of groups": ("grpo.rollouts", "grpo.taught")},
+    {"loop": ("grpo.train",), "methods": ("grpo.methods",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},
     {
-        "command": ("grpo.run",),
+        "command": ("grpo.run", "grpo.sft", "grpo.dpo"),
         "doctor": ("grpo.doctor.*",),
         "chat": ("grpo.chat.*",),
         "command of the rewards": ("grpo.rewards.__main__",),

@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from grpo.metrics import HEADLINES, METRICS, Column
+from grpo.metrics import HEADLINES, METHODS, METRICS, Column, is_share
 from grpo.record.names import in_lines, shortened, told_apart
 from grpo.record.sinks import Numbers, Recorded, Sink, TokenRecords
 from grpo.terminal import Terminal, between_words, plain, unbroken
@@ -88,14 +88,14 @@ class TimeLeft(Shown):
 TIME_LEFT = TimeLeft(("time", "left"), "time/left", Column("time left", "", 6, 19))
 
 
-def columns_for(reward_names: Sequence[str], headline: str = HEADLINES[0]) -> list[Shown]:
+def columns_for(reward_names: Sequence[str], headline: str = HEADLINES[0], method: str = METHODS[0]) -> list[Shown]:
     """All columns of a step line, in the order in which they are printed: that of the table of metrics.
 
-    headline: the held-out score that has a column.
+    headline: the held-out score that has a column. method: of teaching.
     """
     columns = []
     for metric in METRICS:
-        if metric.name in HEADLINES and metric.name != headline:
+        if (metric.name in HEADLINES and metric.name != headline) or (metric.column and method not in metric.column.of):
             continue
         if metric.column and metric.column.title:
             columns.append(Shown(tuple(metric.column.title.split(" ", 1)), metric.name, metric.column))
@@ -134,11 +134,12 @@ class Console(Sink):
         reward_names: Sequence[str],
         headline: str = HEADLINES[0],
         file: IO[str] | None = None,
+        method: str = METHODS[0],
     ):
         self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
         self._broken = between_words if self._terminal.is_terminal else unbroken
         # With a terminal the bar says how long it will take.
-        self._columns = columns_for(reward_names, headline) + [TIME_LEFT] * (not self._terminal.is_interactive)
+        self._columns = columns_for(reward_names, headline, method) + [TIME_LEFT] * (not self._terminal.is_interactive)
         self._times = deque([time.monotonic()], maxlen=STEPS_OF_SPEED)
         self._shown: list[Shown] = []
         self._step_width = max(len("step"), 2 * len(str(total_steps)) + 1)
@@ -197,7 +198,7 @@ class Console(Sink):
         """The held-out scores in one line, each with its 95% interval in brackets where `scores` has one."""
         self._held_out = dict(scores)
         names = [name for name in scores if "@" in name and not name.endswith(("/low", "/high"))]
-        names = names or [HEADLINES[-1]]
+        names = names or [next(name for name in HEADLINES if name in scores)]
         told = [_score_in_words(name, scores) for name in names]
         line = f"held-out after {step} steps:  {'   '.join(told)}"
         fits = cell_len(line) <= _width()
@@ -236,7 +237,8 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
     asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
     parts = [(shortened(plain(name), _WIDEST_PART), values[index].item()) for name, values in group.parts.items()]
     earned = "   ".join(f"{name} {value:g}" for name, value in parts)
-    total = f"reward {group.rewards[index].item():.3f}   advantage {group.advantages[index].item():+.3f}"
+    reward, advantage = group.rewards[index].item(), group.advantages[index].item()
+    total = _EARNED[math.isnan(reward)].format(reward, advantage)
 
     def shown(lines: list[str], style: str = "") -> Text:
         return Text(_encodable("\n".join(lines), encoding), style=style)
@@ -258,6 +260,8 @@ def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") ->
     )
 
 
+# Whether a reward failed on it, or it was given and nobody scored it.
+_EARNED = {False: "reward {0:.3f}   advantage {1:+.3f}", True: "not scored   advantage {1:+.3f}"}
 _FINISHES = {"stop": "stopped by itself", "length": "cut off"}
 
 
@@ -272,10 +276,10 @@ def _right(text: str, width: int) -> str:
 
 def _score_in_words(name: str, scores: Mapping[str, float]) -> str:
     low, high = scores.get(f"{name}/low"), scores.get(f"{name}/high")
-    form, unit = ("{:.1f}", 100) if "@" in name else ("{:.3f}", 1)
+    form, unit = ("{:.1f}", 100) if is_share(name) else ("{:.3f}", 1)
     score, *ends = (form.format(unit * value) for value in (scores[name], low, high) if value is not None)
     interval = f" (95%: {ends[0]} to {ends[1]})" if len(ends) == 2 else ""
-    return f"{name.removeprefix('eval/')} {score}{'%' * ('@' in name)}{interval}"
+    return f"{name.removeprefix('eval/')} {score}{'%' * is_share(name)}{interval}"
 
 
 def _width() -> int:

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from grpo.errors import UserError
-from grpo.metrics import HEADLINES
+from grpo.metrics import HEADLINES, is_share
 from grpo.record.jsonl import read_metrics
 from grpo.record.names import in_lines, told_apart
 from grpo.record.sinks import Numbers, Sink
@@ -128,6 +128,11 @@ def _span(curves: Points) -> tuple[float, float]:
     return min(ends) - margin, max(ends) + margin
 
 
+def _draw_what_is_learnt(axes: Axes, curves: Points) -> None:
+    draw = _draw_reward if "reward/mean" in curves else _drawer("policy/loss", "Loss of a step")
+    draw(axes, curves)
+
+
 def _draw_reward(axes: Axes, curves: Points) -> None:
     # Not of the parts of a reward, nor of its failures.
     names = [name for name in curves if re.fullmatch("reward/(?!(mean|std)$)[^/]+", name)]
@@ -139,13 +144,19 @@ def _draw_reward(axes: Axes, curves: Points) -> None:
     _legend_beside(axes)
 
 
+_HELD_OUT = {
+    "eval/pass@1": "Held-out problems solved, with 95% interval",
+    "eval/reward": "Held-out reward, with 95% interval",
+    "eval/accuracy": "Held-out pairs right, with 95% interval",
+    "eval/logprob": "Held-out log p a token, with 95% interval",
+}
+
+
 def _draw_held_out(axes: Axes, curves: Points) -> None:
     main = next((name for name in HEADLINES if f"{name}/low" in curves), HEADLINES[0])
     names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name) or name == main)
-    axes.set_title(
-        "Held-out problems solved, with 95% interval" if "@" in main else "Held-out reward, with 95% interval"
-    )
-    if "@" in main:
+    axes.set_title(_HELD_OUT[main])
+    if is_share(main):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     styles = {main: (_MAIN, "-", 2.4)}
     others = [name for name in names if name not in styles]
@@ -165,6 +176,8 @@ def _draw_length(axes: Axes, curves: Points) -> None:
     _line(axes, curves, "completion/length", _MAIN)
     axes.set_title("Length, tokens")
     axes.set_ylim(bottom=0)
+    if "completion/truncated" not in curves:
+        return
     share = axes.twinx()
     _line(share, curves, "completion/truncated", _SECOND, width=1.4)
     share.set_ylim(0, 1)
@@ -184,6 +197,13 @@ def _drawer(metric: str, title: str) -> Callable[[Axes, Points], None]:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0] * (axes.dataLim.y0 < 0)))
 
     return draw
+
+
+def _draw_drift(axes: Axes, curves: Points) -> None:
+    """How far sampler and trainer are apart, where somebody samples; else what moves."""
+    titles = {"mismatch/kl": "KL, sampler to trainer", "dpo/margin": "Margin of a pair", "optim/learning_rate": "Rate"}
+    metric = next((name for name in titles if name in curves), "mismatch/kl")
+    _drawer(metric, titles[metric])(axes, curves)
 
 
 def _legend_beside(axes: Axes) -> None:
@@ -233,10 +253,10 @@ def _running_mean(values: NDArray[np.float64], reach: int) -> NDArray[np.float64
 
 # Two above, four below.
 _PANELS: tuple[Callable[[Axes, Points], None], ...] = (
-    _draw_reward,
+    _draw_what_is_learnt,
     _draw_held_out,
     _draw_length,
     _drawer("policy/entropy", "Entropy, nats a token"),
-    _drawer("mismatch/kl", "KL, sampler to trainer"),
+    _draw_drift,
     _drawer("optim/grad_norm", "Gradient norm"),
 )

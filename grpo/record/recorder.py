@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from grpo.metrics import HEADLINES
+from grpo.metrics import HEADLINES, METHODS
 from grpo.record.console import Console
 from grpo.record.curves import Curves
 from grpo.record.cut_off import CutOff
@@ -49,10 +49,11 @@ class Recorder:
         headline: str = HEADLINES[0],
         gold: Gold = no_gold,
         traced: Traced = no_tokens,
+        method: str = METHODS[0],
     ):
         run_dir = Path(run_dir)
         self._files = Files(run_dir, position, gold)
-        self._console = Console(total_steps, start_step, task_name, reward_names, headline)
+        self._console = Console(total_steps, start_step, task_name, reward_names, headline, method=method)
         curves = Curves(self._files.metrics_path, run_dir / "curves.png", self.message)
         self._start_step = start_step
         self._sinks: list[Sink] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.metrics import HEADLINES, METRICS
+from grpo.metrics import HEADLINES, METRICS, is_share
 from grpo.report.reading import Answer, Reading
 
 Z_95 = 1.959964
@@ -75,7 +75,7 @@ def held_out_scores(reading: Reading, step: int, headline: str) -> dict[str, flo
 
 
 def _worth(answer: Answer, headline: str) -> float:
-    return answer.reward if "reward" in headline else float(bool(answer.is_right))
+    return float(bool(answer.is_right)) if "@" in headline else answer.reward
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Verdict:
 
     @property
     def is_share(self) -> bool:
-        return "@" in self.headline
+        return is_share(self.headline)
 
 
 def verdict(reading: Reading) -> Verdict:

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo.metrics import HEADLINES
+from grpo.metrics import is_share
 from grpo.report.charts import Chart, Line, chart, scatter, stacked
 from grpo.report.judging import (
     Finding,
     Paired,
     Suspicions,
     Verdict,
+    headline_of,
     health,
     held_out_scores,
     paired,
@@ -211,6 +212,7 @@ def charts(reading: Reading) -> list[Chart]:
     rewards = [Line("total", m.get("reward/mean", {}), 0, reading.bands.get("reward/mean", {}))]
     right, wrong = ({step: pair[i] for step, pair in reading.right_lengths.items()} for i in (0, 1))
     made = [
+        _loss_chart(reading),
         chart("Reward", rewards, "mean of a step; the band holds the middle 80% of its completions"),
         _held_out_chart(reading),
         *(
@@ -239,15 +241,24 @@ def charts(reading: Reading) -> list[Chart]:
     return [each for each in made if each is not None]
 
 
+def _loss_chart(reading: Reading) -> Chart | None:
+    """Of a run that is taught by given answers; that of GRPO's loss says nothing."""
+    m = reading.metrics
+    if "lessons/epoch" not in m:
+        return None
+    margin = [Line("margin", m["dpo/margin"], 1, is_thin=True)] if "dpo/margin" in m else []
+    return chart("Loss", [Line("loss", m.get("policy/loss", {}), 0), *margin], "of a step")
+
+
 def _held_out_chart(reading: Reading) -> Chart | None:
     m = reading.metrics
-    names = [n for n in m if n.startswith("eval/") and "@" in n and n.count("/") == 1] or [HEADLINES[-1]]
+    names = [n for n in m if n.startswith("eval/") and "@" in n and n.count("/") == 1] or [headline_of(reading)]
     lines = []
     for place, name in enumerate(names):
         ends = [m.get(f"{name}/{end}", {}) for end in ("low", "high")]
         band = {step: (ends[0][step], ends[1][step]) for step in ends[0] if step in ends[1]} if place == 0 else {}
         lines.append(Line(name.removeprefix("eval/"), m.get(name, {}), place, band, is_thin=place > 0))
-    return chart("Held-out", lines, "with the 95% interval", "%" if "@" in names[0] else "g")
+    return chart("Held-out", lines, "with the 95% interval", "%" if is_share(names[0]) else "g")
 
 
 def _memory_chart(reading: Reading) -> Chart | None:

@@ -14,7 +14,7 @@ from grpo.cautions import opened_in
 from grpo.prompts import MADE_AT_ONCE
 from grpo.questions import Questions
 from grpo.terminal import console
-from grpo.types import Prompt
+from grpo.types import Completion, Prompt
 
 HEAD, TAIL = 400, 150  # tokens that are shown of a long prompt
 
@@ -27,6 +27,9 @@ def show_prompts(questions: Questions, ends: Sequence[int]) -> None:
         _print(as_read(tokenizer, prompt.tokens))
         opened = opened_in(prompt)
         _print(Text(f"  the completion begins here{f', inside of {shown(opened)}' if opened else ''}", style="dim"))
+    for answer in questions.lessons[0].completions if questions.lessons else ():
+        _print(Text("what is taught behind the first of them; the words of others are dim", style="bold"))
+        _print(as_taught(tokenizer, answer))
     told = (f"{shown(piece)} ({token})" for token, piece in zip(ends, pieces(tokenizer, ends), strict=True))
     _print(Text(f"tokens that end a completion: {', '.join(told)}"))
 
@@ -56,6 +59,17 @@ def as_read(tokenizer: Any, tokens: Sequence[int]) -> Text:
         text.append(shown(piece), style="bold magenta" if token in marked else "")
         text.append("]", style="dim")
         text.append("\n" * (piece.endswith("\n") and place + 1 < len(tokens)))
+    return text
+
+
+def as_taught(tokenizer: Any, answer: Completion) -> Text:
+    """The first tokens of a given answer in brackets, dim where they are read and not taught."""
+    text = Text()
+    tokens = answer.tokens[:HEAD]
+    for piece, is_taught in zip(pieces(tokenizer, tokens), answer.mask, strict=False):
+        text.append(f"[{shown(piece)}]" + "\n" * piece.endswith("\n"), style="" if is_taught else "dim")
+    left = len(answer.tokens) - len(tokens)
+    text.append(f"\n... {left:,} more tokens" * (left > 0), style="dim")
     return text
 
 

@@ -23,6 +23,9 @@ def check(resolved: Resolved) -> int:
         questions = build_questions(resolved.task, resolved.config, all_tests=True, note=say)
         ends = ends_of_completion(resolved.config.model, questions.tokenizer)
     show_prompts(questions, ends)
+    if not questions.rewards:
+        say("Every row that is not named above can be taught; there are no rewards. The task is ready.")
+        return 0
     with working("preflight of the rewards"):
         report = preflight_rewards(resolved.task, resolved.config, questions, every_row=True, note=say)
     if report.checks:

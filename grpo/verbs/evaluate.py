@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from grpo.build import build_engine, build_evaluator, build_policy, settle_threads, share_of_rank
 from grpo.checkpoint import best_checkpoint, check_run, load_trained
+from grpo.config import Config
 from grpo.evaluate import score_lines
-from grpo.folder import saved_run
+from grpo.folder import run_of, saved_run
 from grpo.guards import memory_in_words
+from grpo.methods import build_examiner
+from grpo.objectives import OBJECTIVES
+from grpo.policy import Policy
 from grpo.policy.quantization import PROMPTS
-from grpo.questions import build_questions
+from grpo.questions import Questions, build_questions
 from grpo.resolve import Resolved
 from grpo.rewards.staff import staffed
+from grpo.rollout import Engine
 from grpo.start import begin
+from grpo.task import Task
 from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.verbs.announce import announce, over_its_adapter
@@ -34,6 +41,8 @@ def evaluate(resolved: Resolved, target: str, world: World = ALONE) -> int:
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
     same_questions(world, questions)
+    if questions.lessons and not questions.rewards:
+        config = replace(config, engine="none")
     at_work = staffed(questions.rewards, config.reward_workers, len(questions.test) * config.eval_samples, None, say)
     with memory_in_words(config), restored_threads(), at_work as questions.rewards:
         with working("model") as progressed:
@@ -41,8 +50,8 @@ def evaluate(resolved: Resolved, target: str, world: World = ALONE) -> int:
                 config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],
                 checkpoint,
             )  # fmt: skip
-        if not checkpoint:
-            begin(config, policy, None, None, say)
+        if not checkpoint or config.method == "dpo":  # whose score is from the reference policy on
+            begin(config, policy, run_of(checkpoint) if checkpoint else None, checkpoint, say)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
             load_trained(checkpoint, policy, say)
@@ -58,12 +67,29 @@ def evaluate(resolved: Resolved, target: str, world: World = ALONE) -> int:
         for line in opening(config, policy, engine):
             say(line)
         with working("evaluation"):
-            scores = build_evaluator(resolved.task, config, questions, say, world=world)(engine)
+            scores = _exam(resolved.task, config, questions, policy, world)(engine)
         engine.close()
-    say(f"{target}: {len(questions.test)} held-out prompts, {config.eval_samples} samples each")
+    say(f"{target}: {_of_what(config, questions)}")
     for line in score_lines(scores):
         say("  " + line)
     return 0
+
+
+def _exam(
+    task: Task, config: Config, questions: Questions, policy: Policy, world: World
+) -> Callable[[Engine], dict[str, float]]:
+    """Who gives the scores: rewards of what the policy says, or what it makes of given answers, or both."""
+    asked = build_evaluator(task, config, questions, say, world=world)
+    if not questions.lessons:
+        return asked
+    exam = build_examiner(config, questions, policy, OBJECTIVES[config.method](config), asked)
+    return lambda engine: exam.scores(exam.answers(engine))
+
+
+def _of_what(config: Config, questions: Questions) -> str:
+    asked = f"{len(questions.test)} held-out prompts, {config.eval_samples} samples each"
+    given = f"{len(questions.held_out or ())} held-out {'pairs' if config.method == 'dpo' else 'answers'}"
+    return {True: asked, False: given}[config.engine != "none"]
 
 
 def _checkpoint(target: str) -> Path | None:

@@ -10,6 +10,7 @@ from grpo.config import Config
 from grpo.folder import Saved
 from grpo.policy import Policy
 from grpo.rollout import Engine
+from grpo.rollout.idle import Idle, OnCall
 from grpo.rollout.server import ServerEngine
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.task import Task
@@ -31,10 +32,16 @@ def what_comes(config: Config, task: Task, saved: Saved) -> Iterator[str]:
     """Of a run: what it is to learn, in how many steps of what size, and where it is written."""
     yield f"task: {task.name} ({saved.task})"
     held_out = f"every {config.eval_every} steps" if config.eval_every else "before and after"
+    size = {
+        "grpo": f"prompts x {config.group_size} completions of at most {config.max_completion_tokens:,} tokens",
+        "sft": "answers",
+        "dpo": "pairs",
+    }[config.method]
+    asked = f"{config.eval_prompts} held-out prompts x {config.eval_samples}"
+    scored = asked if task.rewards and config.engine != "none" else "the held-out score"
     yield (
-        f"plan: {config.steps:,} steps of {config.prompts_per_step} prompts x {config.group_size} completions of at "
-        f"most {config.max_completion_tokens:,} tokens; {config.eval_prompts} held-out prompts x "
-        f"{config.eval_samples} {held_out}; a checkpoint every {config.save_every} steps"
+        f"plan: {config.steps:,} steps of {config.prompts_per_step} {size}; {scored} {held_out}; a checkpoint every "
+        f"{config.save_every} steps"
     )
     yield f"run folder: {saved.folder}"
 
@@ -46,6 +53,9 @@ def device_in_words(device: torch.device) -> str:
 
 def engine_in_words(engine: Engine) -> str:
     """Who samples."""
+    engine = engine.engine if isinstance(engine, OnCall) else engine
+    if isinstance(engine, Idle):
+        return "none, for nobody samples"
     if isinstance(engine, ServerEngine):
         return engine.told
     own = isinstance(engine, TorchEngine)

@@ -20,6 +20,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.folder import (
     REWARDS_LOG,
+    Origin,
     Saved,
     check_new,
     new_id,
@@ -67,7 +68,6 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
     same_command(world, resolved, checkpoint)
     if checkpoint and saved:
         check_run(checkpoint, saved.id)
-        _check_steps(resolved.config, checkpoint)
     if options.resume_or_start and not saved:
         with suppress(OSError):  # an empty folder, made for the run by a scheduler or by one that died at once
             Path(resolved.config.run_dir).rmdir()
@@ -75,6 +75,9 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
         check_new(resolved.config)
     questions = _questions(resolved)
     same_questions(world, questions)
+    resolved = by_epochs(resolved, len(questions.lessons)) if questions.lessons else resolved
+    if checkpoint:
+        _check_steps(resolved.config, checkpoint)
     folder = saved.folder if saved else _new_folder(resolved, world)
     as_saved = resolved.as_saved(folder, saved.id if saved else new_id())
     watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
@@ -100,6 +103,8 @@ def _questions(resolved: Resolved) -> Questions:
     """Rows, prompts and rewards; the rewards tried."""
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, note=say)
+    if not questions.rewards:
+        return questions
     with working("preflight of the rewards"):
         report = preflight_rewards(resolved.task, resolved.config, questions, every_row=False, note=say)
     for warning in report.warnings:
@@ -118,6 +123,22 @@ def _new_folder(resolved: Resolved, world: World) -> Path:
 def _told_to_stop(run: Run, sentence: str) -> None:
     run.world.hurry()
     run.world.first(run.recorder.message, sentence)
+
+
+def by_epochs(resolved: Resolved, lessons: int) -> Resolved:
+    """Of a run that is taught: as many steps as go through its lessons so many times, unless --steps says how many."""
+    config, origins = resolved.config, resolved.origins
+    if origins.get("steps") in ("flag", "data") and origins.get("epochs") != "flag":
+        return resolved
+    if origins.get("steps") == "flag":
+        raise UserError(
+            f"--steps {config.steps} and --epochs {config.epochs} both say how long the run is. Give one of them."
+        )
+    steps = -(-config.epochs * lessons // config.prompts_per_step)
+    origin: Origin = "data"
+    return dataclasses.replace(
+        resolved, config=dataclasses.replace(config, steps=steps), origins=origins | {"steps": origin}
+    )
 
 
 def _built(

@@ -1,0 +1,107 @@
+"""Methods: what a run learns from, as objects of the loop: rollouts that rewards score, given answers, or pairs.
+
+Knows nothing of how the policy and its engine are built. What differs between GRPO, SFT and DPO is here, in
+`OBJECTIVES` (grpo/objectives.py) and in `PACKERS` (grpo/packing.py); the loop is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from grpo.advantages import ESTIMATORS
+from grpo.config import Config
+from grpo.evaluate import Evaluator
+from grpo.lessons import Lessons
+from grpo.loss import Loss
+from grpo.metrics import HEADLINES
+from grpo.objectives import Preference
+from grpo.packing import Packer, has_advantage
+from grpo.policy import Policy
+from grpo.questions import Questions
+from grpo.rewards import Scorer
+from grpo.rollout import Engine
+from grpo.rollout.audit import Audit
+from grpo.rollouts import Rollouts
+from grpo.seeds import Purpose, mix_seed
+from grpo.stream import PromptStream, Stream
+from grpo.task import Task
+from grpo.taught import (
+    AskedToo,
+    HeldOutAnswers,
+    Taught,
+    mark_answers,
+    mark_pairs,
+    measure_likelihood,
+    measure_preference,
+    read_answers,
+    read_pairs,
+)
+from grpo.types import Group
+from grpo.world import World
+
+
+def build_rollouts(
+    config: Config,
+    questions: Questions,
+    policy: Policy,
+    engine: Engine,
+    score: Scorer,
+    pack: Packer,
+    cursor: int,
+    audited: list[list[float]],
+    world: World,
+) -> Rollouts:
+    """What GRPO learns from. cursor: prompts that were handed out; audited: the last steps' sums (Audit.state)."""
+    return Rollouts(
+        config=config,
+        world=world,
+        engine=engine,
+        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), cursor),
+        score=score,
+        estimator=ESTIMATORS[config.advantage],
+        audit=Audit(policy, engine.canary.noise, audited),
+        admits=has_advantage if config.dynamic_sampling else admit_all,
+        max_rollouts=1 + config.max_refills * config.dynamic_sampling,
+        trains=pack.trains,
+    )
+
+
+def build_taught(config: Config, lessons: Lessons, cursor: int) -> Taught:
+    """What SFT and DPO learn from."""
+    return Taught(Stream(lessons, mix_seed(Purpose.ORDER, config.seed), cursor), config.prompts_per_step)
+
+
+def build_examiner(
+    config: Config, questions: Questions, policy: Policy, loss: Loss, asked: Evaluator
+) -> HeldOutAnswers | AskedToo:
+    """The held-out score of what SFT and DPO teach; where somebody samples and there are rewards, theirs too."""
+    assert questions.held_out
+    lessons = list(questions.held_out)
+    if isinstance(loss, Preference):
+        mark, measure = partial(mark_pairs, loss), partial(measure_preference, loss)
+        given = HeldOutAnswers(lessons, policy, policy.fit.limit, read_pairs, mark, measure)
+    else:
+        given = HeldOutAnswers(lessons, policy, policy.fit.limit, read_answers, mark_answers, measure_likelihood)
+    return given if config.engine == "none" else AskedToo(asked, given)
+
+
+def planned_for(config: Config, questions: Questions) -> Config:
+    """What memory is planned for: of lessons, that all are as long as the longest."""
+    if not (questions.lessons and questions.held_out):
+        return config
+    longest = max(questions.lessons.longest_completion, questions.held_out.longest_completion)
+    return replace(config, group_size=2, max_completion_tokens=max(longest, questions.max_completion_tokens))
+
+
+def headline_of(task: Task, config: Config) -> str:
+    """The held-out score that the step line shows."""
+    of_given = {"sft": "eval/logprob", "dpo": "eval/accuracy"}
+    if config.engine == "none":
+        return of_given[config.method]
+    return HEADLINES[0 if task.solved else 1]
+
+
+def admit_all(group: Group) -> bool:
+    """Without dynamic sampling every group is part of the step."""
+    return True

@@ -1,0 +1,42 @@
+"""Messages: rows that say all themselves, for `python -m grpo.sft --data FILE`.
+
+A row has `messages`, a chat that ends with the assistant's answer, or `prompt` and `completion`, each a text or chat
+messages; and `tools` and `chat_template_kwargs` where the chat template reads them.
+"""
+
+import json
+
+from grpo import Config, Task
+from grpo.data import read_rows
+
+
+def rows(split, data):
+    return read_rows(data, split)
+
+
+def prompt(row):
+    """All before the last message, which is what is taught."""
+    if "messages" not in row:
+        return row["prompt"]
+    *before, last = row["messages"]
+    return before if last["role"] == "assistant" else row["messages"]
+
+
+def tools(row):
+    """Data sets that cannot hold a schema hold it as text."""
+    given = row.get("tools") or []
+    return json.loads(given) if isinstance(given, str) else given
+
+
+task = Task(
+    name="messages",
+    rows=rows,
+    prompt=prompt,
+    rewards={},
+    gold=None,
+    solved=None,
+    data="messages.jsonl",
+    config=Config(model="Qwen/Qwen2.5-1.5B-Instruct"),
+    chat_template_kwargs=lambda row: row.get("chat_template_kwargs") or {},
+    tools=tools,
+)
