@@ -105,6 +105,12 @@ def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
     return store.compare_set(ENDED, "", told).decode() == told
 
 
+def only_others_can_say(sentence: str) -> bool:
+    """Whether rank 0 cannot have told the user of the end that a RankLost tells of."""
+    is_gone = sentence.startswith("Rank 0 (") and sentence.endswith((_WITHOUT_A_WORD, _SILENT))
+    return is_gone or sentence.endswith(_NO_ANSWER)
+
+
 # ---- the child
 
 

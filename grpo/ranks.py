@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from grpo.errors import Stopped, ToldElsewhere, UserError, in_words
 from grpo.launcher import Place
-from grpo.pulse import HEARD, HOST, Pulse, RankLost, Store, tell_the_end
+from grpo.pulse import HEARD, HOST, Pulse, RankLost, Store, only_others_can_say, tell_the_end
 from grpo.types import Completion
 from grpo.world import World
 
@@ -183,8 +183,11 @@ def joined(place: Place) -> Iterator[Ranks]:
         raise
     except BaseException as error:  # the pulse stays: should this process not come to its end, it is ended
         world.pulse.ignore()
-        is_first = world.tell(error, place.by_agent)
-        if world.rank > 0 and (isinstance(error, RankLost) or not is_first):
+        lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
+        is_first = not lost and world.tell(error, place.by_agent)
+        if only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0):
+            raise
+        if world.rank > 0 and not is_first:
             raise ToldElsewhere from error
         if is_first and isinstance(error, UserError) and world.rank > 0:
             raise UserError(f"Rank {world.rank} ({socket.gethostname()}): {error}") from error

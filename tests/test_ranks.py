@@ -54,8 +54,9 @@ def check_same_run(one, other, step=5):
     assert lines(one, "held_out.jsonl") == lines(other, "held_out.jsonl")
     for first, second in zip(lines(one, "metrics.jsonl"), lines(other, "metrics.jsonl"), strict=True):
         names = [n for n in first if not n.startswith(("time/", "speed/", "memory/", "sync/", "mismatch/"))]
+        # The loss is a sum of terms of size 1 that cancel.
         assert {n: second[n] for n in names} == pytest.approx(
-            {n: first[n] for n in names}, rel=1e-5, abs=1e-7, nan_ok=True
+            {n: first[n] for n in names}, rel=1e-5, abs=1e-6, nan_ok=True
         )
 
 

@@ -85,7 +85,10 @@ def test_a_rank_in_trouble_ends_all_with_its_sentence(kind, on, untroubled, tmp_
     codes = ended(processes)
     assert 0 not in codes
     everything = told(tmp_path, 0) + told(tmp_path, 1)
-    assert SENTENCES[kind] in everything
+    # Here rank 0 holds the store that ranks meet at, and takes it along; torchrun holds it itself.
+    assert (
+        SENTENCES[kind] if on or kind != "kill" else "the store that all ranks meet at does not answer"
+    ) in everything
     if on == 1:  # rank 0 has told it, and saved the last whole step
         assert "Rank 1 (" in told(tmp_path, 0) and "has ended the run" in told(tmp_path, 0)
         assert saved(tmp_path / "run")[-1] == "step-000003"
