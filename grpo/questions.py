@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -171,10 +172,15 @@ def check_solved(task: Task, rewards: list[Reward]) -> None:
 
 
 def preflight_rewards(
-    task: Task, config: Config, questions: Questions, every_row: bool, note: Note = print
+    task: Task,
+    config: Config,
+    questions: Questions,
+    every_row: bool,
+    note: Note = print,
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Preflight:
     """The rewards on gold answers of both splits, and on what is not an answer; on the latter alone, with nothing to
-    report but what was tried, where nobody knows a gold answer.
+    report but what was tried, where nobody knows a gold answer. apart: keeps what they print from the screen.
 
     Raises:
         UserError: a reward fails.
@@ -190,6 +196,7 @@ def preflight_rewards(
         answer_of=task.vote,  # an `answer` that fails does so here, not in the first evaluation
         filled=task.gold_filled,
         solved=task.solved[0] if task.solved else "",
+        apart=apart,
     )
     if task.gold is None:
         prompts = [*questions.train[:PREFLIGHT_ROWS], *questions.test[:PREFLIGHT_ROWS]]

@@ -20,7 +20,7 @@ from grpo.guards import stops_gently
 from grpo.rewards import build_rewards, kept, score
 from grpo.rewards.draws import Draws, apart
 from grpo.rewards.failures import Tolerance
-from grpo.rewards.kept import Log, printed_to
+from grpo.rewards.kept import LARGEST_HELD, Held, Log, printed_to
 from grpo.rewards.scoring import Scorer
 from grpo.types import Completion, Group, Prompt
 
@@ -191,6 +191,15 @@ def test_what_rewards_print_goes_to_a_file_and_not_to_the_screen(tmp_path, capfd
     assert capfd.readouterr() == ("", "")
     print("again on the screen")
     assert capfd.readouterr().out == "again on the screen\n"
+
+
+def test_before_there_is_a_file_the_last_of_what_is_printed_is_held():
+    held = Held()
+    with printed_to(held):
+        for number in range(300_000):
+            print("line", number)
+    assert held.getvalue().endswith("line 299998\nline 299999\n")
+    assert LARGEST_HELD / 2 <= len(held.getvalue()) <= 2 * LARGEST_HELD
 
 
 def test_lines_of_threads_stay_whole(tmp_path):

@@ -328,6 +328,7 @@ def test_what_took_too_long_here_is_called_in_workers_from_then_on(bring, tmp_pa
     for built, told in ((late, ["it is made inside of a function"]), (own, [])):
         notes = []
         with staffed([built], -1, 64, None, notes.append) as staff:
+            tolerance = Tolerance(1.0)
             for _ in range(2):
                 Scorer(staff, tolerance, move=staff.move)([group_of("a")])
         assert [words for words in told if words in notes[0]] == told and len(notes) == len(told)

@@ -4,6 +4,7 @@ in a file. Knows nothing of rewards.
     kept()        after one call: working directory, environment, signal handlers and timer, the standard streams, and
                   of torch the default dtype and device, gradients and threads
     Log           a file that is printed into, made when there is something to print
+    Held          the same before there is one
     printed_to    inside, what Python prints goes there
 
 Comes without torch, because worker processes run it too. The generators of random numbers are kept for a whole scoring
@@ -26,6 +27,7 @@ from typing import Any
 from grpo.system import signals
 
 LARGEST_LOG = 256 << 20  # bytes that one process writes: a night of a reward that prints everything
+LARGEST_HELD = 1 << 20  # characters that are printed before there is a file
 LONGEST_BEGUN = 1 << 20  # characters of a line without an end that are kept waiting for it
 # What programs set handlers for. To ask for all of them takes longer than many a reward.
 _CAUGHT = signals(*(f"SIG{name}" for name in "INT TERM HUP QUIT ALRM CHLD USR1 USR2 PIPE TSTP WINCH".split()))
@@ -156,6 +158,18 @@ class Log(io.TextIOBase):
         if encoded:
             with suppress(OSError), self._path.open("ab") as file:
                 file.write(encoded)
+
+
+class Held(io.StringIO):
+    """Takes whatever is printed before there is a file for it; of much, the last."""
+
+    def write(self, text: str) -> int:
+        if self.tell() > LARGEST_HELD:
+            end = self.getvalue()[-LARGEST_HELD // 2 :]
+            self.seek(0)
+            self.truncate()
+            super().write(end)
+        return super().write(text[-LARGEST_HELD:])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +52,7 @@ class Calls:
     answer_of: Callable[[str], str | None] = lambda text: None  # what a completion answers
     filled: Callable[[str], str] | None = None  # a text -> the gold completion with it in place of every column
     solved: str = ""  # the reward that tells right from wrong
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext  # inside, what rewards print is kept from the screen
 
     def completion(self, text: str) -> Completion:
         """A text as the model would give it."""
@@ -199,7 +201,8 @@ def _try(trial: Trial, rows: list[tuple[Prompt, list[Completion]]], calls: Calls
     began = time.monotonic()
     as_groups = _as_they_are if trial.is_one_by_one else calls.groups
     groups = [as_groups(prompt, completions) for prompt, completions in rows]
-    score(list(itertools.chain(*groups)), [trial.reward])
+    with calls.apart():
+        score(list(itertools.chain(*groups)), [trial.reward])
     for (_, completions), of_row in zip(rows, groups, strict=True):
         paid = [value for group in of_row for value in group.parts[trial.reward.name].tolist()]
         trial.parts.append(paid[: len(completions)])

@@ -37,6 +37,7 @@ from grpo.record.starts import write_start
 from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
+from grpo.rewards.kept import Held, printed_to
 from grpo.rewards.staff import NOT_KNOWN, staffed
 from grpo.system import lacking
 from grpo.task import Task
@@ -48,6 +49,8 @@ from grpo.verbs.closing import closing
 from grpo.verbs.opening import device_in_words, engine_in_words, opening, what_comes
 from grpo.verbs.together import alone_with, same_command, same_questions
 from grpo.world import ALONE, FOLDER, World
+
+_MOST_PRINTED = 2000  # characters of what rewards printed before one failed
 
 
 def start(options: Options, resolved: Resolved, command: str, world: World = ALONE) -> int:
@@ -73,7 +76,7 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
             Path(resolved.config.run_dir).rmdir()
     if not saved:
         check_new(resolved.config)
-    questions = _questions(resolved)
+    questions, printed = _questions(resolved)
     same_questions(world, questions)
     resolved = by_epochs(resolved, len(questions.lessons)) if questions.lessons else resolved
     if checkpoint:
@@ -83,6 +86,7 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
     watchdog.advise(f"Go on with `{command_to_go_on(folder)}`.")
     with alone_with(world, folder), told_how_to_go_on(folder), files_in_words(folder), restored_threads():
         config = resolved.config
+        world.first(_keep_printed, printed, folder)
         completions = config.prompts_per_step * config.group_size
         before = read_state(checkpoint)[0].placed if checkpoint else NOT_KNOWN
         at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say, before)
@@ -99,17 +103,30 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
     return _closing(run, asked)
 
 
-def _questions(resolved: Resolved) -> Questions:
-    """Rows, prompts and rewards; the rewards tried."""
+def _questions(resolved: Resolved) -> tuple[Questions, str]:
+    """Rows, prompts and rewards; the rewards tried, and what they have printed."""
+    held = Held()
     with working("rows and prompts"):
         questions = build_questions(resolved.task, resolved.config, note=say)
     if not questions.rewards:
-        return questions
-    with working("preflight of the rewards"):
-        report = preflight_rewards(resolved.task, resolved.config, questions, every_row=False, note=say)
+        return questions, ""
+    try:
+        with working("preflight of the rewards"):
+            apart, config = partial(printed_to, held), resolved.config
+            report = preflight_rewards(resolved.task, config, questions, every_row=False, note=say, apart=apart)
+    except UserError:
+        if printed := held.getvalue().strip():
+            say(f"What the rewards printed before that, the end of it:\n{printed[-_MOST_PRINTED:]}\n")
+        raise
     for warning in report.warnings:
         say(f"note: {warning}")
-    return questions
+    return questions, held.getvalue()
+
+
+def _keep_printed(printed: str, folder: Path) -> None:
+    if printed:
+        with suppress(OSError), (folder / REWARDS_LOG).open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(printed)
 
 
 def _new_folder(resolved: Resolved, world: World) -> Path:
