@@ -24,6 +24,7 @@ import re
 import reprlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,10 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
-        for name, content in (files | beside).items():
+        for name, content in files.items():
             write_synced(draft / name, content)
+        for name, content in beside.items():
+            _link_or_write(folder, draft / name, content)
         state = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -258,6 +261,17 @@ def _point_to_best(folder: Path, best_step: int, last: Path) -> None:
     draft.unlink(missing_ok=True)  # of a run that was downloaded it may be a link to some other file
     write_synced(draft, f"{CHECKPOINTS}/{(best if best.is_dir() else last).name}\n".encode())
     draft.replace(folder / BEST)
+
+
+def _link_or_write(folder: Path, path: Path, content: bytes) -> None:
+    """A file that the last checkpoint has too, such as a tokenizer of 10 MB, is on the disk once."""
+    for last in list_checkpoints(folder)[-1:]:
+        there = last / path.name
+        with suppress(OSError):  # a file system without links, another disk
+            if not there.is_symlink() and there.is_file() and there.read_bytes() == content:
+                os.link(there, path)
+                return
+    write_synced(path, content)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

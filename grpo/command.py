@@ -198,6 +198,28 @@ def _show_help(argv: list[str]) -> NoReturn:
     sys.exit(2)
 
 
+def known_field(name: Any) -> None:
+    """A name that is given to Python is that of a field of Config.
+
+    Raises:
+        UserError: it is not.
+    """
+    if name in field_names():
+        return
+    meant = _meant(str(name))
+    hint = f" Here it is `{meant}`." if meant else ""
+    if name in _OF_A_TASK:
+        hint = f" It is a field of the task, because it belongs to its rows: Task({_OF_A_TASK[name]}=...)."
+    raise UserError(
+        f"There is no field {name!r:.100}.{hint or nearest(str(name), field_names())} help(grpo.Config) lists them all."
+    )
+
+
+def _meant(name: str) -> str | None:
+    """What somebody else's name is called here."""
+    return ALIASES.get(name) or ALIASES.get(name.removeprefix("no_"))
+
+
 def _unknown(words: list[str]) -> str:
     """What to say of words that are no flags."""
     flag = next((word for word in words if word.startswith("-")), None)
@@ -205,7 +227,7 @@ def _unknown(words: list[str]) -> str:
         return f"There is no use for {words[0]!r}: one task file is given, and everything else is a flag. See --help."
     name = flag.partition("=")[0].lstrip("-").replace("-", "_").replace(".", "_")
     known = [*field_names(), *Options.__dataclass_fields__]
-    meant = ALIASES.get(name) or ALIASES.get(name.removeprefix("no_"))
+    meant = _meant(name)
     hint = f" Here it is `--{meant.replace('_', '-')}`." if meant else ""
     if name in _OF_A_TASK:
         hint = f" It is a field of the task, because it belongs to its rows: Task({_OF_A_TASK[name]}=...)."

@@ -22,6 +22,12 @@ OUT_OF_GPU_MEMORY = (
 class UserError(Exception):
     """What was given, what is allowed, what to do; full sentences, because the user reads nothing else."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the sentences, where a terminal would obey no letter of them."""
+        return [
+            "error: " + "".join(each if each.isprintable() or each == "\n" else ascii(each)[1:-1] for each in str(self))
+        ]
+
 
 class Stopped(KeyboardInterrupt):
     """A signal asks the program to stop at once."""
@@ -66,6 +72,22 @@ def user_code(told: Callable[[str], str]) -> Iterator[None]:
         if isinstance(error, UserError) or type(error) in (KeyboardInterrupt, Stopped):
             raise
         raise UserError(told(in_words(error))) from error
+
+
+@contextmanager
+def exits_in_words() -> Iterator[None]:
+    """Inside, sys.exit() is an error: of a library, or of user code where none was expected. 0 would be a success.
+
+    Raises:
+        UserError: it was called.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise UserError(
+            f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "
+            "sys.exit() in the task file and in what it imports."
+        ) from error
 
 
 def in_words(error: BaseException) -> str:

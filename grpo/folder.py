@@ -158,6 +158,14 @@ class Saved:
     origins: dict[str, Origin]  # field -> where its value came from
     unsaid: list[str] = field(default_factory=list)  # fields that it says nothing of, and that have their defaults
 
+    def changes_to(self, config: Config) -> dict[str, list[str]]:
+        """{field: [value so far, value from now on]} where a run goes on otherwise, as texts."""
+        return {
+            name: [str(before), str(now)]
+            for name in field_names()
+            if (before := getattr(self.config, name)) != (now := getattr(config, name))
+        }
+
 
 _WRITTEN = {"id", "task", "task_sha256", "name", "config", "origins"}  # in config.json
 

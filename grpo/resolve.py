@@ -16,7 +16,7 @@ from typing import Any
 from grpo.command import Options, parse
 from grpo.config import OF_METHOD, Config, LossConfig, field_names, fields_of_part
 from grpo.errors import UserError
-from grpo.folder import Origin, Saved, fingerprint_of, is_run, run_of, saved_run
+from grpo.folder import CONFIG_FILE, Origin, Saved, fingerprint_of, is_run, read_json, run_of, saved_run
 from grpo.recipes import METHODS, RECIPES, Method
 from grpo.sources import hub_name, is_local, whole_path
 from grpo.task import Task, load_task, shipped_tasks, task_file
@@ -29,7 +29,7 @@ class Resolved:
     """What a command line comes to: the task, the configuration, and where each value came from."""
 
     task: Task
-    task_path: str
+    task_path: str  # empty for a Task that was given from Python and has no file
     task_sha256: str  # of that file
     here: Path  # the folder that the command is given in; the user's own code may go to another
     config: Config
@@ -39,7 +39,7 @@ class Resolved:
 
     def as_saved(self, folder: Path, run: str) -> Saved:
         """What config.json says of it, in the folder of the run with that id."""
-        path = str(Path(self.task_path).resolve())
+        path = str(Path(self.task_path).resolve()) if self.task_path else ""
         return Saved(folder, run, path, self.task_sha256, self.task.name, self.config, self.origins)
 
 
@@ -53,9 +53,23 @@ def resolve(argv: list[str], before: str = "", method: Method | None = None) -> 
     Raises:
         UserError: they do not go together, or something that they name is not there.
     """
-    options, flags = parse(argv)
+    return resolve_given(*parse(argv), before=before, method=method)
+
+
+def resolve_given(
+    options: Options,
+    flags: dict[str, Any],
+    given: Task | None = None,
+    before: str = "",
+    method: Method | None = None,
+) -> tuple[Options, Resolved]:
+    """The same of what is given already: options, fields of Config, and a Task where there is one without a file.
+
+    Raises:
+        UserError: they do not go together, or something that they name is not there.
+    """
     method = _method(method, options, flags)
-    if method and not (options.task or options.resume or options.eval):
+    if method and not (given or options.task or options.resume or options.eval):
         options = dataclasses.replace(options, task=OF_ROWS.get(method, ""))
     here = _here()
     options, flags = _from(here, options, flags)
@@ -67,7 +81,7 @@ def resolve(argv: list[str], before: str = "", method: Method | None = None) -> 
     saved = saved_run(options.resume or options.eval)
     if options.resume and not saved:
         raise UserError(_no_run(options.resume))
-    task, task_path = _task(options, saved)
+    task, task_path = (given, "") if given else _task(options, saved)
     if data and not task.made_up:
         flags = flags | {"data": data}
     if options.resume and saved:
@@ -75,8 +89,10 @@ def resolve(argv: list[str], before: str = "", method: Method | None = None) -> 
     if saved:
         _check_adapter(saved, flags)
         _check_method(saved, method)
+        _check_model(saved, flags)
     if options.eval and not saved:  # --eval MODEL names the model as --model does: the data stay the task's own
         flags = flags | {"model": options.eval}
+    flags = _over_its_base(flags, with_rows=not saved)
     config, origins = (saved.config, dict(saved.origins)) if saved else _of_task(task)
     of_method = {} if saved else METHODS[method or config.method]
     layers: Layers = {
@@ -94,7 +110,8 @@ def resolve(argv: list[str], before: str = "", method: Method | None = None) -> 
         config = dataclasses.replace(config, reference="start")
         origins["reference"] = "method"
     unsaid = [name for name in saved.unsaid if origins.get(name, "default") == "default"] if saved else []
-    return options, Resolved(task, task_path, fingerprint_of(Path(task_path)), here, config, origins, unsaid, missing)
+    sha256 = fingerprint_of(Path(task_path)) if task_path else ""
+    return options, Resolved(task, task_path, sha256, here, config, origins, unsaid, missing)
 
 
 # The task of rows that say all themselves, where a command line names none.
@@ -155,6 +172,31 @@ def _from(here: Path, options: Options, flags: dict[str, Any]) -> tuple[Options,
     new = {"run_dir": flags["run_dir"]} if flags.get("run_dir") else {}
     options = dataclasses.replace(options, **{name: os.path.abspath(here / path) for name, path in runs.items()})
     return options, flags | {name: os.path.abspath(here / path) for name, path in (named | new).items()}
+
+
+def _over_its_base(flags: dict[str, Any], with_rows: bool) -> dict[str, Any]:
+    """--model that is an adapter's folder means the base that it says, with the adapter to begin from.
+
+    Raises:
+        UserError: it does not say which, or another adapter is given too.
+    """
+    path = Path(flags.get("model") or "\0")
+    of_run = _is(path) and is_run(path)
+    if not with_rows or not (of_run or (_is(path / _ADAPTER) and not _is(path / CONFIG_FILE))):
+        return flags
+    if "adapter" in flags:
+        raise UserError(f"--model is {path}, an adapter, and --adapter gives another. Leave one of them out.")
+    said = saved_run(str(path)) if of_run else None
+    base = said.config.model if said else read_json(path / _ADAPTER).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base.strip():
+        raise UserError(
+            f"--model is {path}, an adapter that does not say which model it was trained over. Give that as --model, "
+            f"and --adapter {path}."
+        )
+    return flags | {"model": base, "adapter": str(path)}
+
+
+_ADAPTER = "adapter_config.json"  # PEFT's file beside an adapter's weights
 
 
 def _is(path: Path) -> bool:
@@ -255,6 +297,12 @@ def _check_task_file(saved: Saved) -> None:
         UserError: it is to be named on the command line.
     """
     path = Path(saved.task)
+    if not saved.task:
+        raise UserError(
+            f"The run in {saved.folder} was started from Python, with a Task that no file holds. Write it into a task "
+            f"file and name that: `python -m grpo.run TASK.py --resume {saved.folder}` (or --eval); in Python give the "
+            "Task to grpo.load."
+        )
     name_it = f"look at it and name it: `python -m grpo.run {path} --resume {saved.folder}` (or --eval)"
     if not path.is_file():
         raise UserError(
@@ -293,6 +341,34 @@ def _check_same_run(saved: Saved, task: Task, task_path: str, resumed: str, flag
         )
     if "run_dir" in flags:
         raise UserError(f"--run-dir is given with --resume, but {resumed} goes on in its own folder. Leave it out.")
+    for name, why in _KEPT.items():
+        kept = getattr(saved.config, name)
+        if flags.get(name, kept) != kept:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} is {flags[name]}, but {resumed} was started with {kept}, and keeps it: {why}. Leave {flag} "
+                "out, or start a new run."
+            )
+
+
+# What a run cannot change on its way. All else may be, and each change is recorded (`Saved.changes_to`).
+_KEPT = {"seed": "the order of the prompts follows from it, so some would come twice and others never"}
+
+
+def _check_model(saved: Saved, flags: dict[str, Any]) -> None:
+    """A run's model is what its adapter was trained over. It may be elsewhere by now, under the same last name, or the
+    folder that it was in is gone.
+
+    Raises:
+        UserError: flags name another.
+    """
+    kept, given = saved.config.model, flags.get("model", saved.config.model)
+    is_gone = os.path.isabs(kept) and not Path(kept).is_dir()
+    if given != kept and Path(given).name.lower() != Path(kept).name.lower() and not is_gone:
+        raise UserError(
+            f"--model is {given}, but the adapter of {saved.folder} was trained over {kept}, and says something else "
+            "over another. Leave --model out, or start a new run."
+        )
 
 
 def _check_adapter(saved: Saved, flags: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ import sys
 from contextlib import suppress
 
 from grpo.command import Options
-from grpo.errors import Stopped, ToldElsewhere, UserError
+from grpo.errors import Stopped, ToldElsewhere, UserError, exits_in_words
 from grpo.guards import no_happy_exit, stopped_by_signals
 from grpo.launcher import Place, launched, leave_variables, take_own_gpu
 from grpo.recipes import Method
@@ -90,13 +90,8 @@ def _with_others(place: Place, argv: list[str], method: Method | None) -> int:
 
 def _dispatch(argv: list[str], world: World, method: Method | None) -> int:
     options, resolved = resolve(argv, world.recall(FOLDER), method)
-    try:
+    with exits_in_words():
         return _do(options, resolved, shlex.join(["python", "-m", f"grpo.{method or 'run'}", *argv]), world)
-    except SystemExit as error:  # of a library, or of user code where none was expected: 0 would be a success
-        raise UserError(
-            f"The program was ended from within: something that it calls raised SystemExit ({error.code}). Look for "
-            "sys.exit() in the task file and in what it imports."
-        ) from error
 
 
 def _do(options: Options, resolved: Resolved, command: str, world: World) -> int:
@@ -105,13 +100,13 @@ def _do(options: Options, resolved: Resolved, command: str, world: World) -> int
         from grpo.verbs.check import check
 
         return check(resolved) if world.rank == 0 else 0
+    from grpo import api
+
     if options.eval:
-        from grpo.verbs.evaluate import evaluate
-
-        return evaluate(resolved, options.eval, world)
-    from grpo.verbs.train import start
-
-    return start(options, resolved, command, world)
+        return api.score(resolved, options.eval, world)
+    run = api.begin(options, resolved, command, world=world)
+    run.close()
+    return run.exit_code
 
 
 if __name__ == "__main__":

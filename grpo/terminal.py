@@ -18,10 +18,34 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextCol
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+IN_A_NOTEBOOK = 110  # columns that a cell shows without breaking them
+
+
+def _of_a_terminal(most: int) -> int:
+    return min(most, shutil.get_terminal_size(fallback=(most, 24)).columns)
+
+
+def _of_cells(most: int) -> int:
+    return min(most, IN_A_NOTEBOOK)
+
+
+def _is_notebook() -> bool:
+    shell = sys.modules.get("IPython")
+    return shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+# Cells of a line: the terminal's, at most so many; `most` itself where there is no terminal to keep to.
+columns: Callable[[int], int] = _of_cells if _is_notebook() else _of_a_terminal
+
 
 class Terminal(Console):
-    """Standard output. Where its reader is gone (`| head -1` has read its line) what happens is what happens where a
+    """Standard output, in a notebook too: as lines of text, not a picture of a terminal for each.
+
+    Where its reader is gone (`| head -1` has read its line) what happens is what happens where a
     terminal is gone: SIGHUP, which lets a run finish its step and save. What is said then goes to standard error."""
+
+    def __init__(self, **given: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, force_jupyter=False, **given)
 
     def on_broken_pipe(self) -> None:
         leave_a_broken_pipe()
@@ -42,10 +66,9 @@ def leave_a_broken_pipe() -> None:
         os.close(elsewhere)
 
 
+WIDEST_LOG = 160
 # Without a terminal there is no width to keep to. Brackets are brackets and :bug: is a word: names may have them.
-console = Terminal(
-    highlight=False, markup=False, emoji=False, width=shutil.get_terminal_size(fallback=(160, 24)).columns
-)
+console = Terminal(width=columns(WIDEST_LOG))
 
 
 # Control codes but for tabs and new lines, marks that turn the direction of writing, halves of surrogate pairs.

@@ -21,8 +21,11 @@ def readme(title: str, about: str, python: Sequence[str], commands: Sequence[str
     return "\n".join([f"# {escaped(title)}", "", escaped(about), "", *program, *_fenced("bash", commands)]) + "\n"
 
 
-def usage_of_adapter(title: str, base: str, here: str, rank: int, in_a_run: bool) -> str:
-    """The README.md of an adapter in the folder `here`. in_a_run: it is a run's checkpoint."""
+def usage_of_adapter(
+    title: str, base: str, here: str, rank: int, in_a_run: bool = False, on_the_hub: bool = False
+) -> str:
+    """The README.md of an adapter in the folder `here`. in_a_run: it is a run's checkpoint. on_the_hub: `here` is a
+    name there."""
     python = [
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -32,10 +35,16 @@ def usage_of_adapter(title: str, base: str, here: str, rank: int, in_a_run: bool
     most = next((each for each in VLLM_RANKS if each >= rank), rank)
     commands = [
         f"vllm serve {word(base)} --enable-lora --max-lora-rank {most} --lora-modules {word(f'trained={here}')}",
-        *([f"python -m grpo.run --eval {word(here)}"] if in_a_run else []),
-        f"python -m grpo.export {word(here)} --to merged-model --merged",
-        f"python -m grpo.export {word(here)} --to gguf-adapter --gguf",
     ]
+    if on_the_hub:
+        commands += [f"python -m grpo.run TASK.py --model {word(base)} --adapter {word(here)}"]
+    else:
+        commands += [
+            f"python -m grpo.chat {word(here)}",
+            *([f"python -m grpo.run --eval {word(here)}"] if in_a_run else []),
+            f"python -m grpo.export {word(here)} --to merged-model --merged",
+            f"python -m grpo.export {word(here)} --to gguf-adapter --gguf",
+        ]
     return readme(title, f"A LoRA adapter of rank {rank} over {one_line(base)}, in PEFT's format.", python, commands)
 
 

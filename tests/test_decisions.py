@@ -15,11 +15,12 @@ from pathlib import Path
 
 from toy_task import SMALL, TASK
 
-import grpo.train
+import grpo
 from grpo.rollouts import Rollouts
 from grpo.run import main
+from grpo.train import train
 
-PACKAGE = Path(grpo.train.__file__).parent
+PACKAGE = Path(grpo.__file__).parent
 COUNTED = f"{PACKAGE}{os.sep}"
 NOT_COUNTED = tuple(f"{COUNTED}{folder}{os.sep}" for folder in ("rollout", "embedded"))
 
@@ -35,7 +36,7 @@ def functions_run_by_a_step(argv):
         if event != "call" or not code.co_filename.startswith(COUNTED) or code.co_filename.startswith(NOT_COUNTED):
             return
         steps_begun += code is Rollouts.__call__.__code__
-        if steps_begun == 1 or code is grpo.train.train.__code__:
+        if steps_begun == 1 or code is train.__code__:
             seen.add((Path(code.co_filename), code.co_firstlineno))
 
     sys.setprofile(watch)

@@ -318,3 +318,23 @@ def test_a_start_is_kept_once(checkpoint, tmp_path):
     assert before == adapter_files(policy)[WEIGHTS]
     randomise(policy)
     assert keep(run, policy) == first and (run / START / WEIGHTS).read_bytes() == before
+
+
+def test_a_model_that_is_an_adapter_s_folder_is_begun_from_over_its_base(tmp_path, trained):
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
+    checkpoint = list_checkpoints(trained)[-1]
+    for given, base in ((trained, "embedded"), (checkpoint, "embedded")):
+        _, resolved = resolve([str(tmp_path / "toy.py"), "--model", str(given)])
+        assert (resolved.config.model, resolved.config.adapter) == (base, str(given))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in (SETTINGS, WEIGHTS):
+        shutil.copyfile(checkpoint / name, alone / name)
+    _, resolved = resolve([str(tmp_path / "toy.py"), "--eval", str(alone)])
+    assert (resolved.config.model, resolved.config.adapter) == (str(MODEL_DIR), str(alone))
+    settings = json.loads((alone / SETTINGS).read_text()) | {"base_model_name_or_path": None}
+    (alone / SETTINGS).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="does not say which model"):
+        resolve([str(tmp_path / "toy.py"), "--model", str(alone)])
+    with pytest.raises(UserError, match="Leave one of them out"):
+        resolve([str(tmp_path / "toy.py"), "--model", str(alone), "--adapter", str(trained)])

@@ -80,3 +80,16 @@ def test_best_never_names_a_checkpoint_that_was_left(names, toy_run):
     (toy_run / "best").write_text(f"checkpoints/step-{names:06d}\n")
     leave_later(toy_run, 2)
     assert (toy_run / "best").exists() == (names == 2)
+
+
+def test_a_tokenizer_is_on_the_disk_once(trained, toy_run):
+    first, last = list_checkpoints(trained)
+    assert (first / "tokenizer.json").samefile(last / "tokenizer.json")
+    assert not (first / README).samefile(last / README)
+    changed = list_checkpoints(toy_run)[-1] / "chat_template.jinja"
+    changed.unlink()
+    changed.write_text("another")
+    assert main(["--resume", str(toy_run), "--steps", "5"]) == 0
+    new = list_checkpoints(toy_run)[-1]
+    assert (new / "chat_template.jinja").read_text() != "another"
+    assert (new / "tokenizer.json").samefile(list_checkpoints(toy_run)[-2] / "tokenizer.json")

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
+from grpo.chat.answers import tokens_of
 from grpo.chat.trained import Trained
 from grpo.chat.voice import Heard, Voice
 from grpo.chat_template import ChatTemplate
@@ -97,22 +97,14 @@ class Dialogue:
         said = [*self.history[who], {"role": "user", "content": prompt}]
         if not prompt.strip():
             raise UserError("The prompt is empty. Write something.")
-        tokens = self._tokens([{"role": "system", "content": self.system}, *said] if self.system else said)
+        said = [{"role": "system", "content": self.system}, *said] if self.system else said
+        tokens = tokens_of(self.trained, self.template, said, self.turn)
         if len(tokens) >= self.trained.context:
             raise UserError(
                 f"The conversation is {len(tokens):,} tokens long, and the model's context has "
                 f"{self.trained.context:,}. /reset begins a new one."
             )
         return tokens
-
-    def _tokens(self, said: list[Message]) -> list[int]:
-        """Through the chat template; of a model without one the texts behind each other."""
-        tokenizer: Any = self.trained.tokenizer
-        if not self.template.is_there:
-            return list(tokenizer("\n".join(message["content"] for message in said))["input_ids"])
-        rendered = self.template.render(self.turn, said, self.trained.config.chat_template_kwargs)
-        makes_text = isinstance(rendered, str)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"] if makes_text else rendered)
 
     # ---- commands
 

@@ -67,7 +67,7 @@ def open_trained(asked: Asked, note: Callable[[str], object] = print, progressed
             f"as {without[0]}: they compute what the base computes."
         )
     title = f"{source.title}, over {config.model}" if source else config.model
-    system = _system_of(run_of(source.folder)) if source else ""
+    system = system_of(run_of(source.folder)) if source else ""
     return Trained(policy, tokenizer, config, title, bool(source), system, context)
 
 
@@ -103,7 +103,7 @@ def _config(asked: Asked, source: Source | None) -> Config:
     return replace(source.config, **fields, **others)
 
 
-def _system_of(run: Path) -> str:
+def system_of(run: Path) -> str:
     """The system prompt of a run's first prompts, as its records have it; empty where these differ or are not there."""
     said: set[str] = set()
     with suppress(UserError, OSError):

@@ -20,13 +20,27 @@ from grpo.types import Completion, Request
 Heard = Callable[[str], object]  # told the whole text so far
 
 
-class Voice(TorchEngine):
+class Sampler(TorchEngine):
+    """Samples at any temperature, 0 too."""
+
+    def __init__(self, policy: Policy, tokenizer: Any, temperature: float = 1.0):
+        # Not the engine's own beginning: that makes a canary, which proves an engine across updates, and here is none.
+        self.policy, self.tokenizer, self.temperature = policy, tokenizer, temperature
+        self.stop_tokens = set(policy.stop_tokens)
+
+    def _distribution(self, hidden: Tensor) -> Tensor:
+        if self.temperature > 0:
+            return super()._distribution(hidden)
+        logprobs = self.policy.distribution(hidden, 1.0)
+        likeliest = logprobs.argmax(dim=-1, keepdim=True)  # of equals the first, as transformers takes it
+        return torch.full_like(logprobs, -torch.inf).scatter(-1, likeliest, 0.0)
+
+
+class Voice(Sampler):
     """Answers one prompt at a time."""
 
     def __init__(self, policy: Policy, tokenizer: Any):
-        # Not the engine's own beginning: that makes a canary, which proves an engine across updates, and here is none.
-        self.policy, self.tokenizer, self.temperature = policy, tokenizer, 1.0
-        self.stop_tokens = set(policy.stop_tokens)
+        super().__init__(policy, tokenizer)
         self.tokens: list[int] = []
         self.heard: Heard = lambda text: None
 
@@ -48,13 +62,6 @@ class Voice(TorchEngine):
 
     def _decoder(self) -> Decoder:
         return _Overheard(super()._decoder(), self.hear)
-
-    def _distribution(self, hidden: Tensor) -> Tensor:
-        if self.temperature > 0:
-            return super()._distribution(hidden)
-        logprobs = self.policy.distribution(hidden, 1.0)
-        likeliest = logprobs.argmax(dim=-1, keepdim=True)  # of equals the first, as transformers takes it
-        return torch.full_like(logprobs, -torch.inf).scatter(-1, likeliest, 0.0)
 
 
 class _Overheard:

@@ -3,6 +3,7 @@
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-adapter            PEFT's adapter, of the best checkpoint
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-model --merged     one model of 16 bits
     python -m grpo.export runs/gsm8k-20260101-120000 --to my-gguf --gguf        the adapter for llama.cpp and Ollama
+    python -m grpo.export runs/gsm8k-20260101-120000 --to my-adapter --push me/my-adapter           onto the hub too
 
 Exit codes: 0 done; 2 bad input, or memory or a disk that ran out, told in a sentence; 130, 143 or 129 stopped by
 Ctrl-C, SIGTERM or SIGHUP. But for the first, nothing is left of the export.
@@ -10,6 +11,7 @@ Ctrl-C, SIGTERM or SIGHUP. But for the first, nothing is left of the export.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from grpo.terminal import plain, plain_logs, say, working
 from grpo.usage import README, usage_of_adapter, usage_of_gguf, usage_of_model
 
 if TYPE_CHECKING:
+    from grpo.export.push import Hub
     from grpo.export.source import Source
 
 PROGRAM = "python -m grpo.export"
@@ -57,6 +60,10 @@ class Options:
     --merged the whole model."""
     llama_cpp: str | None = None
     """For --merged --gguf: a checkout of llama.cpp, whose convert_hf_to_gguf.py is run."""
+    push: str | None = None
+    """OWNER/NAME on the hub, where the folder is uploaded to, with a card of the run's numbers. Private."""
+    public: tyro.conf.FlagCreatePairsOff[bool] = False
+    """For --push: everybody may have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +115,8 @@ def _parse(argv: list[str]) -> Options:
 
 
 def _check_combination(options: Options) -> None:
+    if options.public and options.push is None:
+        raise UserError("--public is of --push: it says who may see what is pushed. Give --push OWNER/NAME too.")
     if not options.merged and (options.onto, options.dtype) != ("trained", "auto"):
         raise UserError("--onto and --dtype are of --merged: an adapter is exported as it is. Give --merged too.")
     if options.llama_cpp is not None and not (options.merged and options.gguf):
@@ -132,20 +141,57 @@ def export(options: Options) -> None:
     check_free(to)
     write = _writer(options)
     source = find(options.run, options.checkpoint, options.model)
+    hub = _hub(options)
     with new_folder(to) as folder:
         told = write(source, folder)
-        (folder / README).write_text(_readme(options, source), encoding="utf-8")
+        readme = _readme(options, source, options.to, source.base) if hub is None else _card(options, source, folder)
+        (folder / README).write_text(readme, encoding="utf-8")
     for line in told:
         say(line)
     say(f"written to {to}")
+    if hub:
+        with working("upload"):
+            where = hub.push(to, f"{source.title}, by grpo.export")
+        say(f"pushed to {where} ({'public' if hub.is_public else 'private'})")
 
 
-def _readme(options: Options, source: Source) -> str:
+def _readme(options: Options, source: Source, to: str, base: str) -> str:
     if options.merged:
-        return usage_of_model(source.title, source.base, options.to, options.gguf)
+        return usage_of_model(source.title, base, to, options.gguf)
     if options.gguf:
-        return usage_of_gguf(source.title, source.base, options.to)
-    return usage_of_adapter(source.title, source.base, options.to, source.rank, in_a_run=False)
+        return usage_of_gguf(source.title, base, to)
+    return usage_of_adapter(source.title, base, to, source.rank, on_the_hub=options.push is not None)
+
+
+def _hub(options: Options) -> Hub | None:
+    """The repository that is asked for, if there is one that can be pushed to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if options.push is None:
+        return None
+    from grpo.export.push import Hub
+
+    hub = Hub(options.push, options.public)
+    hub.check()
+    return hub
+
+
+def _card(options: Options, source: Source, folder: Path) -> str:
+    """The README of what is pushed. The adapter in `folder` then names its base as others may find it."""
+    from grpo.export.card import card, public_name
+    from grpo.policy.adapter import SETTINGS
+
+    assert options.push
+    base = public_name(source.base)
+    if (settings := folder / SETTINGS).is_file():
+        described = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+        settings.write_text(json.dumps(described, indent=2), encoding="utf-8")
+    if base != source.base:
+        say(f"note: others do not have {source.base}: the card calls it {base}. --model OWNER/NAME says where it is.")
+    library = "transformers" if options.merged else "gguf" if options.gguf else "peft"
+    return card(_readme(options, source, options.push, base), source, library)
 
 
 def _writer(options: Options) -> Callable[[Source, Path], list[str]]:

@@ -39,7 +39,7 @@ def find(run: str, checkpoint: str, model: str | None) -> Source:
             f"There is no folder {run}. Give a run's folder, one of its checkpoints, or an adapter's folder."
         )
     if saved := saved_run(run):
-        folder = _checkpoint(path, checkpoint)
+        folder = choose(path, checkpoint)
         progress = check_files(folder)
         check_run(folder, saved.id)
         base = model_source(model or saved.config.model)
@@ -61,7 +61,12 @@ def find(run: str, checkpoint: str, model: str | None) -> Source:
     return Source(path, path.resolve().name, _there(model_source(base), run), described.rank, None)
 
 
-def _checkpoint(path: Path, which: str) -> Path:
+def choose(path: Path, which: str) -> Path:
+    """A checkpoint of the run at `path`: "best", "last" or a step; or the one that lies there.
+
+    Raises:
+        UserError: there is none.
+    """
     if is_checkpoint(path):
         if which != "best":
             raise UserError(f"{path} is one checkpoint already. Leave --checkpoint out, or give {run_of(path)}.")

@@ -6,7 +6,6 @@ Knows nothing of files. Without a terminal it prints the same lines, with neithe
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 import time
 from bisect import bisect_right
@@ -32,7 +31,7 @@ from rich.text import Text
 from grpo.metrics import HEADLINES, METHODS, METRICS, Column, is_share
 from grpo.record.names import in_lines, shortened, told_apart
 from grpo.record.sinks import Numbers, Recorded, Sink, TokenRecords
-from grpo.terminal import Terminal, between_words, plain, unbroken
+from grpo.terminal import Terminal, between_words, columns, plain, unbroken
 from grpo.types import Group
 
 LINES_BETWEEN_HEADERS = 20
@@ -136,7 +135,7 @@ class Console(Sink):
         file: IO[str] | None = None,
         method: str = METHODS[0],
     ):
-        self._terminal = Terminal(file=file or sys.stdout, highlight=False, markup=False, emoji=False)
+        self._terminal = Terminal(file=file or sys.stdout)
         self._broken = between_words if self._terminal.is_terminal else unbroken
         # With a terminal the bar says how long it will take.
         self._columns = columns_for(reward_names, headline, method) + [TIME_LEFT] * (not self._terminal.is_interactive)
@@ -283,4 +282,4 @@ def _score_in_words(name: str, scores: Mapping[str, float]) -> str:
 
 
 def _width() -> int:
-    return min(_WIDEST, shutil.get_terminal_size(fallback=(_WIDEST, 24)).columns)
+    return columns(_WIDEST)

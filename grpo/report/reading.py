@@ -30,6 +30,7 @@ HELD_OUT_PROMPTS = 48  # whose answers are kept
 LONGEST_TEXT = 8_000  # characters of a text that is kept
 OPENING = 4  # words by which answers are said to begin alike ...
 LONGEST_OPENING = 80  # ... as far as they have no more characters
+LARGEST_CHANGE = 100  # fields that a start is shown to have changed
 LONGEST_REASON = 300  # characters of why a reward failed
 SUSPECTS = 12
 POINTS = 400  # of the picture of rewards against lengths
@@ -337,7 +338,7 @@ def whole(value: object) -> int:
 def start_of(record: dict[str, Any]) -> dict[str, Any]:
     """A line of starts.jsonl: all that a page says of it, as texts."""
     names = ("time", "command", "task", "model", "device", "engine")
-    versions = record.get("versions")
+    versions, changed = (record.get(name) for name in ("versions", "changed"))
     return {
         **{name: str(record.get(name, ""))[:LONGEST_TEXT] for name in names},
         "step": whole(record.get("step")),
@@ -345,7 +346,17 @@ def start_of(record: dict[str, Any]) -> dict[str, Any]:
         "memory_gib": number(record.get("memory_gib")),
         "solved": record.get("solved"),
         "versions": {str(n): str(v) for n, v in versions.items()} if isinstance(versions, dict) else {},
+        "changed": _changes(changed) if isinstance(changed, dict) else [],
     }
+
+
+def _changes(changed: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(field, value so far, value from then on) of what a run went on with otherwise."""
+    pairs = [(name, pair) for name, pair in changed.items() if isinstance(pair, list) and len(pair) == 2]
+    return [
+        (str(name), str(before)[:LONGEST_REASON], str(now)[:LONGEST_REASON])
+        for name, (before, now) in pairs[:LARGEST_CHANGE]
+    ]
 
 
 def answer_of(record: dict[str, Any], solved: tuple[str, float] | None) -> Answer:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +25,7 @@ from grpo.folder import (
     Origin,
     Saved,
     check_new,
+    list_checkpoints,
     new_id,
     new_run_folder,
     remove_unused,
@@ -31,9 +34,11 @@ from grpo.folder import (
     set_aside,
     write_config,
 )
-from grpo.guards import Asked, command_to_go_on, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
+from grpo.guards import command_to_go_on, files_in_words, memory_in_words, stops_gently, told_how_to_go_on
 from grpo.questions import Questions, build_questions, preflight_rewards
+from grpo.record.sinks import Sink
 from grpo.record.starts import write_start
+from grpo.record.theirs import Theirs
 from grpo.record.trackers import About, build_trackers, check_installed
 from grpo.report import ReportSink
 from grpo.resolve import Resolved
@@ -45,7 +50,8 @@ from grpo.terminal import say, working
 from grpo.threads import restored_threads
 from grpo.train import Run, evaluate, is_unsaved, save, train
 from grpo.verbs.announce import announce, over_its_adapter
-from grpo.verbs.closing import closing
+from grpo.verbs.closing import IN_A_SHELL, After, closing
+from grpo.verbs.live import Live
 from grpo.verbs.opening import device_in_words, engine_in_words, opening, what_comes
 from grpo.verbs.together import alone_with, same_command, same_questions
 from grpo.world import ALONE, FOLDER, World
@@ -53,20 +59,46 @@ from grpo.world import ALONE, FOLDER, World
 _MOST_PRINTED = 2000  # characters of what rewards printed before one failed
 
 
-def start(options: Options, resolved: Resolved, command: str, world: World = ALONE) -> int:
-    """Train, from the start or from a checkpoint. command: as it was given, for the records. world: of the processes
-    that train together."""
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended."""
+
+    live: Live
+    folder: Path
+    is_done: bool  # every step was done
+    exit_code: int
+
+
+def start(
+    options: Options,
+    resolved: Resolved,
+    command: str,
+    sinks: Sequence[Sink] = (),
+    after: After = IN_A_SHELL,
+    world: World = ALONE,
+) -> Trained:
+    """Train, from the start or from a checkpoint, and say how that ended. The policy stays in memory.
+
+    command: as it was given, for the records. sinks: who else is told what happens. after: what can be done then.
+    world: of the processes that train together.
+
+    Raises:
+        UserError: what is asked for cannot be done, or something failed; what was saved stays.
+    """
     check_installed(resolved.config.log)
     saved = saved_run(options.resume)
     resolved = resolved if saved else over_its_adapter(resolved)
     announce(resolved)
     for told in lacking():
         say(f"note: {told}.")
-    if saved and saved.task_sha256 != resolved.task_sha256:
+    if saved and resolved.task_path and saved.task_sha256 != resolved.task_sha256:
         say(
             f"note: {resolved.task_path} is not the file that the run was started with. Its scores go on as one: "
             "before and after compare if the rewards still mean the same."
         )
+    if saved and (changes := saved.changes_to(resolved.config)):
+        told = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in changes.items())
+        say(f"note: changed since the run was last started: {told}.")
     checkpoint = resume_folder(Path(options.resume)) if options.resume else None
     same_command(world, resolved, checkpoint)
     if checkpoint and saved:
@@ -91,16 +123,22 @@ def start(options: Options, resolved: Resolved, command: str, world: World = ALO
         before = read_state(checkpoint)[0].placed if checkpoint else NOT_KNOWN
         at_work = staffed(questions.rewards, config.reward_workers, completions, folder / REWARDS_LOG, say, before)
         with memory_in_words(config, folder), at_work as staff:
-            questions.rewards, questions.move = staff, staff.move
-            starts_over = bool(saved and not checkpoint)
-            run = _built(resolved, as_saved, questions, checkpoint, starts_over, world)
+            asked_by, starts_over = replace(questions, rewards=staff, move=staff.move), bool(saved and not checkpoint)
+            run = _built(resolved, as_saved, asked_by, checkpoint, starts_over, world)
             run.progress.placed = staff.placed
-            world.first(_record_start, run, resolved, as_saved, questions, command)
+            how = {"command": command, "changed": saved.changes_to(resolved.config) if saved else {}}
+            world.first(_record_start, run, resolved, as_saved, asked_by, how)
             with run.recorder, stops_gently(run, partial(_told_to_stop, run)) as asked:
+                for sink in sinks:
+                    run.recorder.add(Theirs(sink, run.recorder.message, partial(setattr, run, "stop_requested", True)))
                 _score_anew(run, resolved.task)
                 _train_and_keep(run)
-    run.engine.close()
-    return _closing(run, asked)
+        threads = torch.get_num_threads()
+    _tell_the_end(run, after)
+    last = list_checkpoints(folder)[-1:] if run.progress.step else []
+    live = Live(run.config, run.policy, run.engine, questions, threads, next(iter(last), None), world)
+    is_done = run.progress.step == run.config.steps
+    return Trained(live, folder, is_done, 0 if is_done else asked.exit_code)
 
 
 def _questions(resolved: Resolved) -> tuple[Questions, str]:
@@ -192,12 +230,12 @@ def _start_over(saved: Saved) -> None:
         say(f"note: there was no checkpoint yet, so the run starts over. What it had recorded is in {left}.")
 
 
-def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questions, command: str) -> None:
+def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questions, how: dict[str, Any]) -> None:
     """What the run is made of, for whoever reads its records; and who else is told of what comes."""
     task, device = resolved.task, run.policy.device
     is_cuda = device.type == "cuda"
     about = {
-        "command": command,
+        **how,
         "step": run.progress.step,
         "steps": run.config.steps,
         "task": task.name,
@@ -240,12 +278,11 @@ def fingerprint_of_held_out(prompts: list[list[int]], solved: tuple[str, float] 
     return hashlib.sha256(json.dumps([solved, how, prompts]).encode()).hexdigest()
 
 
-def _closing(run: Run, asked: Asked) -> int:
-    """The last lines, and the exit code."""
+def _tell_the_end(run: Run, after: After) -> None:
+    """The last lines."""
     for warning in run.recorder.warnings():
         say(f"warning: {warning}")
-    run.world.first(_say_all, closing(run.folder, run.progress, run.config.steps))
-    return 0 if run.progress.step == run.config.steps else asked.exit_code
+    run.world.first(_say_all, closing(run.folder, run.progress, run.config.steps, after))
 
 
 def _say_all(lines: Iterable[str]) -> None:
