@@ -14,6 +14,7 @@ from small_task import task_with
 from toy_task import TASK
 
 import grpo
+from grpo.metrics import TIMING_PREFIXES
 from grpo.record.jsonl import read_metrics
 from grpo.run import main
 
@@ -54,7 +55,7 @@ class Heard(grpo.Sink):
 def numbers(folder):
     """What metrics.jsonl has that does not depend on the clock or on what else is in memory."""
     return [
-        (step, {k: v for k, v in record.items() if not k.startswith(("time/", "tokens/", "memory/"))})
+        (step, {k: v for k, v in record.items() if not k.startswith(TIMING_PREFIXES)})
         for step, record in read_metrics(folder / "metrics.jsonl", None)
     ]
 

@@ -24,8 +24,10 @@ from grpo.config import Config
 from grpo.doctor.findings import Finding, found
 from grpo.doctor.machine import GIB
 from grpo.policy.building import compute_dtype
+from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
 from grpo.policy.linears import is_quantized
-from grpo.policy.load import choose_device, from_hub, settle_tables
+from grpo.policy.load import choose_device, from_hub, model_source, settle_tables
+from grpo.policy.optimizer import STATE_BYTES
 from grpo.policy.promises import Promise
 from grpo.policy.recognition import NotRecognisedError, recognise
 from grpo.rollout.vllm_compat import INSTALL, why_not
@@ -33,6 +35,7 @@ from grpo.rollout.vllm_compat import INSTALL, why_not
 SMALL = 64  # tokens of the vocabulary, and values within the MLP
 BYTES_16, BYTES_FLOAT32 = 2, 4
 OF_NF4 = 0.5 + BYTES_FLOAT32 / BLOCK  # bytes of a weight: 4 bits, and a scale for each block
+PROMPT = 512  # tokens, where no row was read
 SHARE = 0.9  # of a GPU that base weights may fill, with an adapter and one sequence beside them
 
 
@@ -170,17 +173,38 @@ def _random(shape: Tensor) -> Tensor:
 
 
 def _fits(config: Config, device: torch.device, sizes: Sizes) -> list[Finding]:
-    """Whether the base weights fit the GPU. What else a run takes is measured when it starts, and it says so."""
-    weights = sizes.bytes_of(config.base) / GIB
-    told = f"The base weights take about {weights:.2g} GiB in {config.base}"
+    """Whether what a run cannot do without fits the GPU, and what it takes beside that, as far as sizes alone say.
+    Activations are measured when it starts, and the plan is among its first lines."""
+    weights, adapter = sizes.bytes_of(config.base) / GIB, bytes_of_adapter(config, sizes) / GIB
+    cache = bytes_of_cache(config, device) / GIB
+    told = (
+        f"The base weights take about {weights:.2g} GiB in {config.base}, the adapter of rank {config.lora_rank} with "
+        f"its gradient and optimizer {adapter:.2g}, keys and values of a whole rollout {cache:.2g} (prompts of "
+        f"{PROMPT} tokens assumed)"
+    )
+    measured = "Activations are measured when the run starts, and the plan is printed."
     if device.type != "cuda":
-        return [Finding("fine", "memory", f"{told} of this machine's memory.")]
+        return [Finding("fine", "memory", f"{told}: of this machine's memory.")]
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     limit = min(total, config.memory_gib or total)
-    if weights < SHARE * limit:
-        return [Finding("fine", "memory", f"{told} of the {limit:.1f} to be had.")]
+    if weights + adapter < SHARE * limit:
+        in_turns = " Not all of a rollout is written at once." if weights + adapter + cache > limit else ""
+        return [Finding("fine", "memory", f"{told}: of the {limit:.1f} to be had.{in_turns} {measured}")]
     remedy = "Use a smaller model." if config.base == "nf4" else "Use --base nf4, or a smaller model."
-    return [Finding("stops", "memory", f"{told}, and {limit:.1f} are to be had.", remedy)]
+    return [Finding("stops", "memory", f"{told}: and {limit:.1f} are to be had.", remedy)]
+
+
+def bytes_of_adapter(config: Config, sizes: Sizes) -> int:
+    """Masters and gradients in float32, the optimizer's state, and the copy in 16 bits that is computed with."""
+    of_state = STATE_BYTES[config.optimizer]
+    return (2 * BYTES_FLOAT32 + of_state + BYTES_16) * config.lora_rank * sizes.of_adapter
+
+
+def bytes_of_cache(config: Config, device: torch.device) -> int:
+    """Keys and values of all completions of a step at full length."""
+    per_token = kv_bytes_per_token(model_source(config.model), compute_dtype(config.base, device))
+    longest = config.max_completion_tokens + PROMPT
+    return full_cache_bytes(config.prompts_per_step * config.group_size, longest, per_token)
 
 
 def bytes_of_run(config: Config, sizes: Sizes) -> int:
