@@ -56,9 +56,11 @@ class Handler(BaseHTTPRequestHandler):
             made = json.loads(sent)
             name = f"{made.get('organization') or 'me'}/{made['name']}"
             if name in hub.repos:
-                return self._reply({"error": "there"}, 409)
+                return self._reply({"error": "there", "url": f"{hub.address}/{name}"}, 409)
             hub.repos[name] = bool(made.get("private")) or made.get("visibility") == "private"
             return self._reply({"url": f"{hub.address}/{name}", "name": name})
+        if self.path == "/api/validate-yaml":
+            return self._reply({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             files = [
                 {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
