@@ -1,6 +1,9 @@
 """Whole runs with `--engine server` on a small server (fake_server.py), whose draws are those of the torch engine."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from fake_server import FakeServer
@@ -29,7 +32,7 @@ def server():
 
 def said(folder):
     return [
-        [record[name] for name in ("step", "text", "reward")]
+        [record[name] for name in ("step", "prompt", "member", "text", "reward")]
         for record in map(json.loads, (folder / "completions.jsonl").read_text().splitlines())
     ]
 
@@ -58,6 +61,28 @@ def test_a_run_whose_server_dies_ends_saved_and_goes_on_with_another_one(toy, se
     assert said(ours) == said(theirs)
     assert not server.names()
     assert main(["--eval", str(ours)]) == 0
+    assert not server.names()
+
+
+KINDS = """
+def kinds(completion):
+    return len(set(completion)) / 10
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_server_sample_what_one_does(server, tmp_path):
+    """Each has an adapter of its own there, and takes it away."""
+    task = tmp_path / "toy.py"
+    task.write_text(TASK.format(rewards="{kinds: 1.0, says: 1.0}", extra=KINDS))
+    flags = [str(task), *SMALL, "--steps", "3"]
+    assert main([*flags, "--engine", "torch", "--run-dir", str(tmp_path / "one")]) == 0
+    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "grpo.run", *flags]
+    together += ["--engine", "server", "--servers", server.url, "--run-dir", str(tmp_path / "two")]
+    done = subprocess.run(together, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said(tmp_path / "two") == said(tmp_path / "one")
+    assert len(set(server.loads)) == 2 * 4, "of each process an adapter before the first step, and one after each"
     assert not server.names()
 
 

@@ -28,11 +28,6 @@ def same_command(world: World, resolved: Resolved, checkpoint: Path | None) -> N
         UserError: one would not.
     """
     config = dataclasses.asdict(resolved.config)
-    if world.size > 1 and resolved.config.engine == "server":
-        raise UserError(
-            f"--engine server is of one process, and there are {world.size}: each would load its adapter into the same "
-            "servers. Use one process for the update, or --engine vllm in each."
-        )
     mine = {
         "the task file's SHA-256": resolved.task_sha256,
         "the device": choose_device(resolved.config).type,
