@@ -95,6 +95,7 @@ COMMANDS = {
     "grpo.new": lambda words: new.command_line().parse_args(words),
     "grpo.doctor": lambda words: command.parse([word for word in words if word != JSON]),
 }
+LAUNCHERS = ("torchrun", "srun")
 # Programs of others, whose command lines are their own.
 OTHERS = {"pip", "pytest", "mkdocs", "ncu", "git", "source", "cd", "uvx", "vllm", "llama-cli", "ollama", "tensorboard"}
 
@@ -118,6 +119,8 @@ def check_command(words: list[str]) -> None:
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable that it runs with
         words = words[1:]
     program, *rest = words
+    if program in LAUNCHERS and "-m" in rest:  # of its own flags, then of what it starts
+        program, rest = "python", rest[rest.index("-m") :]
     if program == "python" and rest[0] == "-m":
         if rest[1] in COMMANDS:
             COMMANDS[rest[1]](rest[2:])
