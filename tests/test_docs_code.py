@@ -88,6 +88,8 @@ def test_python_of_a_run_runs(document, toy_run, tmp_path, monkeypatch):
 
 COMMANDS = {
     "grpo.run": command.parse,
+    "grpo.sft": command.parse,
+    "grpo.dpo": command.parse,
     "grpo.chat": lambda words: chat_line().parse_args(words),
     "grpo.export": parse_export,
     "grpo.rewards": parse_rewards,
