@@ -17,7 +17,7 @@ from fake_server import NAME, FakeServer, Sampler, Torn, borrow, error, give_bac
 from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, tokens_of
 
 from grpo.errors import UserError
-from grpo.rollout.server import ServerEngine, check_reachable
+from grpo.rollout.server import ServerEngine, check_reachable, open_exchange
 from grpo.rollout.server_http import Fault
 from grpo.rollout.server_pool import OTHER_FILES, TRIES, Task, Timing, at_once, units
 from grpo.rollout.server_protocol import Sampling
@@ -509,6 +509,12 @@ def test_an_address_may_be_a_number_of_ipv6(small, servers):
         pytest.skip("this machine has no IPv6")
     config = small(engine="server", servers=(f"http://[::1]:{fake.port}/v1/",))
     check_reachable(config, config.model)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*file.*--servers-folder"):
+        open_exchange(f"{tmp_path}/file/folder")
 
 
 def test_https_where_there_is_none_is_told(small, servers):

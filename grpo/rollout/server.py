@@ -80,7 +80,7 @@ class ServerEngine:
         dtype = DTYPES[policy.store.compute_dtype]
         in_4_bits = config.base == "nf4"
         self.needs = Needs(policy.source, longest, policy.store.rank, dtype, in_4_bits, canary_prompts[0])
-        self.exchange = Exchange(config.servers_folder)
+        self.exchange = open_exchange(config.servers_folder)
         self.present: Offered | None = None  # None: the base model, which is the reference policy
         self.proof: Proof | None = None
         stations = [Station(line) for line in lines(config)]
@@ -294,6 +294,21 @@ class ServerEngine:
 
     def _score(self, context: list[int], completion: list[int], station: Station, call: Call) -> list[float]:
         return station.score(self.sampling, self._name(station), [context], [completion], call, at_once=1)[0]
+
+
+def open_exchange(setting: str) -> Exchange:
+    """The folder for the adapters.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        return Exchange(setting)
+    except OSError as error:
+        raise UserError(
+            f"The adapter cannot be written where servers would read it: {error.strerror or error} "
+            f"({error.filename}). Name a folder by --servers-folder that can be written to."
+        ) from error
 
 
 def lines(config: Config) -> list[Line]:
