@@ -2,6 +2,7 @@
 that names the folder and what is wrong with it."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from grpo_kernels.nf4 import NF4
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, FUSED, GENERIC, SIZES, write_checkpoint
+from tiny_models import CPU, FUSED, GENERIC, NO_HEAD_SIZE, SIZES, write_checkpoint
 
 from grpo.config import Config
 from grpo.errors import UserError
@@ -156,9 +157,34 @@ def test_a_model_that_changes_weights_on_loading_is_read_whole(tmp_path):
         attention_window_size=8, block_types=["recurrent", "attention"], eos_token_id=2,
     )  # fmt: skip
     folder, notes = write_checkpoint(tmp_path, settings), []
-    with pytest.raises(UserError, match="RecurrentGemmaForCausalLM computes its logits"):
-        load(folder, note=notes.append)
+    load(folder, note=notes.append)
     assert len(notes) == 2 and "RecurrentGemmaForCausalLM changes them on loading" in notes[0]
+
+
+@pytest.mark.parametrize("damaged", [
+    dict(embedding_multiplier=math.nan), dict(embedding_multiplier=math.inf), dict(embedding_multiplier=0.0),
+    dict(embedding_multiplier=1e300),
+    dict(residual_multiplier=math.nan), dict(attention_multiplier=math.nan),
+    dict(logits_scaling=0.0), dict(logits_scaling=math.nan), dict(logits_scaling=math.inf),
+])  # fmt: skip
+def test_a_multiplier_that_leaves_no_probabilities_is_refused(damaged, tmp_path):
+    folder = write_checkpoint(tmp_path, transformers.GraniteConfig(**NO_HEAD_SIZE, **damaged))
+    with pytest.raises(UserError, match=r"GraniteForCausalLM (gives logits that .*config\.json is damaged|is NaN)"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    (dict(sliding_window=0), "sliding_window in the config.json of Cohere2ForCausalLM is 0. Get"),
+    (dict(sliding_window=-3), "sliding_window in the config.json of Cohere2ForCausalLM is -3. Get"),
+    (dict(sliding_window=None), r"does not run as its config.json describes it \(ValueError: .*sliding_window"),
+    (dict(layer_types=["chunked_attention", "full_attention"]), r"does not run as .* \(KeyError: 'chunked_attention'"),
+])  # fmt: skip
+def test_windows_that_there_cannot_be_are_refused(change, told, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("cohere2"), tmp_path / "changed")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=told):
+        load(folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -80,7 +80,7 @@ def test_logprobs_and_lora_gradients_are_those_of_peft(name, tiny_config, groups
             assert_same_gradient(projection.lora_b[part].grad, gradients[linear + ".lora_B"])
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window", "glm4"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral-window", "glm4", "granite"])
 def test_where_nothing_is_recognised_the_numbers_are_the_same(name, tiny_config, groups, monkeypatch, capsys):
     config = tiny_config(name)
     batch = one_batch(groups, config)
@@ -112,8 +112,8 @@ def peft_gradients(model):
 
 
 # One of each kind; the others are the second stage.
-STEPS_FIRST = ("qwen3", "gemma2", "gemma3", "glm4", "olmo2", "granite")
-NF4_FIRST = ("qwen2", "gpt2", "gemma3", "phi3", "glm4")
+STEPS_FIRST = ("qwen3", "gemma2", "gemma3", "glm4", "olmo2", "granite", "cohere2", "gpt2")
+NF4_FIRST = ("qwen2", "gpt2", "gemma3", "phi3", "glm4", "cohere2")
 
 
 class Weighted:

@@ -71,7 +71,7 @@ class Rounded:
         return sum(weight.numel() * 2 - weight.numel() // 2 - weight.numel() // 16 for weight in self.weights[name])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "cohere2"])
 def test_what_is_measured_and_what_is_kept(name, checkpoint):
     prompts, notes = random_prompts(), []
     loaded = dynamic(checkpoint(name), prompts, note=notes.append)

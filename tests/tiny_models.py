@@ -77,12 +77,23 @@ FUSED = {
     "glm4": lambda: transformers.Glm4Config(**SIZES, attention_bias=True),
     "stablelm": lambda: transformers.StableLmConfig(**NO_HEAD_SIZE, use_qkv_bias=True),
     "olmo2": lambda: transformers.Olmo2Config(**NO_HEAD_SIZE),
+    "granite": lambda: transformers.GraniteConfig(
+        **NO_HEAD_SIZE, residual_multiplier=0.5, embedding_multiplier=3.0, attention_multiplier=0.3, logits_scaling=2.0
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(**NO_HEAD_SIZE, no_rope_layers=[1, 0]),
+    "cohere": lambda: transformers.CohereConfig(**NO_HEAD_SIZE, logit_scale=0.25),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **SIZES, logit_scale=0.25, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "exaone4": lambda: transformers.Exaone4Config(
+        **NO_HEAD_SIZE, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "stablelm-parallel": lambda: transformers.StableLmConfig(**NO_HEAD_SIZE, use_parallel_residual=True),
 }
 GENERIC = {
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=256, eos_token_id=2, bos_token_id=1
     ),
-    "granite": lambda: transformers.GraniteConfig(**NO_HEAD_SIZE, residual_multiplier=0.5, embedding_multiplier=3.0),
     "starcoder2": lambda: transformers.Starcoder2Config(**NO_HEAD_SIZE, sliding_window=8),
 }
 LATENT = NO_HEAD_SIZE | dict(

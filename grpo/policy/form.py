@@ -2,12 +2,15 @@
 
 A layer is two blocks, attention and a gated MLP, each added to what it reads, with norms before or after each:
 
-    a = x + after_attention(o(attend(rotate(q, k), v)))        q, k, v = qkv(before_attention(x))
-    y = a + after_mlp(down(activation(gate) * up))             gate, up = gate_up(before_mlp(a))
+    a = x + share after_attention(o(attend(rotate(q, k), v)))        q, k, v = qkv(before_attention(x))
+    y = a + share after_mlp(down(activation(gate) * up))             gate, up = gate_up(before_mlp(a))
 
-Which of the four norms there are, what kind they are, what is normed of queries and keys, how these are rotated and
-what is done to their products is all in which architectures differ. `recognition.py` finds it out for a Hugging Face
-model, `fused.py` computes it.
+or, where both blocks read the same, y = a + share after_mlp(down(activation(gate) * up)) with gate, up and q, k, v of
+before_both(x).
+
+Which of the norms there are, what kind they are, what is normed of queries and keys, how these are rotated, if they
+are, what is done to their products and the share of a block that is added is all in which architectures differ.
+`recognition.py` finds it out for a Hugging Face model, `fused.py` computes it.
 """
 
 from __future__ import annotations
@@ -16,8 +19,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo.policy.head import Logits
+
 # What a norm makes of x; the kinds are told apart by what they compute.
 NormKind = Literal["rms", "rms of 1 + weight", "layer"]
+
+# Which elements of a head are turned together: its two halves', those beside each other, or none.
+Rotation = Literal["halves", "pairs", "none"]
+
+# Where a rotary embedding has its angles, each of which it gives twice: in two halves, or beside each other.
+AngleOrder = Literal["halves", "pairs"]
 
 # Where a model may have its layers, with embedding, last norm and rotary embedding beside them.
 BODIES = ("model", "model.language_model")
@@ -47,6 +58,7 @@ BLOCK_NORMS: tuple[dict[str, str], ...] = (
         "after_mlp": "post_mlp_layernorm",
     },
     {"after_attention": "post_attention_layernorm", "after_mlp": "post_feedforward_layernorm"},
+    {"before_both": "input_layernorm"},
 )
 
 # Norms of queries and keys: of each head for itself, or of all heads together.
@@ -82,7 +94,9 @@ class LayerForm:
     key_size: int  # of the keys, and of the values
     scores: Scores
     rotary: str | None  # what the model's rotary embedding is asked for; None where it is the same in all layers
-    interleaved: bool  # whether the elements of a rotated pair are beside each other
+    angles: AngleOrder
+    rotation: Rotation
+    share: float  # of what a block computes, that is added to what it reads
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class ModelForm:
     """A whole model: embedding, layers, last norm, head."""
 
     body: str  # Hugging Face's name of the module that has the layers: of a model that also sees, the part for text
+    embedding: float  # what the embedding of a token is multiplied by
     layers: tuple[LayerForm, ...]
     norm: NormKind
-    softcap: float | None  # of the logits
+    logits: Logits

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from grpo.policy.activations import Treatment, ways
 from grpo.policy.cache import KeyValueCache
-from grpo.policy.form import LayerForm, ModelForm, Scores
+from grpo.policy.form import AngleOrder, LayerForm, ModelForm, Scores
 from grpo.policy.linears import NF4Linear
 from grpo.policy.norms import build_norm, norm_of, weights_of
 from grpo.policy.projections import Projection, ProjectionStore
@@ -48,19 +48,26 @@ class FusedLayer(nn.Module):
         self.after_attention = norm_of(layer, form.norms.get("after_attention"))
         self.before_mlp = norm_of(layer, form.norms.get("before_mlp"))
         self.after_mlp = norm_of(layer, form.norms.get("after_mlp"))
+        self.before_both = norm_of(layer, form.norms.get("before_both"))
         self.of_queries = norm_of(layer, form.norms.get("of_queries"))
         self.of_keys = norm_of(layer, form.norms.get("of_keys"))
         self.of_query_heads = norm_of(layer, form.norms.get("of_query_heads"))
         self.of_key_heads = norm_of(layer, form.norms.get("of_key_heads"))
         self.mlp = build_mlp(self.gate_up, self.down, activation_of(layer.mlp))
+        self.turned = self._normed if form.rotation == "none" else self._rotated
+        self.share = times(form.share)
 
     def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """[N, D] -> [N, D]."""
-        q, k, v = self.qkv(self.before_attention(x)).split(self.sizes, dim=-1)
-        q, k = self._rotated(self._heads(self.of_queries(q)), self._heads(self.of_keys(k)), angles)
-        attended = self.o(attend(self.index, q, k, self._heads(v), self.scores).flatten(-2))
-        normed, x = self.before_mlp.add(self.after_attention(attended), x)
-        return x + self.after_mlp(self.mlp(normed))
+        attended = self._attended(self.before_attention(x), angles, attend)
+        normed, x = self.before_mlp.add(self.share(attended), x)
+        return x + self.share(self.after_mlp(self.mlp(normed)))
+
+    def _attended(self, normed: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """The block of attention, [N, D] -> [N, D]."""
+        q, k, v = self.qkv(normed).split(self.sizes, dim=-1)
+        q, k = self.turned(self._heads(self.of_queries(q)), self._heads(self.of_keys(k)), angles)
+        return self.after_attention(self.o(attend(self.index, q, k, self._heads(v), self.scores).flatten(-2)))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_size))
@@ -68,12 +75,36 @@ class FusedLayer(nn.Module):
     def _rotated(self, q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
         of_q, of_k = self.of_query_heads, self.of_key_heads
         norms = {"q_norm": of_q.weight, "k_norm": of_k.weight, "eps": of_q.epsilon, "offset": of_q.offset}
-        return rope(q, k, *angles, **norms, interleaved=self.form.interleaved)
+        return rope(q, k, *angles, **norms, interleaved=self.form.rotation == "pairs")
+
+    def _normed(self, q: Tensor, k: Tensor, _angles: Angles) -> tuple[Tensor, Tensor]:
+        return self.of_query_heads(q), self.of_key_heads(k)
 
     def norms(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name within the layer, tensor) of all norms."""
         for place, norm in self.form.norms.items():
             yield from weights_of(getattr(self, place), norm.name)
+
+
+class ParallelLayer(FusedLayer):
+    """One whose MLP reads what its attention reads."""
+
+    def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
+        """[N, D] -> [N, D]."""
+        normed = self.before_both(x)
+        x = x + self.share(self._attended(normed, angles, attend))
+        return x + self.share(self.after_mlp(self.mlp(normed)))
+
+
+def build_layer(layer: Any, form: LayerForm, projections: Mapping[str, Any], index: int) -> FusedLayer:
+    """A layer of this form over the norms of a Hugging Face layer and projections of its linears."""
+    kind = ParallelLayer if "before_both" in form.norms else FusedLayer
+    return kind(layer, form, projections, index)
+
+
+def times(factor: float) -> Callable[[Tensor], Tensor]:
+    """x -> factor x."""
+    return (lambda x: x) if factor == 1 else (lambda x: factor * x)
 
 
 def activation_of(mlp: Any) -> Callable[[Tensor], Tensor]:
@@ -110,10 +141,18 @@ def _known_activation(activation: Callable[[Tensor], Tensor]) -> Activation | No
     return None
 
 
-def half_angles(cos: Tensor, sin: Tensor) -> Angles:
-    """What Hugging Face's rotary embeddings return, each [1, N, R] of two equal halves, as `rope` takes it."""
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half], sin[0, :, :half]
+def first_half(x: Tensor) -> Tensor:
+    """[1, N, R] -> [N, R / 2], of two equal halves."""
+    return x[0, :, : x.shape[-1] // 2]
+
+
+def every_other(x: Tensor) -> Tensor:
+    """[1, N, R] -> [N, R / 2], of equal neighbours."""
+    return x[0, :, ::2].contiguous()
+
+
+# What Hugging Face's rotary embeddings return, of which each angle is there twice, as `rope` takes it: cos, or sin.
+ONCE: dict[AngleOrder, Callable[[Tensor], Tensor]] = {"halves": first_half, "pairs": every_other}
 
 
 class FusedModel(nn.Module):
@@ -124,20 +163,22 @@ class FusedModel(nn.Module):
         body = model.get_submodule(form.body)
         self.name = form.body
         self.embed = body.embed_tokens
+        self.embedded = times(form.embedding)
         self.rope = body.rotary_emb
         self.norm = build_norm(body.norm, form.norm)
         self.layers = nn.ModuleList(
-            FusedLayer(layer, of_layer, {name: store[f"{index}.{name}"] for name in of_layer.linears}, index)
+            build_layer(layer, of_layer, {name: store[f"{index}.{name}"] for name in of_layer.linears}, index)
             for index, (layer, of_layer) in enumerate(zip(body.layers, form.layers, strict=True))
         )
         self.head: Tensor = model.lm_head.weight  # [V, D]
-        self.softcap = form.softcap
+        self.logits = form.logits
         windows = {layer.scores.window for layer in form.layers}
         self.reach = {window: ENDLESS if window is None else window for window in windows}
         # The rotary embedding takes an argument where it is not the same in all layers.
         asked = list(dict.fromkeys(layer.rotary for layer in form.layers))
         self.rotaries = [[] if argument is None else [argument] for argument in asked]
         self.rotary_of = [asked.index(layer.rotary) for layer in form.layers]
+        self.once = ONCE[form.layers[0].angles]
         treatment: Treatment = "recompute" if recompute else "keep"
         self.treat([treatment for _ in self.layers])
 
@@ -180,8 +221,9 @@ class FusedModel(nn.Module):
                 yield from getattr(layer, name).biases()
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        x = self.embed(tokens)
-        angles = [half_angles(*self.rope(x, positions.unsqueeze(0), *asked)) for asked in self.rotaries]
+        x = self.embedded(self.embed(tokens))
+        twice = [self.rope(x, positions.unsqueeze(0), *asked) for asked in self.rotaries]
+        angles = [(self.once(cos), self.once(sin)) for cos, sin in twice]
         for layer, run, rotary in zip(self.layers, self.ways, self.rotary_of, strict=True):
             x = run(layer, x, angles[rotary], attend)
         return self.norm(x)

@@ -6,6 +6,7 @@ copy of the prompt, because an unknown architecture cannot be trusted with packe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grpo.errors import UserError
+from grpo.errors import UserError, is_out_of_memory
 from grpo.policy.activations import Treatment, ways
 from grpo.policy.experts import AdaptedExperts, Experts, ExpertWeights, are_experts
+from grpo.policy.head import Logits, read_logits
 from grpo.policy.linears import Linear, is_linear
 from grpo.policy.projections import Masters, Projection, ProjectionStore
 from grpo.types import Batch
@@ -31,7 +33,7 @@ class GenericModel(nn.Module):
         self.model = model
         if getattr(model.config, "attn_logit_softcapping", None) is not None:
             model.set_attn_implementation("eager")  # the others leave the cap out without a word
-        self.head, self.softcap = _find_head(model)
+        self.head, self.logits = _find_head(model)
         # Hugging Face recomputes in train mode only, in which dropout is on, routers are noisy and some layers read the
         # weights of their linears past their forward. The policy that is trained must be the policy that sampled: it
         # never is in that mode.
@@ -90,34 +92,66 @@ def body_of(model: Any) -> Any:
     return model.model if model.base_model is model else model.base_model
 
 
-def _find_head(model: Any) -> tuple[Tensor, float | None]:
-    """The head's weight [V, D] and soft cap, proved on a few tokens.
+def _find_head(model: Any) -> tuple[Tensor, Logits]:
+    """The head's weight [V, D] and what is made of its products, proved on a few tokens.
 
     Raises:
-        UserError: the model cannot run on projections, or its logits are something else than (capped) products with its
-            output embedding.
+        UserError: the model cannot run on projections, a number of its config or its logits are none, or these are
+            something else than `Logits` of the products with its output embedding.
     """
-    weight = model.get_output_embeddings().weight
-    softcap = getattr(model.config, "final_logit_softcapping", None)  # Gemma 2 and its kin
+    head = model.get_output_embeddings()
+    weight = head.weight
     tokens = torch.arange(1, 9, device=weight.device)[None]
+
+    def run() -> Tensor:
+        return model(input_ids=tokens, use_cache=False).logits
+
     with torch.no_grad():
         try:
-            theirs = model(input_ids=tokens, use_cache=False).logits.float()
+            theirs = run().float()
         except AttributeError as error:  # Mamba multiplies by the weights of its linears itself
             raise UserError(
                 f"{type(model).__name__} cannot be trained: it reads the weights of its linear layers past their "
                 f"forward ({error}), where no adapter can be. Use another model."
             ) from error
-        ours = last_hidden(model, tokens).float() @ weight.float().T
-    ours = softcap * torch.tanh(ours / softcap) if softcap else ours
+        except Exception as error:  # what transformers raises where a config asks for what there is not
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{type(model).__name__} does not run as its config.json describes it ({type(error).__name__}: "
+                f"{error}). Get the config.json that belongs to the checkpoint."
+            ) from error
+        _check_numbers(model, theirs)
+        logits = read_logits(head, run) or Logits()
+        ours = logits(last_hidden(model, tokens).float() @ weight.float().T)
     # A shift of all logits changes no probability.
     theirs, ours = (x.log_softmax(-1) for x in (theirs, ours))
     if not torch.allclose(ours, theirs, rtol=0, atol=256 * torch.finfo(weight.dtype).eps):
         raise UserError(
             f"{type(model).__name__} computes its logits in a way that is not supported (they are not the product of "
-            "the last hidden state and the output embedding). Use another model."
+            "the last hidden state and the output embedding, times a number or capped). Use another model."
         )
-    return weight, softcap
+    return weight, logits
+
+
+def _check_numbers(model: Any, logits: Tensor) -> None:
+    """Logits are numbers, and not all 0; nor is one of the config's no number, which some kernels pass over."""
+    settings = model.config.get_text_config()
+    damaged = [name for name, value in vars(settings).items() if isinstance(value, float) and math.isnan(value)]
+    window = getattr(settings, "sliding_window", None)
+    if "sliding_attention" in (getattr(settings, "layer_types", None) or []) and window is not None and window < 1:
+        damaged.append("sliding_window")
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} in the config.json of {type(model).__name__} is {getattr(settings, damaged[0])}. Get the "
+            "checkpoint anew."
+        )
+    if not logits.isfinite().all() or not logits.any():
+        wrong = "no finite numbers" if logits.any() else "all 0"
+        raise UserError(
+            f"{type(model).__name__} gives logits that are {wrong}: a weight of it or a multiplier in its config.json "
+            "is damaged. Get the checkpoint anew."
+        )
 
 
 def fuse(

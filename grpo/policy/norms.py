@@ -40,7 +40,7 @@ class LayerNorm(nn.Module):
     def __init__(self, module: Any):
         super().__init__()
         self.weight: nn.Parameter = module.weight
-        self.bias: nn.Parameter | None = module.bias
+        self.bias: nn.Parameter | None = getattr(module, "bias", None)
         self.epsilon: float = epsilon_of(module)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def kind_of(module: Any) -> NormKind | None:
         return None
     x = torch.randn(3, len(module.weight), generator=torch.Generator().manual_seed(0))
     theirs = module(x)
-    kinds: tuple[NormKind, ...] = ("layer",) if hasattr(module, "bias") else ("rms", "rms of 1 + weight")
+    kinds: tuple[NormKind, ...] = ("layer",) if hasattr(module, "bias") else ("rms", "rms of 1 + weight", "layer")
     return next((kind for kind in kinds if torch.allclose(build_norm(module, kind)(x), theirs, atol=1e-5)), None)
 
 

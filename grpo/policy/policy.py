@@ -93,8 +93,9 @@ class Policy:
     def distribution(self, hidden: Tensor, temperature: float) -> Tensor:
         """log p of every token after these final hidden states, float32: [S, D] -> [S, V]."""
         logits = head_product(hidden, self.model.head)
-        if self.model.softcap is not None:
-            logits = self.model.softcap * torch.tanh(logits / self.model.softcap)
+        temperature, softcap = self.model.logits.at(temperature)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         return F.log_softmax(logits / temperature, dim=-1)
 
     def update(self, optimizer_steps: list[list[Batch]], loss: Loss, rate: float, epochs: int = 1) -> dict[str, float]:
@@ -179,8 +180,7 @@ class Policy:
             self._before_sampled(batch, sampled),
             self.model.head,
             batch.tokens[sampled],
-            self.config.temperature,
-            self.model.softcap,
+            *self.model.logits.at(self.config.temperature),
             differentiable_entropy=differentiable_entropy,
         )
 

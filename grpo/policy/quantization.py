@@ -106,7 +106,7 @@ def exact_states(model: Any, form: ModelForm, prompts: Sequence[list[int]], devi
     """What the head reads of all prompts, [N, D]: by Hugging Face's layers in float32, of which one is read at a
     time."""
     body = model.get_submodule(form.body)
-    states = [body.embed_tokens(torch.tensor([tokens])).float() for tokens in prompts]
+    states = [form.embedding * body.embed_tokens(torch.tensor([tokens])).float() for tokens in prompts]
     for promised, of_layer in zip(body.layers, form.layers, strict=True):
         layer = read_copy(promised).to(device)
         for number, x in enumerate(states):
@@ -128,8 +128,7 @@ def divergence(model: FusedModel, prompts: Sequence[list[int]], rows: Tensor, ex
 
 def next_token(model: FusedModel, states: Tensor) -> Tensor:
     """log p of every token after these final hidden states [R, D], float32 [R, V]."""
-    logits = head_product(states, model.head)
-    return (logits if model.softcap is None else model.softcap * torch.tanh(logits / model.softcap)).log_softmax(-1)
+    return model.logits(head_product(states, model.head)).log_softmax(-1)
 
 
 def in_16_bits(linears: list[tuple[Any, Tensor]], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,18 +1,22 @@
 """Recognition: the form of a Hugging Face model, by structure and by trial, never by its class's name.
 
     structure   its modules have the names and kinds that a form knows, and nothing else in it has weights
-    frame       with layers that only look on: the way from token to logits, and what each layer is handed (its mask and
-                its rotary angles), which is how its window and its rotary embedding are found out
-    trial       a layer of each kind, in float32 on random input, must give what FusedLayer gives
+    frame       with layers, norm and head that only look on, in float64: what the embedding is multiplied by, what each
+                layer is handed (its mask and its rotary angles), which is how its window and its rotary embedding are
+                found out, and what is made of the head's products
+    trial       a layer of each kind, in float32 on random input, must give what FusedLayer gives: turned in one of
+                three ways or not at all, and with one of the numbers that the layer holds as its blocks' share
 
 What a trial of a few tokens would not show, a window of thousands or a cap far above its scores, is made small for it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,15 +25,29 @@ from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
 
 from grpo.errors import is_out_of_memory
-from grpo.policy.form import BLOCK_NORMS, BODIES, HEAD_NORMS, LINEARS, ROW_NORMS, LayerForm, ModelForm, NormForm, Scores
-from grpo.policy.fused import FusedLayer, half_angles, packed
+from grpo.policy.form import (
+    BLOCK_NORMS,
+    BODIES,
+    HEAD_NORMS,
+    LINEARS,
+    ROW_NORMS,
+    AngleOrder,
+    LayerForm,
+    ModelForm,
+    NormForm,
+    Rotation,
+    Scores,
+)
+from grpo.policy.fused import ONCE, build_layer, packed
+from grpo.policy.head import Logits, instead, read_logits
 from grpo.policy.linears import NF4Linear
-from grpo.policy.norms import build_norm, epsilon_of, kind_of
+from grpo.policy.norms import epsilon_of, kind_of
 from grpo.policy.promises import read_copy
 
 TOKENS = 11  # of a trial
 WINDOW = 5  # tokens, in a trial
-SOFTCAP = 0.25  # of scores and of logits, in a trial
+SOFTCAP = 0.25  # of scores, in a trial
+ROTATIONS: tuple[Rotation, ...] = ("halves", "pairs", "none")  # in the order in which they are tried
 
 
 class NotRecognisedError(Exception):
@@ -42,6 +60,15 @@ class Handed:
 
     windowed: bool
     rotary: str | None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a model computes beside its layers and its last norm."""
+
+    embedding: float
+    handed: list[Handed]
+    logits: Logits
 
 
 @torch.no_grad()
@@ -57,16 +84,15 @@ def recognise(model: Any, longest: int) -> ModelForm:
     norm = kind_of(read_copy(body.norm))
     if norm is None:
         raise NotRecognisedError("its last norm is of an unknown kind")
-    softcap = getattr(body.config, "final_logit_softcapping", None)
-    handed = _watch(model, body, norm, softcap)
+    frame = _watch(model, body)
     found: dict[str, LayerForm] = {}
     forms = []
     for index, layer in enumerate(body.layers):
-        kind = f"{_kind(layer)} {handed[index]}"
+        kind = f"{_kind(layer)} {frame.handed[index]}"
         if kind not in found:
-            found[kind] = _form_of(body, index, linears[index], handed[index], longest)
+            found[kind] = _form_of(body, index, linears[index], frame.handed[index], longest)
         forms.append(found[kind])
-    return ModelForm(name, tuple(forms), norm, softcap)
+    return ModelForm(name, frame.embedding, tuple(forms), norm, frame.logits)
 
 
 # ---- structure
@@ -79,9 +105,15 @@ def _name_of_body(model: Any) -> str:
     found = [name for name in BODIES if name in modules and needed <= dict(modules[name].named_children()).keys()]
     if not found or len(modules[found[0]].layers) == 0:
         raise NotRecognisedError(f"it is not made of {', '.join(sorted(needed))} alone")
-    if not isinstance(getattr(model, "lm_head", None), nn.Linear) or model.lm_head.bias is not None:
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None or not _is_product(head):
         raise NotRecognisedError("its head is no plain product")
     return found[0]
+
+
+def _is_product(linear: nn.Linear) -> bool:
+    x = linear.weight[:2]
+    return torch.equal(linear(x), F.linear(x, linear.weight))
 
 
 def _linears_of(index: int, layer: Any) -> dict[str, tuple[str, ...]]:
@@ -119,8 +151,12 @@ def _norm_of(index: int, layer: Any, name: str) -> NormForm:
 
 def _kind(layer: Any) -> str:
     """Layers of one kind compute the same function of their weights: the same modules, sizes and settings."""
-    settings = {name: value for name, value in vars(layer.self_attn).items() if isinstance(value, (int, float, str))}
-    settings.pop("layer_idx", None)
+    settings = {
+        f"{module}.{name}": value
+        for module, each in layer.named_modules()
+        for name, value in vars(each).items()
+        if isinstance(value, (int, float, str)) and name != "layer_idx"
+    }
     return f"{layer} {sorted(settings.items())}"
 
 
@@ -134,33 +170,61 @@ class _Onlooker(nn.Module):
         super().__init__()
         self.layer = [layer]  # in a list: no module of this one
         self.handed: dict[str, Any] = {}
+        self.x = torch.empty(0)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer[0], name) if name not in ("layer", "handed") else super().__getattr__(name)
+        return getattr(self.layer[0], name) if name not in ("layer", "handed", "x") else super().__getattr__(name)
 
     def forward(self, hidden_states: Tensor, **handed: Any) -> Tensor:
-        self.handed = handed
+        self.x, self.handed = hidden_states, handed
         return hidden_states
 
 
-def _watch(model: Any, body: Any, norm: Any, softcap: float | None) -> list[Handed]:
-    """The frame computes logits as FusedModel would, and hands its layers this."""
-    layers = body.layers
+def _watch(model: Any, body: Any) -> Frame:
+    """Run the model with layers and a last norm that pass on what they are handed, and a head that gives what it is
+    told."""
+    embed, layers = body.embed_tokens.forward, body.layers
     onlookers = [_Onlooker(layer) for layer in layers]
     tokens = torch.arange(TOKENS, device=body.embed_tokens.weight.device)
-    with _made_small(body.config):
+    embedded = embed(tokens[None]).double()
+    ends: list[Tensor] = []  # what the last norm is handed
+
+    def pass_on(x: Tensor) -> Tensor:
+        ends.append(x)
+        return x
+
+    with (
+        _made_small(body.config),
+        instead(body.embed_tokens, lambda ids: embed(ids).double()),
+        instead(body.norm, pass_on),
+    ):
         body.layers = nn.ModuleList(onlookers)
         try:
             with _not_recognised_if_raised("a layer that only looks on in its place"):
-                theirs = model(input_ids=tokens[None], use_cache=False).logits[0]
+                logits = read_logits(model.lm_head, lambda: model(input_ids=tokens[None], use_cache=False).logits)
         finally:
             body.layers = layers
-    embedded = body.embed_tokens(tokens)
-    ours = F.linear(build_norm(body.norm, norm)(embedded), model.lm_head.weight)
-    ours = ours if softcap is None else SOFTCAP * torch.tanh(ours / SOFTCAP)
-    if not _agree(ours, theirs):
-        raise NotRecognisedError("its logits are more than a product of its last norm's output and its head")
-    return [_read_handed(body, embedded, index, each.handed) for index, each in enumerate(onlookers)]
+    if logits is None:
+        raise NotRecognisedError("its logits are more than its head's products, times a number or capped")
+    passed = [*(each.x for each in onlookers), *ends]
+    factor = _factor(embedded, passed)
+    return Frame(factor, [_read_handed(body, embedded, i, each.handed) for i, each in enumerate(onlookers)], logits)
+
+
+def _factor(embedded: Tensor, passed: list[Tensor]) -> float:
+    """What the embedding of tokens [1, T, D] is multiplied by before the layers, between which nothing happens."""
+    first = passed[0]
+    factor = float((first * embedded).sum() / embedded.square().sum()) if first.shape == embedded.shape else math.nan
+    unchanged = all(torch.equal(x, first) for x in passed[1:])
+    if (
+        not unchanged
+        or not 0 < abs(factor) < math.inf
+        or not torch.allclose(first, factor * embedded, rtol=1e-6, atol=0)
+    ):
+        raise NotRecognisedError("its layers are handed something else than its embedding times a number")
+    if not first.float().isfinite().all():
+        raise NotRecognisedError(f"its embedding is multiplied by {factor:g}")
+    return factor
 
 
 @contextmanager
@@ -177,8 +241,8 @@ def _not_recognised_if_raised(tried: str) -> Iterator[None]:
 
 @contextmanager
 def _made_small(config: Any) -> Iterator[None]:
-    """Inside, windows and caps are small enough to show; attention is what shows and computes all of them."""
-    small = {"sliding_window": WINDOW, "final_logit_softcapping": SOFTCAP, "_attn_implementation": "eager"}
+    """Inside, windows are small enough to show; attention is what shows and computes all of them."""
+    small = {"sliding_window": WINDOW, "_attn_implementation": "eager"}
     before = {name: value for name in small if (value := getattr(config, name, None)) is not None}
     try:
         for name in before:
@@ -194,12 +258,12 @@ def _read_handed(body: Any, embedded: Tensor, index: int, handed: dict[str, Any]
     if not {"attention_mask", "position_embeddings"} <= set(handed):
         raise NotRecognisedError(f"layer {index} is not handed a mask and the angles of its positions")
     windowed = _is_windowed(handed["attention_mask"])
-    if windowed is None:
+    if windowed is None or (windowed and body.config.sliding_window < 1):
         raise NotRecognisedError(f"layer {index} attends to something else than the past or a window of it")
     positions = torch.arange(TOKENS, device=embedded.device)[None]
     for rotary in (None, *sorted(set(getattr(body.config, "layer_types", None) or []))):
         try:
-            angles = body.rotary_emb(embedded[None], positions, *([] if rotary is None else [rotary]))
+            angles = body.rotary_emb(embedded, positions, *([] if rotary is None else [rotary]))
         except (TypeError, AttributeError):  # it wants to be asked for something, or for nothing
             continue
         if all(torch.equal(ours, theirs) for ours, theirs in zip(angles, handed["position_embeddings"], strict=True)):
@@ -234,29 +298,43 @@ def _form_of(body: Any, index: int, linears: dict[str, tuple[str, ...]], handed:
     queries = layer.get_submodule(linears["o"][0]).in_features
     softcap = getattr(attention, "attn_logit_softcapping", None)
     scores = Scores(attention.scaling, WINDOW if handed.windowed else None, None if softcap is None else SOFTCAP)
-    form = LayerForm(
-        linears, norms, attention.head_dim, queries, (rows - queries) // 2, scores, handed.rotary, interleaved=False
-    )
-    for candidate in (form, replace(form, interleaved=True)):
-        if _computes(layer, candidate, body, index):
-            window = body.config.sliding_window if handed.windowed and body.config.sliding_window < longest else None
-            return replace(candidate, scores=replace(scores, window=window, softcap=softcap))
+    sizes = attention.head_dim, queries, (rows - queries) // 2
+    form = LayerForm(linears, norms, *sizes, scores, handed.rotary, "halves", "halves", 1.0)
+    found = _proved(layer, form, body, index)
+    window = body.config.sliding_window if handed.windowed and body.config.sliding_window < longest else None
+    return replace(found, scores=replace(scores, window=window, softcap=softcap))
+
+
+def _proved(layer: Any, form: LayerForm, body: Any, index: int) -> LayerForm:
+    """The form of which FusedLayer computes what the layer does, by what the layer adds, so that the residual hides
+    nothing. Rotation and share of the form given are to be found."""
+    size = layer.get_submodule(form.linears["o"][0]).out_features
+    x = torch.randn(TOKENS, size, generator=torch.Generator().manual_seed(index))
+    cos, sin = rotary_angles(body, form, x[None])
+    if cos.shape[-1] <= form.head_size and _sizes_fit(layer, form):
+        with _not_recognised_if_raised(f"layer {index} alone"):
+            theirs = run_layer(layer, form, x[None], (cos, sin))[0]
+        if torch.equal(theirs, x):
+            raise NotRecognisedError(f"layer {index} adds nothing to what it reads")
+        once = ONCE[order := _order_of(cos)]
+        together = {name: _Together(layer, parts) for name, parts in form.linears.items()}
+        for share, rotation in product(_shares(layer), ROTATIONS):
+            candidate = replace(form, angles=order, rotation=rotation, share=share)
+            ours = build_layer(layer, candidate, together, index)
+            if _agree(ours(x, (once(cos), once(sin)), packed(GroupLayout.of([TOKENS]))) - x, theirs - x):
+                return candidate
     raise NotRecognisedError(f"layer {index} computes something else than its modules' names say")
 
 
-def _computes(layer: Any, form: LayerForm, body: Any, index: int) -> bool:
-    """By what the layer adds, so that the residual hides nothing."""
-    size = layer.get_submodule(form.linears["o"][0]).out_features
-    x = torch.randn(TOKENS, size, generator=torch.Generator().manual_seed(index))
-    angles = rotary_angles(body, form, x[None])
-    if angles[0].shape[-1] > form.head_size:
-        return False
-    if not _sizes_fit(layer, form):
-        return False
-    with _not_recognised_if_raised(f"layer {index} alone"):
-        theirs = run_layer(layer, form, x[None], angles)[0]
-    ours = FusedLayer(layer, form, {name: _Together(layer, parts) for name, parts in form.linears.items()}, index)
-    return _agree(ours(x, half_angles(*angles), packed(GroupLayout.of([TOKENS]))) - x, theirs - x)
+def _order_of(cos: Tensor) -> AngleOrder:
+    first, second = cos.chunk(2, dim=-1)
+    return "halves" if torch.equal(first, second) else "pairs"
+
+
+def _shares(layer: Any) -> list[float]:
+    """What the blocks' share of the sum may be: all, or a number that the layer holds."""
+    held = [float(value) for value in vars(layer).values() if isinstance(value, (int, float))]
+    return list(dict.fromkeys([1.0, *(value for value in held if 0 < value < math.inf)]))
 
 
 def _sizes_fit(layer: Any, form: LayerForm) -> bool:

@@ -10,7 +10,7 @@ from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, t
 from tiny_models import FUSED, GENERIC, MIXTURES, build_policy, randomise, write_checkpoint
 
 from grpo.config import Config
-from grpo.errors import UnsuitedEngine
+from grpo.errors import UnsuitedEngine, UserError
 from grpo.policy.fused import FusedModel
 from grpo.policy.projections import Projection, ProjectionStore
 from grpo.rollout import vllm_weights
@@ -28,7 +28,11 @@ CASES = [
     ("glm4", "nf4"),
     ("stablelm", "bf16"),
     ("mistral-window", "float32"),
-    ("granite", "nf4"),  # generic
+    ("granite", "nf4"),  # multipliers of embedding, blocks and logits
+    ("smollm3", "nf4"),  # a layer without positions
+    ("cohere", "float32"),  # both blocks of a layer read the same
+    ("cohere2", "nf4"),  # that, windows, and a layer without positions
+    ("exaone4", "bf16"),
     ("gpt2", "nf4"),  # generic, transposed in the checkpoint, and without LoRA of vLLM's own
     ("starcoder2", "float32"),  # generic, and run by vLLM through the code of transformers
     ("olmo2", "nf4"),  # through the code of transformers, and fused here
@@ -36,7 +40,11 @@ CASES = [
 ]
 
 
-def config_of(folder, name, base, **overrides):
+# The window of vLLM's Cohere 2 is a token longer than that of transformers: they are one model up to that length only.
+WITHIN_WINDOW = dict(sliding_window=64)
+
+
+def config_of(folder, name, base, **settings_more):
     settings = (FUSED | GENERIC | MIXTURES)[name]()
     if name == "gpt2":
         settings.n_head = 2  # heads of a size that vLLM has attention for on a CPU
@@ -47,15 +55,16 @@ def config_of(folder, name, base, **overrides):
             text.qk_nope_head_dim, text.qk_rope_head_dim, text.v_head_dim = 16, 16, 32
         else:
             text.head_dim = 32
+    for key, value in settings_more.items():
+        setattr(settings, key, value)
     write_checkpoint(folder, settings, vary_norms=True)
-    defaults = dict(base=base, device="cpu", engine="vllm", lora_rank=3, lora_alpha=6.0, max_completion_tokens=23,
-                    mask_truncated=False)  # fmt: skip
-    return Config(model=str(folder), **(defaults | overrides))
+    fields = dict(base=base, device="cpu", engine="vllm", lora_rank=3, lora_alpha=6.0, max_completion_tokens=23)
+    return Config(model=str(folder), mask_truncated=False, **fields)
 
 
 @pytest.mark.parametrize(("name", "base"), CASES)
 def test_shared_and_the_same(name, base, tmp_path, monkeypatch):
-    config = config_of(tmp_path, name, base)
+    config = config_of(tmp_path, name, base, **(WITHIN_WINDOW if name == "cohere2" else {}))
     policy, notes = build_policy(config), []
     assert isinstance(policy.model, FusedModel) == (name in FUSED)
     randomise(policy)
@@ -75,6 +84,12 @@ def test_shared_and_the_same(name, base, tmp_path, monkeypatch):
         assert greedy == tokens_of(rollout(theirs, prompts(), 1, seed=0))
     finally:
         engine.close()
+
+
+def test_another_window_than_the_policys_is_told_before_anything_is_trained(tmp_path):
+    config = config_of(tmp_path, "cohere2", "float32")  # with a window that is shorter than the prompts
+    with pytest.raises(UserError, match="The rollout engine is not the policy"):
+        VllmEngine(build_policy(config), Letters(), contexts(prompts()), config, 160, [].append)
 
 
 def test_what_cannot_be_shared_is_sampled_by_an_adapter_or_refused_with_the_reason(tmp_path, monkeypatch):
