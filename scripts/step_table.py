@@ -30,8 +30,15 @@ LONGEST_REASON = 100  # characters of a failure
 
 
 def whole_steps(results: Path) -> str:
-    """Steps of the usual work, without their parts."""
-    return "\n\n".join(steps_of(result, in_short=True).partition(PARTS)[0].rstrip() for result in read(results, "step"))
+    """Steps of the usual work on shapes that somebody else was measured on too, without their parts."""
+    contests = [contest for result in read(results, "step") if (contest := contested(result))["cases"]]
+    return "\n\n".join(steps_of(contest, in_short=True).partition(PARTS)[0].rstrip() for contest in contests)
+
+
+def contested(result: Record) -> Record:
+    """The shapes that are not ours alone."""
+    shapes = {shape_of(name) for name in result["cases"] if not name.split("/")[1].startswith("ours")}
+    return result | {"cases": {name: case for name, case in result["cases"].items() if shape_of(name) in shapes}}
 
 
 def steps_in_short(results: Path) -> str:
