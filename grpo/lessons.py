@@ -221,7 +221,7 @@ def given_answer(asker: Asker, prompt: Prompt) -> Any:
     if task.gold is not None:
         return task.gold_text(row)
     if "completion" in row:
-        return behind(prompt, row["completion"])
+        return behind(prompt, row["completion"]) if isinstance(row["completion"], list) else row["completion"]
     if "messages" in row:
         return behind(prompt, row["messages"])
     raise UserError(
@@ -231,8 +231,10 @@ def given_answer(asker: Asker, prompt: Prompt) -> Any:
 
 
 def behind(prompt: Prompt, said: Any) -> Any:
-    """What comes behind the prompt of messages, or of a text, that repeat it; all of what does not."""
-    asked = prompt.messages if isinstance(said, list) else prompt.text if prompt.messages is None else None
+    """What comes behind the prompt: of messages that repeat it, and of a text where the row has no `prompt` of its own,
+    so that it is what both texts of a pair begin with; all of what does not."""
+    implicit = prompt.text if prompt.messages is None and not prompt.fields.get("prompt") else None
+    asked = prompt.messages if isinstance(said, list) else implicit
     return said[len(asked) :] if asked and isinstance(said, list | str) and said[: len(asked)] == asked else said
 
 

@@ -109,6 +109,8 @@ def resolve_given(
     if not saved and config.method == "dpo" and config.adapter and "reference" not in flags:
         config = dataclasses.replace(config, reference="start")
         origins["reference"] = "method"
+    if saved and config.method != "grpo":
+        origins |= _said_last(flags)
     unsaid = [name for name in saved.unsaid if origins.get(name, "default") == "default"] if saved else []
     sha256 = fingerprint_of(Path(task_path)) if task_path else ""
     return options, Resolved(task, task_path, sha256, here, config, origins, unsaid, missing)
@@ -153,6 +155,13 @@ def _check_method(saved: Saved, method: Method | None) -> None:
             f"grpo.run --resume {saved.folder}` goes on with it, and --adapter {saved.folder} begins a run of {method} "
             "from what it has learnt."
         )
+
+
+def _said_last(flags: dict[str, Any]) -> dict[str, Origin]:
+    """Of a run that goes on: of --steps and --epochs counts what is said now, not what it began with."""
+    if ("steps" in flags) == ("epochs" in flags):
+        return {}
+    return {"epochs": "method"} if "steps" in flags else {"steps": "data"}
 
 
 def _here() -> Path:

@@ -17,7 +17,8 @@ def rows(split, data):
 def prompt(row):
     """All before the last message, which is what is taught."""
     if "messages" not in row:
-        return row["prompt"]
+        is_chat = isinstance(row["completion"], list) and isinstance(row["prompt"], str)
+        return [{"role": "user", "content": row["prompt"]}] if is_chat else row["prompt"]
     *before, last = row["messages"]
     return before if last["role"] == "assistant" else row["messages"]
 

@@ -13,7 +13,9 @@ def rows(split, data):
 
 
 def prompt(row):
-    return row["prompt"] if row.get("prompt") else common_prompt(row["chosen"], row["rejected"])
+    """Some sets have the question as a text beside whole chats: there the chats say it."""
+    is_apart = row.get("prompt") and not (isinstance(row["prompt"], str) and isinstance(row["chosen"], list))
+    return row["prompt"] if is_apart else common_prompt(row["chosen"], row["rejected"])
 
 
 task = Task(

@@ -126,8 +126,8 @@ def test_a_prompt_that_is_a_text():
     teacher = teacher_of("qwen3")
     group = lesson(teacher, {"prompt": "1 + 1 =", "completion": " 2"})
     assert shown(teacher, group.completions[0].tokens) == " 2<|im_end|>"
-    whole = lesson(teacher, {"prompt": "1 + 1 =", "completion": "1 + 1 = 2"})
-    assert whole.completions[0].tokens == group.completions[0].tokens  # TRL's rows may repeat it
+    [again] = lesson(teacher, {"prompt": "2", "completion": "22"}).completions
+    assert shown(teacher, again.tokens) == "22<|im_end|>"  # it says what it says
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,16 @@ def test_a_pair_is_two_answers_to_one_prompt():
 def test_pairs_that_teach_nothing_are_told(row, told):
     with pytest.raises(UserError, match=told):
         pair(teacher_of("qwen3", method="dpo"), **row)
+
+
+def test_texts_of_a_pair_begin_with_the_prompt_where_that_is_not_said_apart():
+    teacher = teacher_of("qwen3", method="dpo")
+    teacher = replace(teacher, asker=replace(teacher.asker, task=replace(teacher.asker.task, prompt=lambda row: "Hi")))
+    row = {"chosen": "Hi there", "rejected": "Hi you"}
+    implicit = teacher(asked(teacher.asker, row)[0])
+    assert [completion.text for completion in implicit.completions] == [" there", " you"]
+    explicit = teacher(asked(teacher.asker, row | {"prompt": "Hi"})[0])
+    assert [completion.text for completion in explicit.completions] == ["Hi there", "Hi you"]
 
 
 def test_the_prompt_that_a_pair_does_not_say():

@@ -145,6 +145,16 @@ def test_what_was_taught_is_what_the_next_run_begins_from(of_gold, pairs, toy, f
     assert step["dpo/margin"] == 0  # the reference is what the run began from
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_for_longer_by_steps_or_by_epochs(of_pairs, folder, capsys):
+    longer = folder / "longer"
+    shutil.copytree(of_pairs, longer)  # of 7 steps, which are 2 epochs of 7 pairs
+    assert main(["--resume", str(longer), "--steps", "8"]) == 0
+    assert len([line for line in lines(longer) if "policy/loss" in line]) == 8
+    assert main(["--resume", str(longer), "--epochs", "3"]) == 0
+    assert len([line for line in lines(longer) if "policy/loss" in line]) == 11
+
+
 def test_a_run_keeps_what_it_learns_from(of_gold, trained, capsys):
     assert dpo.main(["--resume", str(of_gold)]) == 2
     told = capsys.readouterr().err
