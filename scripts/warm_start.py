@@ -47,12 +47,12 @@ task = Task(
     made_up=True,
     answer=lambda text: found[1] if (found := LAST_LINE.search(text.rstrip())) else None,
     config=Config(
-        model="embedded", base="float32", device="cpu", learning_rate=1e-3, max_completion_tokens=96, eval_prompts=64,
+        model="embedded", base="float32", device="cpu", learning_rate=1e-3, max_completion_tokens=64, eval_prompts=32,
         eval_samples=2, eval_k=2, eval_every=5, save_every=100,
     ),
 )  # fmt: skip
 
-GRPO = ["--prompts-per-step", "8", "--group-size", "8"]
+GRPO = ["--prompts-per-step", "4", "--group-size", "8"]
 SFT = ["--steps", "15", "--prompts-per-step", "4", "--learning-rate", "1e-3"]
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("docs/images/warm-start.png"))
     parser.add_argument("--folder", type=Path, default=Path("runs/warm-start"), help="of the runs; must not exist")
-    parser.add_argument("--steps", type=int, default=30, help="of GRPO")
+    parser.add_argument("--steps", type=int, default=20, help="of GRPO")
     arguments = parser.parse_args()
     from grpo import run, sft
 
