@@ -64,9 +64,16 @@ class Questions:
         return [prompt.tokens for prompt in self.train[:CANARY_PROMPTS]]
 
 
-def build_questions(task: Task, config: Config, all_tests: bool = False, note: Note = print) -> Questions:
+def build_questions(
+    task: Task,
+    config: Config,
+    all_tests: bool = False,
+    note: Note = print,
+    apart: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Questions:
     """Prompts of both splits and the task's rewards. Held-out prompts are the first `eval_prompts` of the test split,
-    or all of them. `note` is told what is done, and what the user may not expect.
+    or all of them. `note` is told what is done, and what the user may not expect. apart: keeps what rewards print from
+    the screen.
 
     Raises:
         UserError: the data, a prompt or a reward is not as it must be.
@@ -82,7 +89,8 @@ def build_questions(task: Task, config: Config, all_tests: bool = False, note: N
     for told in cautions(asker, [*train_prompts[:PREFLIGHT_ROWS], *test_prompts[:PREFLIGHT_ROWS]]):
         note(f"note: {told}")
     unscored = config.method != "grpo" and not task.rewards
-    rewards = [] if unscored else _rewards(task, config, asker, [*train.columns, *test.columns], train_prompts[0])
+    with apart():
+        rewards = [] if unscored else _rewards(task, config, asker, [*train.columns, *test.columns], train_prompts[0])
     check_solved(task, rewards)
     count = f"{len(train_prompts):,} training and {len(test_prompts):,} held-out rows"
     later = ", made when they are asked" if isinstance(train_prompts, Prompts) else ""

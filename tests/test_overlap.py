@@ -194,14 +194,19 @@ async def judge(completion):
     print("asked")
     torch_of_others = random.random()
     return len(completion) / 10
+
+def shows(completions, **columns):
+    print("shown")
+    return [0.5] * len(completions)
 """
 
 
 @pytest.mark.slow
 def test_a_run_is_the_same_and_what_an_async_reward_prints_during_a_rollout_is_in_the_log(tmp_path, capsys):
-    (tmp_path / "toy.py").write_text(TASK.format(rewards="{judge: 1.0, says: 1.0}", extra=ASYNC))
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{judge: 1.0, says: 1.0, shows: 1.0}", extra=ASYNC))
     assert main([str(tmp_path / "toy.py"), *SMALL, "--steps", "3", "--run-dir", str(tmp_path / "run")]) == 0
-    assert "asked" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "asked" not in out and "shown" not in out
     assert (tmp_path / "run" / "rewards.log").read_text().count("asked\n") >= 24
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(torch.isfinite(torch.tensor(line["reward/mean"])) for line in lines if "reward/mean" in line)

@@ -143,15 +143,15 @@ def start(
 
 def _questions(resolved: Resolved) -> tuple[Questions, str]:
     """Rows, prompts and rewards; the rewards tried, and what they have printed."""
-    held = Held()
-    with working("rows and prompts"):
-        questions = build_questions(resolved.task, resolved.config, note=say)
-    if not questions.rewards:
-        return questions, ""
+    task, config, held = resolved.task, resolved.config, Held()
+    apart = partial(printed_to, held)
     try:
+        with working("rows and prompts"):
+            questions = build_questions(task, config, note=say, apart=apart)
+        if not questions.rewards:
+            return questions, ""
         with working("preflight of the rewards"):
-            apart, config = partial(printed_to, held), resolved.config
-            report = preflight_rewards(resolved.task, config, questions, every_row=False, note=say, apart=apart)
+            report = preflight_rewards(task, config, questions, every_row=False, note=say, apart=apart)
     except UserError:
         if printed := held.getvalue().strip():
             say(f"What the rewards printed before that, the end of it:\n{printed[-_MOST_PRINTED:]}\n")
