@@ -1,11 +1,12 @@
 """Weak scaling of a whole step: each GPU has the same work, so with N of them a step should take as long as with one.
 
-    python benchmarks/scaling.py --ranks 1 2                     writes benchmarks/results/scaling-<gpu>.json
+    python benchmarks/scaling.py --ranks 1 1 2                   writes benchmarks/results/scaling-<gpu>.json
     python benchmarks/scaling.py --ranks 1 2 --shape tiny --device cpu --steps 4 --tokens 16 --prompt-tokens 48
                                                                  tries the script, with gloo
 
 8 prompts a GPU of 256 tokens, 8 completions of 512 tokens each that nothing ends early, LoRA r=32 on an NF4 base of
-random weights. The first steps are not timed; figures are medians. Of each number of ranks:
+random weights. The first steps are not timed; figures are medians. The first run of all compiles kernels, which later
+ones find: one rank is measured twice, and the latter stays. Of each number of ranks:
 
     tokens_per_second     sampled tokens over the seconds of a step; weak_scaling is how many times those of one rank
     sum_s                 of a step: the gradients' sum as rank 0 sees it, waiting for the others included
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
-from shapes import SHAPES, model_folder
+from shapes import SHAPES, is_written, model_folder
 from work import COMPLETION_TOKENS, GROUP, PROMPT_TOKENS, PROMPTS
 
 from grpo.launcher import launched, leave_variables, take_own_gpu
@@ -41,9 +42,9 @@ def main() -> None:
     if arguments.record:
         work(arguments)
         return
-    from random_models import write_model
-
-    write_model(arguments.shape, arguments.folder, quantized=True)
+    if not is_written(arguments.shape, True, arguments.folder):  # by a process that gives back the GPU's memory
+        script = Path(__file__).with_name("random_models.py")
+        subprocess.run([sys.executable, str(script), arguments.shape, str(arguments.folder), "nf4"], check=True)
     device = cases.device_name(arguments.device)
     records = {str(ranks): launch(ranks, arguments) for ranks in arguments.ranks}
     add_ratios(records)
@@ -62,9 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=6, help="the first two are not timed")
     parser.add_argument("--tokens", type=int, default=COMPLETION_TOKENS, help="of each completion")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="of each prompt")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "grpo-models", help="of the models"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-models"), help="where models are written")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--record", type=Path, help=argparse.SUPPRESS)  # in one of the processes: where it tells
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
