@@ -35,7 +35,8 @@ def _is_notebook() -> bool:
 
 
 # Cells of a line: the terminal's, at most so many; `most` itself where there is no terminal to keep to.
-columns: Callable[[int], int] = _of_cells if _is_notebook() else _of_a_terminal
+IS_NOTEBOOK = _is_notebook()
+columns: Callable[[int], int] = _of_cells if IS_NOTEBOOK else _of_a_terminal
 
 
 class Terminal(Console):
@@ -45,7 +46,9 @@ class Terminal(Console):
     terminal is gone: SIGHUP, which lets a run finish its step and save. What is said then goes to standard error."""
 
     def __init__(self, **given: Any):
-        super().__init__(highlight=False, markup=False, emoji=False, force_jupyter=False, **given)
+        # A notebook's output says that it is a terminal, and keeps every state of a bar.
+        is_none = {"force_terminal": False} if IS_NOTEBOOK else {}
+        super().__init__(highlight=False, markup=False, emoji=False, force_jupyter=False, **is_none, **given)
 
     def on_broken_pipe(self) -> None:
         leave_a_broken_pipe()
