@@ -8,6 +8,7 @@ of each sequence, [S, D]; the engine turns it into tokens.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol
@@ -211,6 +212,9 @@ class PaddedDecoder:
 
     def __init__(self, model: GenericModel):
         self.model = model.model
+        # transformers 5.24 has another name for it, and warns of the old one at every call
+        named = inspect.signature(body_of(self.model).forward).parameters
+        self.cache_argument = "cache" if "cache" in named else "past_key_values"
 
     def start(self, prompts: list[list[int]], copies: list[int], max_tokens: int) -> Tensor:
         """See Decoder.start."""
@@ -241,7 +245,7 @@ class PaddedDecoder:
             input_ids=tokens,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         return out.last_hidden_state[:, -1]
