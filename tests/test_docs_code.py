@@ -46,7 +46,8 @@ def is_slow(block: re.Match) -> bool:
 def made_short(code: str, run: Path) -> str:
     """A block about some run and model, of a small run and the tiny model."""
     code = re.sub(r"\bRUN\b|runs/gsm8k-\d+-\d+", str(run), code)
-    return re.sub(r"\bsteps=(\d+)00\b", r"steps=\1", code.replace("MODEL", str(MODEL_DIR)))
+    code = code.replace("MODEL", str(MODEL_DIR)).replace('grpo.train("gsm8k", ', 'grpo.train("gsm8k", eval_prompts=4, ')
+    return re.sub(r"\bsteps=(\d+)00\b", r"steps=\1", code)
 
 
 def blocks(document: str, *languages: str) -> list[re.Match]:
