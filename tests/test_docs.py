@@ -161,6 +161,9 @@ def test_names_of_code_in_the_documents_exist(document):
         ):
             continue
         first, *names = match[1].split(".")
+        if document == "docs/python.md" and first == "run":  # what grpo.train returns there
+            assert hasattr(grpo.Run, names[0]) or names[0] in vars(grpo.Run(ROOT, ROOT)), span
+            continue
         if first in MODULES:
             names = [first, *names]
         elif first not in ("grpo", "grpo_kernels"):

@@ -1,7 +1,7 @@
 """Every block of code of the documents does what it shows: Python is run, command lines are those of our commands.
 
-A block that trains, or stands under the line `<!-- slow -->`, is run in the second stage: with a run for RUN, a
-model's for MODEL, and a hundredth of the steps.
+Documents with a block that trains, or that stands under the line `<!-- slow -->`, are run in the second stage: with a
+run for RUN, a model for MODEL, and a hundredth of the steps.
 Those of docs/rewards.md and docs/sandbox.md are run by test_docs_rewards.py.
 """
 
@@ -70,16 +70,17 @@ def run_python(document: str, codes: list[str]) -> None:
 
 
 WITH_PYTHON = [document for document in DOCUMENTS if document not in ELSEWHERE and blocks(document, "python")]
+SLOW = [document for document in WITH_PYTHON if any(map(is_slow, blocks(document, "python")))]
 
 
-@pytest.mark.parametrize("document", WITH_PYTHON)
+@pytest.mark.parametrize("document", sorted(set(WITH_PYTHON) - set(SLOW)))
 def test_python_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_python(document, [block["code"] for block in blocks(document, "python") if not is_slow(block)])
+    run_python(document, [block["code"] for block in blocks(document, "python")])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("document", [name for name in WITH_PYTHON if any(map(is_slow, blocks(name, "python")))])
+@pytest.mark.parametrize("document", SLOW)
 def test_python_of_a_run_runs(document, toy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python(document, [made_short(block["code"], toy_run) for block in blocks(document, "python")])
