@@ -17,7 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.policy import Policy
-from grpo.rollout import vllm_compat
+from grpo.rollout import vllm_compat, vllm_lora
 
 
 class Copy(NamedTuple):
@@ -66,8 +66,8 @@ class AdapterLink:
         Raises:
             UserError: vLLM has no buffer for a projection of the policy.
         """
-        vllm_compat.open_adapter(llm, self.lora_request)
-        find = vllm_compat.find_lora_slices(llm, self.lora_request.lora_int_id)
+        vllm_lora.open_adapter(llm, self.lora_request)
+        find = vllm_lora.find_lora_slices(llm, self.lora_request.lora_int_id)
         for name, a, b in self.store.factors():
             self.copies += copies_of(name, a, b, find(name))
 
@@ -91,13 +91,13 @@ def _check_base(policy: Policy, why: str) -> None:
 
 def _room_for(rank: int) -> int:
     """The smallest rank that vLLM can lay out memory for and that holds this one."""
-    ranks = vllm_compat.lora_ranks()
+    ranks = vllm_lora.lora_ranks()
     if rank > ranks[-1]:
         raise UserError(f"--lora-rank is {rank}, and vLLM takes {ranks[-1]} at most. Lower it or use --engine torch.")
     return next(larger for larger in ranks if larger >= rank)
 
 
-def copies_of(name: str, a: Tensor, b: Tensor, slices: list[vllm_compat.LoraSlice]) -> list[Copy]:
+def copies_of(name: str, a: Tensor, b: Tensor, slices: list[vllm_lora.LoraSlice]) -> list[Copy]:
     """The factors A [r, K] and B [M, r] of a linear over the slices that hold its rows: all of A to each, B split."""
     rank, columns = a.shape
     sizes = [part.b.shape[0] for part in slices]

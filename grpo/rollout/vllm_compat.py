@@ -1,4 +1,4 @@
-"""All that we touch of vLLM beyond what its public interface promises, found by looking and never by version number.
+"""What we touch of vLLM beyond what its public interface promises, found by looking and never by version number.
 Knows nothing of policies or prompts.
 
 why_not()           what speaks against vLLM as the engine, without importing it
@@ -7,7 +7,7 @@ process_unchanged() what building an engine does to the process, undone
 OwnStream           the hand-over of the GPU between the trainer's stream and vLLM's
 choose_run()        token ids in, token ids and log-probabilities out, past the output code that serves text to clients
 shut_down()         the end of an engine
-open_adapter()      vLLM's own LoRA: one adapter, and with find_lora_slices() the memory it is read from
+runner_of()         what holds the model, and its LoRA (vllm_lora.py)
 
 The names were read in vLLM 0.26 and 0.32, and run with 0.26 on a GPU and 0.32 on a CPU.
 """
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ import torch
 from grpo import generators
 from grpo.config import ModelConfig
 from grpo.errors import UserError
-from grpo.policy.peft_names import tensor_name
 
 SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
 INSTALL = 'pip install "grpo[gpu]"'
@@ -381,77 +380,8 @@ def _forget_compiled(model: Any) -> None:
             del convert_frame._bytecode_hooks[key]
 
 
-# ---- vLLM's own LoRA
-
-
-@dataclass(frozen=True)
-class LoraSlice:
-    """The memory that vLLM reads an adapter from: one of the blocks of rows of a linear, each with an A and a B."""
-
-    a: torch.Tensor  # [largest rank, K]
-    b: torch.Tensor  # [M_s, largest rank]
-
-
-def lora_ranks() -> tuple[int, ...]:
-    """The ranks that adapters' memory can be laid out for, ascending."""
-    from vllm.config.lora import MaxLoRARanks
-
-    return get_args(MaxLoRARanks)
-
-
-def open_adapter(llm: Any, request: Any) -> None:
-    """Register an adapter of zeros under this request's id, such that vLLM never loads, drops or overwrites it.
-
-    It is the one that vLLM warms up with. Tensors of ours are not handed over: vLLM would scale them where they are.
-    """
-    manager = _runner(llm).lora_manager
-    manager.add_dummy_lora(request, rank=1)
-    manager.pin_adapter(request.lora_int_id)
-
-
-def find_lora_slices(llm: Any, adapter: int) -> Callable[[str], list[LoraSlice]]:
-    """Hugging Face name of a linear -> the slices that hold its rows in order; none if vLLM puts no adapter on it.
-
-    Names are translated as vLLM's own loader of adapters does it. A linear of the checkpoint may be one of several in a
-    layer of vLLM's (q_proj in qkv_proj), be a layer, or be a layer that vLLM itself keeps in slices.
-    """
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    manager = _runner(llm).lora_manager._adapter_manager
-    slot = manager.lora_index_to_id.index(adapter)
-    mapper = _rename_mapper(manager.model)
-    parts = {
-        part: (layer, number, len(names))
-        for layer, names in manager.packed_modules.items()
-        for number, part in enumerate(names)
-    }
-
-    def slices(layer: str) -> list[LoraSlice]:
-        stacked = manager.modules[layer]
-        pairs = zip(stacked.lora_a_stacked, stacked.lora_b_stacked, strict=True)
-        return [LoraSlice(a[slot, 0], b[slot, 0]) for a, b in pairs]
-
-    def find(name: str) -> list[LoraSlice]:
-        translated, _ = parse_fine_tuned_lora_name(tensor_name(name, "A"), mapper)
-        if translated in parts:
-            layer, number, count = parts[translated]
-            found = slices(layer)
-            return found[number : number + 1] if len(found) == count else []
-        return slices(translated) if translated in manager.modules else []
-
-    return find
-
-
-def _rename_mapper(model: Any) -> Any:
-    """How this model's class renames what a checkpoint holds, without the joining of linears; None if it does not."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    for name in ("get_rename_mapper", "get_unstacked_mapper"):  # 0.29 and later; 0.25 to 0.28
-        if hasattr(mapper, name):
-            return getattr(mapper, name)()
-    return mapper
-
-
-def _runner(llm: Any) -> Any:
+def runner_of(llm: Any) -> Any:
+    """What holds the model and runs it."""
     return llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 

@@ -14,7 +14,7 @@ from tiny_models import SIZES, VOCABULARY, build_policy, randomise, reference_lo
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.loss import build_loss
-from grpo.rollout import vllm_compat, vllm_weights
+from grpo.rollout import vllm_lora, vllm_weights
 from grpo.rollout.vllm_adapter import AdapterLink, copies_of
 from grpo.rollout.vllm_engine import VllmEngine
 
@@ -130,7 +130,7 @@ def test_every_linear_has_its_place_and_keeps_it(built):
     """After all those syncs and rollouts vLLM still reads the memory that is written to, a piece of it for each."""
     link = built.engine.link
     assert [copy.name for copy in link.copies] == [name for name, _, _ in built.policy.store.factors()]
-    find = vllm_compat.find_lora_slices(built.engine.llm, link.lora_request.lora_int_id)
+    find = vllm_lora.find_lora_slices(built.engine.llm, link.lora_request.lora_int_id)
     for copy in link.copies:
         [place] = find(copy.name)
         assert (place.a.data_ptr(), place.b.data_ptr()) == (copy.to_a.data_ptr(), copy.to_b.data_ptr())
@@ -189,7 +189,7 @@ def test_scale_zero_samples_from_the_base_model(granite):
 def test_a_linear_that_vllm_keeps_in_slices_has_all_of_a_and_its_rows_of_b_in_each():
     generator = torch.Generator().manual_seed(0)
     a, b, x = (torch.randn(shape, generator=generator) for shape in ((3, 7), (11, 3), (5, 7)))
-    slices = [vllm_compat.LoraSlice(torch.zeros(8, 7), torch.zeros(rows, 8)) for rows in (2, 8, 1)]
+    slices = [vllm_lora.LoraSlice(torch.zeros(8, 7), torch.zeros(rows, 8)) for rows in (2, 8, 1)]
     for copy in copies_of("fused", a, b, slices):
         copy.to_a.copy_(copy.a)
         copy.to_b.copy_(copy.b)
