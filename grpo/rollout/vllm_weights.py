@@ -413,7 +413,8 @@ def _without_experts(loan: Loan) -> Iterator[tuple[str, Tensor]]:
 
 def _as_in_checkpoints(weights: dict[str, Tensor], loan: Loan) -> dict[str, Tensor]:
     """By the names that checkpoints have, which vLLM knows: transformers renames those of some mixtures of experts."""
-    return revert_weight_conversion(loan.model.model, weights) if loan.experts else weights
+    model: Any = loan.model.model  # one of transformers, which a Model does not promise
+    return revert_weight_conversion(model, weights) if loan.experts else weights
 
 
 def _names_of_tables(model: Any) -> set[str]:

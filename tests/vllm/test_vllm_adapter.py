@@ -90,11 +90,12 @@ def granite(open_engine, adapter_config):
 
 
 def assert_samples_are_the_policys(built, seed):
-    """The log-probabilities that a rollout brings are the policy's of the same tokens."""
+    """The log-probabilities that a rollout brings are the policy's of the same tokens. With a large adapter those of
+    transformers in float32 are off by 3e-4 of -8 themselves, against float64."""
     groups = rollout(built.engine, prompts(), 4, seed)
     batch = batch_of(groups, built.config)
     logprobs, _ = built.policy.logprobs(batch)
-    torch.testing.assert_close(batch.sampler_logprobs, logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(batch.sampler_logprobs, logprobs, atol=1e-4, rtol=1e-4)
     return batch
 
 
