@@ -122,6 +122,7 @@ def _live(parent: int, rank: int, size: int, connect: Connect, shared: mmap.mmap
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
+        os.dup2(null, 2)  # torch writes a trace where a store goes away
         watch = _Watch(parent, rank, size, shared)
         talk = threading.Thread(target=watch.talk, args=(connect,), daemon=True)
         talk.start()

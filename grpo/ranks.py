@@ -13,6 +13,7 @@ What arrives is unpickled: like all of torch.distributed this is for hosts and n
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import pickle
@@ -113,6 +114,10 @@ class Ranks(World):
         if self.gpu_group is not None:
             self.gpu_group.shutdown()
 
+    def abandon(self) -> None:
+        """Never take the process group down: that would wait for exchanges with ranks that do not answer any more."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
+
     def tell(self, error: BaseException, by_agent: bool) -> bool:
         """Tell the others how this one ends; whether that is the first that they hear of an end."""
         with suppress(RuntimeError):  # the store is gone, and the others know that as well
@@ -185,6 +190,7 @@ def joined(place: Place) -> Iterator[Ranks]:
         world.pulse.ignore()
         lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
         is_first = not lost and world.tell(error, place.by_agent)
+        world.abandon()
         if only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0):
             raise
         if world.rank > 0 and not is_first:

@@ -101,7 +101,8 @@ def test_a_full_disk_on_rank_0_ends_all(untroubled, tmp_path):
     argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--run-dir", "run"]
     codes, logs = run_ranks(2, tmp_path, argv, TROUBLE="full disk", ON="0")
     assert codes == [2, 2], logs
-    assert SENTENCES["full disk"] in logs[0] and logs[1].count("\n") <= 1
+    assert SENTENCES["full disk"] in logs[0]
+    assert "error:" not in logs[1]
     assert saved(tmp_path / "run") == ["step-000002"]
     check_same_run(untroubled, resumed(tmp_path, []), step=6)
 
@@ -122,13 +123,13 @@ def test_a_signal_lets_the_step_finish_and_saves_once(number, untroubled, tmp_pa
     argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--save-every", "50", "--run-dir", "run"]
     processes = launch(2, tmp_path, argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or '"step": 1, "reward' not in metrics.read_text():
+    while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
         assert processes[0].is_alive()
     for process in processes:
         os.kill(process.pid, number)
     assert ended(processes) == [128 + number] * 2
     [checkpoint] = saved(tmp_path / "run")
-    assert checkpoint in ("step-000002", "step-000003", "step-000004")
+    assert "step-000001" <= checkpoint < "step-000006"
     assert told(tmp_path, 0).count("Stopping after this step") == 1
     check_same_run(untroubled, resumed(tmp_path, []), step=6)
 
