@@ -175,8 +175,11 @@ class Wrong:
     def __init__(self, engine, **faults):
         self.engine, self.policy, self.faults = engine, engine.policy, faults
 
-    def sample(self, requests):
-        return self.faults["sample"](self.engine, requests)
+    def sample(self, requests, finished):
+        completions = self.faults["sample"](self.engine, requests)
+        for index, completion in enumerate(completions):
+            finished(index, completion)
+        return completions
 
 
 def shifted(engine, requests):
