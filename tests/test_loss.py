@@ -294,6 +294,9 @@ def test_rounding_does_not_decide_which_tokens_are_of_highest_entropy(groups):
         def read(self, batch):
             return forward.logprobs.detach(), forward.entropy.detach()
 
+        def of_all_ranks(self, values):
+            return torch.cat(values)
+
     loss.prepare_step(Reader(), [batch])
     for rounding in (-1e-6, 0.0, 1e-6):
         _, sums = loss(forward.logprobs, forward.entropy + rounding, batch)
