@@ -55,7 +55,12 @@ def test_a_reward_of_tags_has_a_name_that_a_metric_can_have():
     assert tags("plan", "x-y").__name__ == "tags_plan_x_y"
 
 
-@pytest.mark.parametrize("names", [(), ("a", "a"), ("a b",), ("<a>",), (1,), ("",)])
+def test_tags_of_no_name_are_the_think_format():
+    for completion in ("<think>a</think>b", "<think>a</think>", "a</think>b"):
+        assert tags()(completion) == think_format(completion)
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a b",), ("<a>",), (1,), ("",)])
 def test_names_that_are_none_are_told(names):
     with pytest.raises(UserError, match="tags"):
         tags(*names)
@@ -94,7 +99,12 @@ def test_overlong_is_equation_13_of_dapo(longest, buffer):
         assert penalty("", [0] * tokens) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("longest", "buffer"), [(100, 0), (100, 101), (0, 0), (100, -1)])
+def test_a_buffer_that_is_not_given_is_a_fifth():
+    for tokens in (79, 80, 90, 100, 101):
+        assert overlong(100)("", [0] * tokens) == overlong(100, 20)("", [0] * tokens)
+
+
+@pytest.mark.parametrize(("longest", "buffer"), [(100, 101), (100, -1), (0, -1)])
 def test_a_buffer_that_is_none_is_told(longest, buffer):
     with pytest.raises(UserError, match="buffer"):
         overlong(longest, buffer)
