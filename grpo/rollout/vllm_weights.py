@@ -413,8 +413,10 @@ def _without_experts(loan: Loan) -> Iterator[tuple[str, Tensor]]:
 
 def _as_in_checkpoints(weights: dict[str, Tensor], loan: Loan) -> dict[str, Tensor]:
     """By the names that checkpoints have, which vLLM knows: transformers renames those of some mixtures of experts."""
-    model: Any = loan.model.model  # one of transformers, which a Model does not promise
-    return revert_weight_conversion(model, weights) if loan.experts else weights
+    if not loan.experts:
+        return weights
+    model: Any = loan.model.model  # one of transformers: what has experts is generic, which a Model does not say
+    return revert_weight_conversion(model, weights)
 
 
 def _names_of_tables(model: Any) -> set[str]:
