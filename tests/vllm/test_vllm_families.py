@@ -29,7 +29,6 @@ CASES = [
     ("stablelm", "bf16"),
     ("mistral-window", "float32"),
     ("granite", "nf4"),  # multipliers of embedding, blocks and logits
-    ("smollm3", "nf4"),  # a layer without positions
     ("cohere", "float32"),  # both blocks of a layer read the same
     ("cohere2", "nf4"),  # that, windows, and a layer without positions
     ("exaone4", "bf16"),
