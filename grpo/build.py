@@ -350,6 +350,7 @@ def build_run(
     world.prepare(policy.store.parameters())
     plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
+    world.require_same(lambda: [progress.dense, progress.double_quant], rounded_otherwise)
     engine = build_engine(
         plan.settled(of_rank) if plan else of_rank,
         policy,
@@ -406,6 +407,14 @@ def build_run(
         generators=draws.state,
         progress=progress,
         saved=(progress.step, progress.evaluated),
+    )
+
+
+def rounded_otherwise(others: list[int]) -> str:
+    """Of ranks whose base is not that of rank 0, which would train another policy without a word."""
+    return (
+        f"Ranks {', '.join(map(str, others))} would keep the base in 4 bits otherwise than rank 0: their GPUs have "
+        "other memory free, or measured otherwise. Say it for all: --double-quant on or off, --quantization uniform."
     )
 
 

@@ -3,15 +3,18 @@
 import os
 import random
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo.build import rounded_otherwise
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.exchange import Share, means, sums
 from grpo.launcher import launched, leave_variables, take_own_gpu
 from grpo.packing import build_packer, share_of
+from grpo.ranks import Ranks
 from grpo.types import Completion, Group, Prompt
 from grpo.world import ALONE, World, deal
 
@@ -156,3 +159,12 @@ def test_fewer_gpus_than_processes_are_told(environment):
     environment(**(PLACE | {"LOCAL_RANK": "2"}), CUDA_VISIBLE_DEVICES="0,1")
     with pytest.raises(UserError, match="2 GPUs, and this is process 3 of this host"):
         take_own_gpu(launched())
+
+
+def test_a_base_that_is_rounded_otherwise_on_another_rank_is_told():
+    """Each adapter would be the same, over different weights."""
+    several = SimpleNamespace(gather=lambda mine: [mine, mine, [[], True]])
+    with pytest.raises(UserError, match=r"Ranks 2 would keep .* --double-quant on or off"):
+        Ranks.require_same(several, lambda: [[], False], rounded_otherwise)
+    several.gather = lambda mine: [mine, mine]
+    Ranks.require_same(several, lambda: [[], False], rounded_otherwise)
