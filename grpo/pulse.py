@@ -41,7 +41,7 @@ CUT_OFF = 20.0  # seconds without an answer of the store
 ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"  # keys of the store, for ranks
 
 # Of the real-time signals that of the watchdog is the last but one; where there are none (macOS), the first for users.
-SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
+SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGUSR1", 0)
 
 _SIZE, _HEAD = 1 << 16, struct.Struct("dI")  # when to stop at the latest (monotonic; 0: no), bytes of the text
 _TEXT = 60_000  # bytes of a sentence at most

@@ -12,6 +12,7 @@ import os
 import re
 import reprlib
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -354,11 +355,14 @@ def _module_name(path: Path) -> str:
 
 
 def _make_importable(path: Path) -> None:
-    """What lies beside a task file is imported as beside a script, from wherever the command is given; and a process
-    that a reward starts anew (multiprocessing's "spawn", macOS's default) finds the functions of the task file."""
+    """What lies beside a task file is imported from wherever the command is given, as beside a script, but never in
+    place of Python's own: what this process has imported long ago, a worker would take from a `copy.py` there. And a
+    process that a reward starts anew (multiprocessing's "spawn", macOS's default) finds the task file's functions."""
     shipped = path in {file.resolve() for file in shipped_tasks().values()}
-    if not shipped and str(path.parent) not in sys.path:  # beside a shipped one lies math.py, which is not Python's own
-        sys.path.insert(0, str(path.parent))
+    if not shipped and str(path.parent) not in sys.path:
+        own = sysconfig.get_path("stdlib")
+        places = [i for i, place in enumerate(sys.path) if place in (own, os.path.join(own, "lib-dynload"))]
+        sys.path.insert(max(places, default=-1) + 1, str(path.parent))
     os.environ[TASK_FILE] = str(path)
 
 

@@ -275,6 +275,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, rows: list[Row], samples: i
 
 def is_right(task: Task, completion: str, row: Row) -> bool:
     """Whether the reward that measures success pays its full value."""
+    assert task.solved is not None
     name, full = task.solved
     [reward] = [reward for reward in task.rewards if callable(reward) and reward.__name__ == name]
     columns = {"completion": completion, **row}

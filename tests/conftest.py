@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and must not wait for one
 
 import shutil
+import sys
 
 import grpo_kernels.dispatch  # noqa: F401  # before another package imports Triton, which then could not interpret kernels
 import pytest
@@ -14,6 +15,14 @@ from toy_task import SMALL, TASK
 
 from grpo.config import Config
 from grpo.types import Completion, Group, Prompt
+
+
+@pytest.fixture(autouse=True)
+def path_as_before():
+    """A task file's folder is on the path of the process that loads it: not on that of the tests after it."""
+    before = sys.path[:]
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,12 @@ class Terminal:
     def type(self, keys):
         os.write(self.descriptor, keys.encode())
 
+    def interrupt(self):
+        """Ctrl-C, once a key is shown: before a line is read, behind its prompt, a signal waits for the next key."""
+        self.type("x")
+        self.until("x")
+        self.type("\x03")
+
     def end(self):
         """The exit code, when it has ended."""
         while True:
@@ -83,26 +89,27 @@ def test_a_first_conversation(strong):  # noqa: F811
     assert "temperature 0.7" in plain(there.until(r"> $"))
     there.type("\x1b[A\x1b[A\x1b[A\r")  # the prompt of before, by the arrow
     assert "What is 3 + 4?" in plain(there.until(r"tokens, (?:stopped by itself|cut off).*\][\s\S]*> $"))
-    there.type("\x03")
+    there.interrupt()
     assert "Ctrl-C again, or /quit" in plain(there.until(r"> $"))
     there.type("/quit\r")
     assert there.end() == 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keys, code", [(["\x04"], 0), (["\x03", "\x03"], 130)])
-def test_the_ways_out_of_it_on_a_narrow_terminal_without_colours(keys, code, strong):  # noqa: F811
+@pytest.mark.parametrize("way, code", [("end of input", 0), ("two interrupts", 130)])
+def test_the_ways_out_of_it_on_a_narrow_terminal_without_colours(way, code, strong):  # noqa: F811
     there = chat(strong, 80, NO_COLOR="1")
     there.until(r"> $")
     there.type("2 + 2?\r")
     shown = there.until(r"tokens, (?:stopped by itself|cut off).*\][\s\S]*> $")
     assert not re.search(r"\x1b\[(?:3|4|9|10)[0-9]*m", shown)  # no colour
     assert re.search(r"^base:$.*^trained:$", plain(shown), re.S | re.M)  # one below the other
-    *before, last = keys
-    for key in before:
-        there.type(key)
+    if way == "end of input":
+        there.type("\x04")
+    else:
+        there.interrupt()
         there.until(r"> $")  # two signals at once would be one
-    there.type(last)
+        there.interrupt()
     assert there.end() == code
 
 

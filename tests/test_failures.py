@@ -126,6 +126,16 @@ def test_a_batch_that_raises_is_one_failure():
     with pytest.raises(UserError, match=r"`batch` has failed 5 times in its last 5 calls[^\0]*in batch\n") as caught:
         score([group_of("bad", "a"), group_of("b", "c")], rewards, tolerance)
     assert isinstance(caught.value.__cause__, RuntimeError)
+    # However long it was well before, and however many completions a call is for.
+    tolerance = Tolerance(0.1)
+    for _ in range(100):
+        score([group_of("a", "b", "c")], build_rewards({length: 1.0}, [], chat=False), tolerance)
+    rewards = build_rewards({batch: 1.0}, [], chat=False)
+    tolerance.tallies["batch"] = tolerance.tallies["length"]
+    for _ in range(4):
+        score([group_of("bad", "a")], rewards, tolerance)
+    with pytest.raises(UserError, match="`batch` has failed 5 times in its last 5 calls"):
+        score([group_of("bad", "a")], rewards, tolerance)
     # What it returned for each is each one's own.
     with pytest.raises(UserError, match="6 times in its last 7 calls"):
         score([group_of("odd", *"abcdef")], rewards, Tolerance(0.1))
@@ -385,7 +395,7 @@ def test_a_run_whose_reward_fails_for_good_stops_saved_with_the_first_traceback(
     assert main([str(tmp_path / "toy.py"), *flags]) == 2
     error = capsys.readouterr().err
     for words in (
-        "Reward `judge` has failed 5 times in its last 5 calls",
+        "Reward `judge` has failed 7 times in its last 9 calls",
         "Traceback",
         "in judge",
         "the judge is gone",

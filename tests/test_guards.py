@@ -172,7 +172,8 @@ def test_files_that_are_taken_away_are_told(act, told, run_that, capsys):
     ended, _ = run_that(act, "--save-every", "1")
     error = capsys.readouterr().err
     assert ended == 2
-    assert "Traceback" not in error.replace("The first:\nTraceback", "")  # but for that of a reward that ends the run
+    # But for that of a reward that ends the run.
+    assert "Traceback" not in error.replace("The first of this step:\nTraceback", "")
     for words in told:
         assert words in error, error
 

@@ -187,7 +187,8 @@ def fails(argv, capsys, *words):
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert "Traceback" not in error.replace("The first:\nTraceback", "")  # but for that of a reward that ends the run
+    # But for that of a reward that ends the run.
+    assert "Traceback" not in error.replace("The first of this step:\nTraceback", "")
     for word in words:
         assert word in error, error
 
@@ -248,7 +249,8 @@ LIMIT = 20
     # `letters` draws from a global generator before the other fails: that draw must not count.
     path = task_file("{letters: 1.0, fragile: 1.0, says: 1.0}", extra)
     folder = tmp_path / "run"
-    fails([path, *SMALL, "--steps", "40", "--run-dir", str(folder)], capsys, "`fragile`", "the judge is gone")
+    flags = [*SMALL, "--steps", "40", "--max-reward-failures", "0", "--run-dir", str(folder)]
+    fails([path, *flags], capsys, "`fragile`", "the judge is gone")
     done = [line["step"] for line in metrics_of(folder) if "reward/mean" in line]
     assert len(done) >= 3
     assert list_checkpoints(folder)[-1].name == f"step-{len(done):06d}"

@@ -29,7 +29,8 @@ for name in ("fork", "register_at_fork", "getuid", "getgid", "killpg", "uname", 
 BEFORE = "import asyncio, logging, multiprocessing, random, socket, subprocess, tempfile, tyro, rich.console\n"
 HEAVY = "import datasets, matplotlib, peft, tensorboard, tokenizers, torch, transformers, transformers.cache_utils\n"
 # Run inside of a confined process, which is refused before it is started; and what vLLM imports, which is for Linux.
-OF_LINUX = ("grpo.rewards.confined", "grpo.rollout.vllm_adapter", "grpo.rollout.vllm_weights")
+OF_VLLM = [f"grpo.rollout.vllm_{name}" for name in ("adapter", "experts", "norms", "weights")]
+OF_LINUX = ["grpo.rewards.confined", *OF_VLLM]
 
 
 def on_windows(program, tmp_path, before=BEFORE):

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from toy_task import TASK
 
 from grpo.errors import UserError
 from grpo.resolve import resolve
@@ -189,6 +190,21 @@ def test_a_task_that_ships_hides_no_module_of_python():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "tasks" not in done.stdout.split()[0] and done.stdout.endswith("[]\n")
+
+
+def test_what_lies_beside_a_task_comes_before_what_is_installed_and_after_python_s_own(tmp_path):
+    """A worker imports anew what the run has long ago: `copy.py` beside a task file would end it."""
+    for name in ("copy", "tyro"):
+        (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{letters: 1.0}", extra=""))
+    program = (
+        "import sys; from grpo.task import load_task; load_task(sys.argv[1]); "
+        "from importlib.machinery import PathFinder; "
+        "print(PathFinder.find_spec('copy').origin, PathFinder.find_spec('tyro').origin)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "toy.py")]
+    own, beside = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert Path(own).parent != tmp_path and Path(beside).parent == tmp_path
 
 
 @pytest.mark.slow

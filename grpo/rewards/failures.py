@@ -8,9 +8,10 @@ is no score. The completion is then left out of its group and of the loss. A few
 
 Too many are more than chance explains, where each call fails with the share that is tolerated: k failures or more of n
 calls had a probability, by the binomial distribution, of less than CHANCE. Looked at are the calls of this scoring, so
-that a judge which is gone ends the run after a few calls, and the last WINDOW of them, so that a share little above the
-one tolerated is found in the end. A share counted in one step alone would do neither: of 64 calls that fail 3 times in
-100, more than a tenth fail in one step of 300. A resumed run counts anew: what had failed may have been mended.
+that a judge which is gone ends the run after a few calls; those of the last two scorings, three and so on, so that one
+called once a step ends it after a few steps; up to WINDOW calls, so that a share little above the one tolerated is
+found in the end. A share counted in one step alone would do neither: of 64 calls that fail 3 times in 100, more than a
+tenth fail in one step of 300. A resumed run counts anew: what had failed may have been mended.
 """
 
 from __future__ import annotations
@@ -50,9 +51,12 @@ class Tally:
 
     def too_many(self, share: float) -> tuple[int, int] | None:
         """(failures, calls) of those that are more than this share explains."""
-        before = sum(failed for failed, _ in self.past), sum(calls for _, calls in self.past)
-        looked_at = (self.failed, self.calls), (before[0] + self.failed, before[1] + self.calls)
-        return next((pair for pair in looked_at if chance_of(*pair, share) <= CHANCE), None)
+        failed, calls = 0, 0
+        for of_one in ((self.failed, self.calls), *reversed(self.past)):
+            failed, calls = failed + of_one[0], calls + of_one[1]
+            if failed > share * calls and chance_of(failed, calls, share) <= CHANCE:
+                return failed, calls
+        return None
 
 
 def chance_of(failed: int, calls: int, share: float) -> float:
