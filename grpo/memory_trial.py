@@ -16,6 +16,8 @@ from grpo.errors import is_out_of_memory
 from grpo.fitting import forget
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
+from grpo.policy.experts import ExpertWeights
+from grpo.policy.projections import Projection
 from grpo.types import Batch, Completion, Group, Prompt
 
 # Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
@@ -80,9 +82,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     in_use = taken(device)
     num_few, num_more = len(few.tokens), len(more.tokens)
     recomputing = (at_more - at_few) / (num_more - num_few)
-    adapter = sum(_bytes(each) for each in parameters) + sum(
-        _bytes(mirror) for each in policy.store.projections.values() for mirror in each.mirrors
-    )
+    adapter = _adapter_bytes(policy)
     allocated = torch.cuda.memory_allocated(device)
     return Sizes(
         others=in_use - torch.cuda.memory_reserved(device),
@@ -111,9 +111,16 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.itemsize
 
 
+def _adapter_bytes(policy: Policy) -> int:
+    """Of its masters, and of their mirrors where these are other memory."""
+    held = [tensor for each in policy.store.adapted() for tensor in (*each.masters(), *each.mirrors)]
+    return sum(_bytes(tensor) for tensor in {tensor.data_ptr(): tensor for tensor in held}.values())
+
+
 def _base_weights(policy: Policy) -> int:
-    """How many numbers its linears hold."""
-    return sum(math.prod(each.base.shape) for each in policy.store.projections.values())
+    """How many numbers its linears hold, and its experts, with an adapter or without."""
+    held = [each for each in policy.model.modules() if isinstance(each, (Projection, ExpertWeights))]
+    return sum(math.prod(each.base.shape) for each in held)
 
 
 def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:

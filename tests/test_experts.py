@@ -6,9 +6,11 @@ import pytest
 import torch
 from grpo_kernels.nf4 import NF4, nf4_dequantize
 from test_policy import Weighted, assert_same_gradient, peft_model, reference_model, save_adapter
-from tiny_models import MIXTURES, build_policy, one_batch, randomise, reference_logprobs
+from tiny_models import CPU, MIXTURES, build_policy, one_batch, randomise, reference_logprobs
 
+from grpo.doctor.choice import bytes_of_adapter, look_at_model
 from grpo.errors import UserError
+from grpo.memory_trial import _adapter_bytes, _base_weights
 from grpo.policy.adapter import describe, factors_in, load_adapter
 from grpo.policy.experts import Experts
 from grpo.policy.peft_names import modules_of
@@ -169,6 +171,22 @@ def test_an_adapter_of_experts_needs_experts_with_an_adapter(tiny_config, tmp_pa
         load_adapter(build_policy(tiny_config("qwen3-moe")), tmp_path)
     with pytest.raises(UserError, match="experts of its model"):
         factors_in(tmp_path)
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["experts", "no_experts"])
+def test_the_memory_plan_and_the_doctor_count_experts(adapted, tiny_config):
+    config = tiny_config("qwen3-moe", expert_adapters=adapted)
+    policy, theirs = build_policy(config), reference_model(config)
+    of_layers = [p for name, p in theirs.named_parameters() if "layers" in name and "norm" not in name]
+    routers = [p for name, p in theirs.named_parameters() if name.endswith("mlp.gate.weight")]
+    there = sum(p.nbytes for p in of_layers) - sum(p.nbytes for p in routers)
+    assert _base_weights(policy) * 4 == there
+    storage = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in policy.store.parameters()}
+    assert _adapter_bytes(policy) == sum(storage.values())  # in float32 the mirrors are the masters
+    _, sizes = look_at_model(config, CPU)
+    assert sizes.linears * 4 == there
+    trained = sum(p.numel() for p in policy.store.parameters())
+    assert bytes_of_adapter(config, sizes) == (4 + 4 + 8 + 2) * trained
 
 
 def test_no_dense_copy_of_experts_is_kept(tiny_config):

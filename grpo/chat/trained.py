@@ -88,8 +88,15 @@ def _config(asked: Asked, source: Source | None) -> Config:
         if asked.model or asked.checkpoint != "best":
             raise UserError(f"{asked.run} is a model: it goes with neither --model nor --checkpoint. Leave them out.")
         return replace(made, model=asked.run, base=asked.base or plain, lora_rank=1)
-    alpha = describe(source.folder).alpha
-    fields = dict(model=source.base, device=asked.device, lora_rank=source.rank, lora_alpha=alpha, adapter="")
+    described = describe(source.folder)
+    fields = dict(
+        model=source.base,
+        device=asked.device,
+        lora_rank=source.rank,
+        lora_alpha=described.alpha,
+        expert_adapters=described.experts,
+        adapter="",
+    )
     if source.config is None:
         return replace(made, base=asked.base or plain, **fields)
     # No optimizer is used, and bitsandbytes need not be here. Another base than the run's is another model's rounding.

@@ -25,6 +25,7 @@ from grpo.doctor.findings import Finding, found
 from grpo.doctor.machine import GIB
 from grpo.policy.building import compute_dtype
 from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
+from grpo.policy.experts import BIAS, are_experts, parameters_of
 from grpo.policy.linears import is_quantized
 from grpo.policy.load import choose_device, from_hub, model_source, settle_tables
 from grpo.policy.optimizer import STATE_BYTES
@@ -43,9 +44,10 @@ SHARE = 0.9  # of a GPU that base weights may fill, with an adapter and one sequ
 class Sizes:
     """Numbers of a model."""
 
-    linears: int  # in its layers' linears
+    linears: int  # in its layers' linears and experts
     others: int  # embedding, head, norms
-    of_adapter: int  # per rank
+    of_adapter: int  # per rank, of linears
+    of_experts: int = 0  # the same of experts, where they have one
 
     def bytes_of(self, base: str) -> float:
         """Of the base weights, as a run keeps them."""
@@ -133,12 +135,21 @@ def _on_meta(kind: Any, settings: Any) -> Any:
 def _sizes(model: Any) -> Sizes:
     head = model.get_output_embeddings()
     linears = [each for each in model.modules() if isinstance(each, (nn.Linear, Conv1D)) and each is not head]
-    of_linears = sum(each.weight.numel() for each in linears)
-    return Sizes(of_linears, sum(each.numel() for each in model.parameters()) - of_linears, sum(map(_sides, linears)))
+    of_experts = [
+        getattr(module, name)
+        for module in model.modules()
+        if are_experts(module)
+        for name in parameters_of(module)
+        if not name.endswith(BIAS)
+    ]
+    of_layers = sum(each.numel() for each in [*(each.weight for each in linears), *of_experts])
+    others = sum(each.numel() for each in model.parameters()) - of_layers
+    return Sizes(of_layers, others, sum(_sides(each.weight) for each in linears), sum(map(_sides, of_experts)))
 
 
-def _sides(linear: Any) -> int:
-    return sum(linear.weight.shape)
+def _sides(weight: Tensor) -> int:
+    """Numbers of an adapter of rank 1, of a linear [M, K] or of experts [E, M, K]."""
+    return weight.shape[:-2].numel() * sum(weight.shape[-2:])
 
 
 def _layers(kind: Any, settings: Any) -> Finding:
@@ -197,7 +208,7 @@ def _fits(config: Config, device: torch.device, sizes: Sizes) -> list[Finding]:
 def bytes_of_adapter(config: Config, sizes: Sizes) -> int:
     """Masters and gradients in float32, the optimizer's state, and the copy in 16 bits that is computed with."""
     of_state = STATE_BYTES[config.optimizer]
-    return (2 * BYTES_FLOAT32 + of_state + BYTES_16) * config.lora_rank * sizes.of_adapter
+    return (2 * BYTES_FLOAT32 + of_state + BYTES_16) * config.lora_rank * _trained(config, sizes)
 
 
 def bytes_of_cache(config: Config, device: torch.device) -> int:
@@ -210,7 +221,12 @@ def bytes_of_cache(config: Config, device: torch.device) -> int:
 def bytes_of_run(config: Config, sizes: Sizes) -> int:
     """What the checkpoints of a run take on its disk: those that are kept, the best, and the one being written; in each
     the adapter and two moments in float32."""
-    return 3 * BYTES_FLOAT32 * config.lora_rank * sizes.of_adapter * (config.keep + 2)
+    return 3 * BYTES_FLOAT32 * config.lora_rank * _trained(config, sizes) * (config.keep + 2)
+
+
+def _trained(config: Config, sizes: Sizes) -> int:
+    """Numbers of the adapter, per rank."""
+    return sizes.of_adapter + sizes.of_experts * config.expert_adapters
 
 
 def device_of(config: Config, findings: list[Finding]) -> torch.device | None:

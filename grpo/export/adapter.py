@@ -7,22 +7,21 @@ from pathlib import Path
 
 from grpo.export.folder import write_tensors
 from grpo.export.source import Source
-from grpo.policy.adapter import SETTINGS, WEIGHTS, factors_in
+from grpo.policy.adapter import SETTINGS, WEIGHTS, count_factors, tensors_in
 from grpo.policy.companions import companions
-from grpo.policy.peft_names import tensor_name
 
 
 def write_adapter(source: Source, folder: Path) -> list[str]:
     """Copy the adapter; returns what is to be told. One that PEFT pickled is written as safetensors."""
-    factors = factors_in(source.folder)
+    linears, experts = count_factors(source.folder)
     shutil.copyfile(source.folder / SETTINGS, folder / SETTINGS)
     if (source.folder / WEIGHTS).is_file():
         shutil.copyfile(source.folder / WEIGHTS, folder / WEIGHTS)
     else:
-        tensors = {tensor_name(n, x): t.contiguous() for n, f in factors.items() for x, t in (("A", f.a), ("B", f.b))}
-        write_tensors(tensors, folder / WEIGHTS)
+        write_tensors({name: each.contiguous() for name, each in tensors_in(source.folder).items()}, folder / WEIGHTS)
+    on = f"{linears} linears" + f" and {experts} weights of experts" * bool(experts)
     return [
-        f"the adapter of {source.title}: rank {source.rank}, {len(factors)} linears, over {source.base}",
+        f"the adapter of {source.title}: rank {source.rank}, {on}, over {source.base}",
         *copy_companions(source, folder),
     ]
 

@@ -7,7 +7,8 @@ has learned beside what the rounding did, so W is the NF4 base as it computed, d
 original takes the checkpoint's own weights there too.
 
 The checkpoint's tensors are read one after the other, under the names that its files have, and written in shards: of a
-base in 16 bits no more than a shard is in memory, of one in 4 bits the quantised base as well.
+base in 16 bits no more than a shard is in memory, of one in 4 bits the quantised base as well. Of a mixture of experts
+all is, where experts have an adapter or are in 4 bits (merged_experts.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from grpo_kernels.lora import dense_weight
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_dequantize
 from torch import Tensor
 from transformers import AutoConfig
@@ -28,9 +30,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.export.folder import write_tensors
+from grpo.export.merged_experts import names_of_experts, write_whole
 from grpo.export.source import Source
 from grpo.policy.adapter import LinearFactors, factors_in
 from grpo.policy.companions import file_of
+from grpo.policy.experts import ExpertWeights
 from grpo.policy.linears import is_quantized
 from grpo.policy.load import Loaded, from_hub, load_model, safetensors_files
 from grpo.policy.promises import Checkpoint, Progressed, no_progress, value_of
@@ -66,8 +70,9 @@ def write_merged(
     Raises:
         UserError: the checkpoint is not to be had, is of another model, or not in a format that can be read.
     """
-    factors = factors_in(source.folder)
     settings = from_hub(AutoConfig.from_pretrained, source.base)
+    experts = names_of_experts(settings)
+    factors = factors_in(source.folder, experts)
     is_4_bits = is_quantized(settings, source.base)
     files = from_hub(lambda name, trust_remote_code: safetensors_files(settings, name), source.base)
     if not files:
@@ -75,9 +80,19 @@ def write_merged(
     dequantised = is_4_bits or (onto == "trained" and source.config is not None and source.config.base == "nf4")
     tensors = Checkpoint(files, progressed).promised
     loaded = _load(source) if dequantised else None
-    base = _base(tensors, factors, loaded, _is_transposed(settings), source)
     kept = DTYPES.get(dtype) or _own_dtype(settings)
-    _write_shards(base, factors, kept, folder)
+    if experts and (loaded or set(experts) & factors.keys()):
+        if is_4_bits:
+            raise UserError(
+                f"The checkpoint {source.base} is of a mixture of experts in 4 bits, which is not merged here. Give "
+                "the checkpoint that it was made from as --model, with --onto original, or merge with PEFT's "
+                "merge_and_unload."
+            )
+        values = _quantised(loaded) | _quantised_experts(loaded) if loaded else {}
+        write_whole(source.base, factors, values, kept, SHARD_BYTES, folder)
+    else:
+        base = _base(tensors, factors, loaded, _is_transposed(settings), source)
+        _write_shards(base, factors, kept, folder)
     _write_settings(source, kept, folder)
     which = "its NF4 weights as they were trained over, dequantised" if dequantised else "its own weights"
     written = str(kept).partition(".")[2]
@@ -124,6 +139,12 @@ def _quantised(loaded: Loaded) -> dict[str, Callable[[], Tensor]]:
             found[name] = partial(_rows, projection.base, start, start + size, loaded.conv1d)
             start += size
     return found
+
+
+def _quantised_experts(loaded: Loaded) -> dict[str, Callable[[], Tensor]]:
+    """Name of each weight of experts -> the weight as it computes, [E M, K]."""
+    held = [each for each in loaded.model.modules() if isinstance(each, ExpertWeights)]
+    return {each.name: partial(dense_weight, each.base, torch.float32) for each in held}
 
 
 def _rows(base: Tensor | NF4, start: int, stop: int, transposed: bool) -> Tensor:
@@ -211,7 +232,7 @@ def _value(key: str, base: Base, factors: Mapping[str, LinearFactors], dtype: to
 
 def merged(weight: Tensor, factor: LinearFactors, transposed: bool, name: str) -> Tensor:
     """weight + scale * B A in float32. transposed: the weight is [K, M]."""
-    delta = factor.scale * (factor.b @ factor.a)
+    delta = factor.delta()
     delta = delta.T if transposed else delta
     if delta.shape != weight.shape:
         raise UserError(

@@ -3,7 +3,7 @@
 adapter_files(policy)           the files of the adapter as it is
 load_adapter(policy, folder)    the policy computes with the adapter in a folder what PEFT computes
 describe(folder)                the rank and the scale of the adapter in a folder, before there is a model
-factors_in(folder)              what it adds to each linear, for whoever has no policy
+factors_in(folder)              what it adds to each linear and to experts, for whoever has no policy
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def load_adapter(policy: Policy, folder: Path) -> list[str]:
         UserError: the files are missing or damaged, belong to another model or rank, or are not plain LoRA.
     """
     settings = read_settings(folder / SETTINGS)
-    tensors = _read_tensors(folder)
+    tensors = tensors_in(folder)
     ours = {name: (a, b) for name, a, b in policy.store.factors()}
     rank = policy.store.rank
     theirs = _by_linear(tensors, settings, ours, policy.store.experts, folder)
@@ -112,6 +112,7 @@ class Described:
     rank: int  # the largest of its linears'
     alpha: float  # alpha / rank is the scale of the linears that no pattern names
     base: str  # the model that it was trained over, by its name or folder then; may be empty
+    experts: bool  # it is on experts too
 
 
 def describe(folder: Path) -> Described:
@@ -121,11 +122,12 @@ def describe(folder: Path) -> Described:
         UserError: its files are missing or damaged, or it is not plain LoRA.
     """
     settings = read_settings(folder / SETTINGS)
-    tensors = _read_tensors(folder)
+    tensors = tensors_in(folder)
     ranks = [_rank_in(name, tensor, settings) for name, tensor in tensors.items() if FIRST.fullmatch(name)]
     if not ranks:
         raise UserError(f"The adapter in {folder} holds no factors of any linear layer. Choose another.")
-    return Described(max(ranks), settings.alpha_over(max(ranks)), settings.base)
+    on_experts = any(settings.is_of_experts(match[1]) for name in tensors if (match := FIRST.fullmatch(name)))
+    return Described(max(ranks), settings.alpha_over(max(ranks)), settings.base, on_experts)
 
 
 def _rank_in(name: str, a: Tensor, settings: AdapterSettings) -> int:
@@ -139,21 +141,58 @@ def _rank_in(name: str, a: Tensor, settings: AdapterSettings) -> int:
 
 @dataclass(frozen=True)
 class LinearFactors:
-    """What an adapter adds to the weight [M, K] of a linear: scale * B A, in float32."""
+    """What an adapter adds to the weight [M, K] of a linear: scale * B A, in float32; or to each of E experts."""
 
-    a: Tensor  # [r, K]
-    b: Tensor  # [M, r]
+    a: Tensor  # [r, K], or [E r, K]
+    b: Tensor  # [M, r], or [M, r E]
     scale: float
+    experts: int = 1  # E
+
+    def delta(self) -> Tensor:
+        """[M, K], of experts [E M, K]. Row e r + j of their A and column j E + e of their B are expert e's."""
+        if self.experts == 1:
+            return self.scale * (self.b @ self.a)
+        a, b = self.a.unflatten(0, (self.experts, -1)), self.b.unflatten(1, (-1, self.experts))
+        return self.scale * torch.einsum("mje,ejk->emk", b, a).flatten(0, 1)
 
 
-def factors_in(folder: Path) -> dict[str, LinearFactors]:
-    """Hugging Face name of a linear -> its factors, of the adapter in a folder.
+def factors_in(folder: Path, experts: Iterable[str] = ()) -> dict[str, LinearFactors]:
+    """Hugging Face name of a linear, or of a weight of experts -> its factors, of the adapter in a folder.
+
+    experts: the names of all weights of experts in its model, in the model's order.
+    Raises:
+        UserError: the files are missing or damaged, or it is not plain LoRA of linears and these experts.
+    """
+    settings, tensors, linears, of_experts = _checked(folder)
+    modules = modules_of(name for name in experts if settings.is_parameter(name))
+    if foreign := sorted(of_experts - set(modules.values())):
+        raise UserError(
+            f"The adapter in {folder} is on the experts of its model too ({foreign[0]}), which is of no linear layer. "
+            f"{REMEDY}"
+        )
+    found = {}
+    for name, module in (dict.fromkeys(linears, "") | modules).items():
+        found[name] = _factors(tensors, name, module or name, settings, folder)
+    return found
+
+
+def count_factors(folder: Path) -> tuple[int, int]:
+    """Of how many linears and of how many weights of experts the adapter in a folder is.
 
     Raises:
-        UserError: the files are missing or damaged, or it is not plain LoRA of linears.
+        UserError: as of `factors_in`.
     """
+    settings, tensors, linears, of_experts = _checked(folder)
+    for name in linears:
+        _factors(tensors, name, name, settings, folder)
+    return len(linears), len(of_experts)
+
+
+def _checked(folder: Path) -> tuple[AdapterSettings, dict[str, Tensor], list[str], set[str]]:
+    """An adapter whose tensors are all factors A with their B; the modules among them that are linears, and those that
+    stand for a weight of experts."""
     settings = read_settings(folder / SETTINGS)
-    tensors = _read_tensors(folder)
+    tensors = tensors_in(folder)
     names = [match[1] for name in tensors if (match := FIRST.fullmatch(name))]
     surplus = sorted(tensors.keys() - {tensor_name(name, x) for name in names for x in "AB"})
     if surplus or not names:
@@ -161,22 +200,23 @@ def factors_in(folder: Path) -> dict[str, LinearFactors]:
             f"The adapter in {folder} holds {f'{surplus[0]}, which is' if surplus else 'nothing that is'} no factor of "
             f"a linear layer. {REMEDY}"
         )
-    found = {}
-    for name in names:
-        a, b = tensors[tensor_name(name, "A")], tensors.get(tensor_name(name, "B"))
-        rank = settings.rank_of(settings.named(name))
-        if not settings.is_target(name) and settings.parameters and settings.named(name) == name:
-            raise UserError(
-                f"The adapter in {folder} is on the experts of its model too ({name}), which is of no linear layer. "
-                f"{REMEDY}"
-            )
-        if b is None or a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] == rank:
-            raise UserError(f"The adapter in {folder} is damaged: the factors of {name} do not go with rank {rank}.")
-        found[name] = LinearFactors(a, b, settings.alpha_over(rank, settings.named(name)) / rank)
-    return found
+    of_experts = set(filter(settings.is_of_experts, names))
+    return settings, tensors, [name for name in names if name not in of_experts], of_experts
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _factors(
+    tensors: dict[str, Tensor], name: str, module: str, settings: AdapterSettings, folder: Path
+) -> LinearFactors:
+    """Those of a linear, or of a weight of experts, whose tensors bear the name of `module`."""
+    a, b = tensors.get(tensor_name(module, "A")), tensors.get(tensor_name(module, "B"))
+    rank = settings.rank_of(settings.named(name))
+    experts = 1 if module == name or a is None else len(a) // rank
+    if a is None or b is None or a.dim() != 2 or b.dim() != 2 or not len(a) == b.shape[1] == experts * rank > 0:
+        raise UserError(f"The adapter in {folder} is damaged: the factors of {name} do not go with rank {rank}.")
+    return LinearFactors(a, b, settings.alpha_over(rank, settings.named(name)) / rank, experts)
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file by PEFT's names, in float32."""
     try:
         found = _unpickled(folder / PICKLED) if _is_pickled(folder) else load((folder / WEIGHTS).read_bytes())

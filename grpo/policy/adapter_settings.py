@@ -74,6 +74,10 @@ class AdapterSettings:
         """Whether target_parameters says that this parameter must have an adapter."""
         return any(parameter == end or parameter.endswith(f".{end}") for end in self.parameters)
 
+    def is_of_experts(self, module: str) -> bool:
+        """Whether the tensors of a module of this name, which are there, are those of a target that is no linear."""
+        return bool(self.parameters) and not self.is_target(module) and self.named(module) == module
+
     def named(self, linear: str) -> str:
         """What the patterns of ranks and alphas are compared with: its weight's name if that is the target."""
         return f"{linear}.weight" if self.is_parameter(f"{linear}.weight") else linear
