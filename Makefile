@@ -10,11 +10,11 @@ lint:
 	pyright
 
 test:
-	pytest
+	pytest -n auto
 
 # What takes long and tells little more; the second stage of CI.
 test-slow:
-	pytest -m slow
+	pytest -n auto -m slow
 
 test-gpu:
 	pytest -m gpu

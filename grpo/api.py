@@ -299,11 +299,15 @@ def _hold(run: Run, what: Any) -> Any:
 
 def let_go() -> None:
     """Free the memory that the last run's policy takes."""
-    if _holder and (holder := _holder()):
+    global _holder
+    if _holder is None:
+        return
+    if holder := _holder():
         held, holder._in_memory = holder._in_memory, None
         if isinstance(held, Live):
             held.close()
         del held
+    _holder = None
     free_memory()
 
 
@@ -320,6 +324,7 @@ def _alone() -> Iterator[None]:
     except (UserError, KeyboardInterrupt) as error:
         _forget_frames(error)
         let_go()
+        free_memory()  # what was being built
         raise
     finally:
         _at_work.release()

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and must not wait for one
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: as many processes as cores, so each has one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import sys
@@ -14,7 +16,21 @@ from tiny_models import FUSED, GENERIC, MIXTURES, VOCABULARY, write_checkpoint
 from toy_task import SMALL, TASK
 
 from grpo.config import Config
+from grpo.rewards.staff import num_cores
 from grpo.types import Completion, Group, Prompt
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """With `-n`, the tests of a file stay together: what they share is made once."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: a process a core, of 2 GiB each; what is made once a process makes more than these few slow."""
+    return min(8, num_cores())
 
 
 @pytest.fixture(autouse=True)

@@ -107,6 +107,7 @@ def scored_as(bring, order):
     return json.dumps([metrics, counted, [text.splitlines()[0] for text in told], parts, of_groups])
 
 
+@pytest.mark.slow
 def test_scores_and_failures_are_those_of_a_scoring_afterwards(bring):
     afterwards = scored_as(bring, [])
     for order in ([0, 1, 2, 3], [3, 1], [2, 0, 3, 1]):

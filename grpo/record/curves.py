@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 
+_SELDOM = 10.0  # seconds: drawing takes a third of one
 _WIDEST_LABEL = 16  # cells of a line of a reward's name beside its curve
 _MOST_POINTS = 2000  # of a curve
 _LARGEST_DRAWN = 1e30  # a larger number is left out: no axis can be made for it
@@ -57,13 +59,16 @@ Points = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # {metric: 
 
 
 class Curves(Sink):
-    """Draws the picture with each held-out score and when the run is over."""
+    """Draws the picture with a held-out score, but not all the time, and when the run is over."""
 
     def __init__(self, metrics_path: Path, out_png: Path, tell: Callable[[str], object]):
         self._metrics_path, self._out_png, self._tell = metrics_path, out_png, tell
+        self._last = time.monotonic()
 
     def evaluation(self, step: int, scores: Numbers, groups: Sequence[Group] = ()) -> None:
-        self._draw()
+        if time.monotonic() - self._last > _SELDOM:
+            self._draw()
+            self._last = time.monotonic()
 
     def close(self) -> None:
         self._draw()
