@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite needs no network and m
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: as many processes as cores, so each has one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import sys
 
@@ -31,6 +32,15 @@ def pytest_cmdline_main(config):
 def pytest_xdist_auto_num_workers():
     """`-n auto`: a process a core, of 2 GiB each; what is made once a process makes more than these few slow."""
     return min(8, num_cores())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_no_garbage():
+    """Each model that is loaded collects garbage, which takes half a second among all that the libraries hold."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
