@@ -32,6 +32,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         model_type="qwen2", hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
         num_key_value_heads=8, vocab_size=152064, tie_word_embeddings=False, rope_theta=1e6,
     ),
+    "llama-3.1-70b": dict(
+        model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256, tie_word_embeddings=False, rope_theta=500000.0,
+        max_position_embeddings=131072,
+    ),
     "gemma-2b": dict(
         model_type="gemma", hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
         num_key_value_heads=1, head_dim=256, vocab_size=256000, tie_word_embeddings=True, max_position_embeddings=8192,
