@@ -13,7 +13,6 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
 import write_scaling_table as table  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
-
 QUICK = ["qwen2.5-1.5b", "qwen3-0.6b"]
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in table.MODELS.values() if name not in QUICK]
 
