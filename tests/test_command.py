@@ -248,10 +248,11 @@ def test_what_libraries_log_of_a_downloaded_model_carries_no_codes():
     assert done.stderr == "a \\x1b[31mb\na \x1b[31mb\n"
 
 
-def test_errors_and_tables_carry_no_codes_nor_markup(toy, tmp_path, capsys):
+def test_errors_and_tables_carry_no_codes_nor_markup(toy, tmp_path, capsys, monkeypatch):
     name = EVIL.replace("\ud800", "")
     assert main([str(tmp_path / name)]) == 2
-    run_dir = str(tmp_path / f"[red]:bug:{name}")
+    monkeypatch.chdir(tmp_path)
+    run_dir = f"[red]:bug:{name}"
     Path(run_dir).mkdir()
     assert main([str(toy), "--run-dir", run_dir]) == 2
     output = capsys.readouterr()

@@ -102,7 +102,7 @@ def test_the_guide_tells_every_field_of_a_task():
 @pytest.mark.parametrize(
     "script",
     [f"write_{name}_table.py" for name in ("readme", "kernel", "metrics", "recipe")]
-    + ["make_reports.py", pytest.param("write_scaling_table.py", marks=pytest.mark.slow)],
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("make_reports.py", "write_scaling_table.py")],
 )
 def test_tables_are_those_of_the_results(script):
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), "--check"], capture_output=True, text=True)

@@ -65,10 +65,14 @@ def chance_of(failed: int, calls: int, share: float) -> float:
         return float(share == 1.0 or not failed)
     of_each = math.log(share), math.log1p(-share)
     ways = math.lgamma(calls + 1)
-    return math.fsum(
-        math.exp(ways - math.lgamma(k + 1) - math.lgamma(calls - k + 1) + k * of_each[0] + (calls - k) * of_each[1])
-        for k in range(failed, calls + 1)
-    )
+    total = 0.0
+    for k in range(failed, calls + 1):
+        log_ways = ways - math.lgamma(k + 1) - math.lgamma(calls - k + 1)
+        of_k = math.exp(log_ways + k * of_each[0] + (calls - k) * of_each[1])
+        total += of_k
+        if k > share * calls and of_k < 1e-13 * total:  # those that follow are less still
+            break
+    return total
 
 
 @dataclass
