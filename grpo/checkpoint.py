@@ -110,9 +110,13 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         }
         write_synced(draft / STATE, _signed(state))
         sync_folder(draft)
-        shutil.rmtree(final, ignore_errors=True)
+        before = checkpoints / f".{final.name}.before"  # of the same step, whose save was interrupted at its end
+        shutil.rmtree(before, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            final.rename(before)
         draft.rename(final)
         sync_folder(checkpoints)
+        shutil.rmtree(before, ignore_errors=True)
         _point_to_best(folder, progress.best_step, final)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)

@@ -17,6 +17,7 @@ from grpo.errors import UserError
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LEFT = (*NEEDED, "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE")
 OF_TORCHRUN = "TORCHELASTIC_"  # how further variables of it begin
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # who meets there is on this host
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -30,6 +31,7 @@ class Place:
     host: str  # of the store that they meet at
     port: int
     by_agent: bool  # the launcher keeps the store, and it outlives the processes; else rank 0 does
+    local_size: int  # processes of this host; 0: not known
 
 
 def launched() -> Place | None:
@@ -46,14 +48,18 @@ def launched() -> Place | None:
             f"The environment has RANK and WORLD_SIZE, but not {' and '.join(missing)}. torchrun sets them all: "
             "`torchrun --nproc-per-node N -m grpo.run ...`. For a run of one process unset RANK and WORLD_SIZE."
         )
+    here = given["WORLD_SIZE"] if given["MASTER_ADDR"] in LOOPBACK else "0"
+    of_host = os.environ.get("LOCAL_WORLD_SIZE") or here
     try:
         rank, size, local, port = (int(given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        local_size = int(of_host)
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and MASTER_PORT must be whole numbers: {error}.") from error
+        names = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_PORT"
+        raise UserError(f"{names} must be whole numbers: {error}.") from error
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}. Ranks are 0 to WORLD_SIZE - 1.")
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Place(rank, size, local, given["MASTER_ADDR"], port, by_agent)
+    return Place(rank, size, local, given["MASTER_ADDR"], port, by_agent, local_size)
 
 
 def take_own_gpu(place: Place) -> None:

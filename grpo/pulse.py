@@ -9,15 +9,17 @@ fork of it from before there was a GPU or a thread, that looks every BEAT second
                                          rank that ended first, so that rank 0 saves and all end; after GRACE it is
                                          killed
     is any rank silent?                  one that said nothing for SILENCE seconds (it is stopped, or its network is
-                                         cut) has ended
+                                         cut) has ended, and so has one that did not even begin to: all ranks had met
+                                         just before (grpo/meeting.py)
 
-A store that does not answer means that this host is cut off. While this process itself is late or stopped (Ctrl-Z of
-all) nobody is called silent.
+A rank that had to be killed has its sentence written by the child. A store that does not answer means that this host
+is cut off. While this process itself is late or stopped (Ctrl-Z of all) nobody is called silent.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import signal
@@ -38,7 +40,8 @@ GRACE = 25.0  # seconds that a rank gets to save and end: torchrun gives its pro
 HURRY = 15.0  # seconds that a step gets to finish once the launcher has asked to stop
 CUT_OFF = 20.0  # seconds without an answer of the store
 
-ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"  # keys of the store, for ranks
+# Keys of the store, for ranks. Each sets its host before its first beat (grpo/meeting.py).
+ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"
 
 # Of the real-time signals that of the watchdog is the last but one; where there are none (macOS), the first for users.
 SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGUSR1", 0)
@@ -57,8 +60,8 @@ class RankLost(UserError):
 class Pulse:
     """The child of this process, and what the two tell each other."""
 
-    def __init__(self, rank: int, size: int, connect: Connect):
-        """connect: makes a connection to the store; called in the child."""
+    def __init__(self, rank: int, size: int, connect: Connect, keeps_store: bool = False):
+        """connect: makes a connection to the store; called in the child. keeps_store: it is this process's."""
         self.rank = rank
         self.shared = mmap.mmap(-1, _SIZE)
         self.lost = ""
@@ -66,7 +69,7 @@ class Pulse:
         parent = os.getpid()
         self.child = os.fork()
         if self.child == 0:
-            _live(parent, rank, size, connect, self.shared)
+            _live(_Watch(parent, rank, size, self.shared), connect, keeps_store)
 
     def check(self) -> None:
         """Raises RankLost where another rank has ended, or Stopped where it is time to."""
@@ -107,32 +110,35 @@ def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
 
 def only_others_can_say(sentence: str) -> bool:
     """Whether rank 0 cannot have told the user of the end that a RankLost tells of."""
-    is_gone = sentence.startswith("Rank 0 (") and sentence.endswith((_WITHOUT_A_WORD, _SILENT))
+    is_gone = sentence.startswith("Rank 0 (") and sentence.endswith((_WITHOUT_A_WORD, SILENT))
     return is_gone or sentence.endswith(_NO_ANSWER)
 
 
 # ---- the child
 
 
-def _live(parent: int, rank: int, size: int, connect: Connect, shared: mmap.mmap) -> None:
+def _live(watch: _Watch, connect: Connect, keeps_store: bool) -> None:
     """Never returns. A thread talks to the store, which may never answer; this one sees whether it does."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, SIGNAL):
             signal.signal(number, signal.SIG_IGN)
+        with suppress(OSError):  # 2>&-
+            watch.terminal = os.dup(2)
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(null, 2)  # torch writes a trace where a store goes away
-        watch = _Watch(parent, rank, size, shared)
         talk = threading.Thread(target=watch.talk, args=(connect,), daemon=True)
         talk.start()
-        while os.getppid() == parent:
+        while os.getppid() == watch.parent:
             late = time.monotonic() - watch.answered > CUT_OFF
             if (late or not talk.is_alive()) and not watch.rung_at:
-                watch.ring(f"Rank {rank} ({socket.gethostname()}) is cut off from the others: {_NO_ANSWER}")
+                watch.ring(f"Rank {watch.rank} ({socket.gethostname()}) is cut off from the others: {_NO_ANSWER}")
             watch.end_what_does_not_end()
             time.sleep(BEAT)
-        talk.join(CUT_OFF)
+        os.close(watch.terminal)  # somebody may read it to its end
+        if not keeps_store:  # else it is gone too, and those who see that wait for our copies of its connections
+            talk.join(CUT_OFF)
     finally:
         os._exit(1)
 
@@ -144,8 +150,10 @@ class _Watch:
         self.parent, self.rank, self.shared = parent, rank, shared
         self.others = [other for other in range(size) if other != rank]
         self.answered = time.monotonic()
-        self.beats = dict.fromkeys(self.others, (b"", self.answered))
+        self.beats: dict[int, tuple[bytes, float]] = dict.fromkeys(self.others, (b"", self.answered))
         self.rung_at = 0.0  # when the rank began to end
+        self.text = ""  # the sentence that it was rung with
+        self.terminal = 2
 
     def talk(self, connect: Connect) -> None:
         """With the store, until the rank is gone or the store is."""
@@ -163,7 +171,7 @@ class _Watch:
 
     def ring(self, text: str) -> None:
         """Let the rank end with this sentence."""
-        self.rung_at = time.monotonic()
+        self.rung_at, self.text = time.monotonic(), text
         encoded = text.encode(errors="replace")[:_TEXT]
         self.shared[_HEAD.size : _HEAD.size + len(encoded)] = encoded
         _HEAD.pack_into(self.shared, 0, 0.0, len(encoded))
@@ -175,16 +183,24 @@ class _Watch:
         if self.rung_at and time.monotonic() > self.rung_at + GRACE:
             with suppress(ProcessLookupError):
                 os.kill(self.parent, signal.SIGKILL)
+                self._say(f"{self.text} Rank {self.rank} did not come to its end in {GRACE:g} s, and was killed.")
+            self.rung_at = math.inf
+
+    def _say(self, sentence: str) -> None:
+        shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence.strip())
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(self.terminal, f"\nerror: {shown}\n".encode(errors="replace"))
 
     def _hear(self, store: Store, now: float, was_away: bool) -> None:
         """The beats of the others. was_away: we were late or stopped ourselves, and count from now."""
         there = [other for other in self.others if store.check([BEATS.format(other)])]
         told = store.multi_get([BEATS.format(other) for other in there]) if there else []
-        for other, beat in zip(there, told, strict=True):
+        beats = dict.fromkeys(self.others, b"") | dict(zip(there, told, strict=True))
+        for other, beat in beats.items():
             before, since = self.beats[other]
             self.beats[other] = (beat, now if was_away or beat != before else since)
             if now - self.beats[other][1] > SILENCE:
-                tell_the_end(store, other, _SILENT)
+                tell_the_end(store, other, SILENT)
 
     def _look_at_the_end(self, store: Store, now: float) -> None:
         deadline, _ = _HEAD.unpack_from(self.shared)
@@ -194,7 +210,7 @@ class _Watch:
             told = json.loads(store.get(ENDED))
             if told["rank"] != self.rank:
                 self.ring(f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}")
-            elif told["sentence"] == _SILENT:
+            elif told["sentence"] == SILENT:
                 self.ring(f"The other ranks have ended the run: nothing was heard of rank {self.rank} for a while.")
             self.rung_at = now
             store.set(HEARD.format(self.rank), "")
@@ -207,7 +223,10 @@ class _Watch:
 _WITHOUT_A_WORD = (
     "It ended without a word: it crashed, or was killed from outside, as the system does when memory runs out."
 )
-_SILENT = f"Nothing was heard of it for {SILENCE:g} s: its process is stopped, or its host or network is down."
+SILENT = (
+    f"Nothing was heard of it for {SILENCE:g} s: its process is stopped, or was killed as it started, or its host or "
+    "network is down."
+)
 _NO_ANSWER = "the store that all ranks meet at does not answer. Its host, its launcher or the network is down."
 
 

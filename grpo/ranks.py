@@ -14,14 +14,14 @@ What arrives is unpickled: like all of torch.distributed this is for hosts and n
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import io
 import pickle
 import socket
+import threading
 import time
-import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -29,15 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.errors import Stopped, ToldElsewhere, UserError, in_words
+from grpo.errors import ToldElsewhere, UserError, in_words
 from grpo.launcher import Place
-from grpo.pulse import HEARD, HOST, Pulse, RankLost, Store, only_others_can_say, tell_the_end
+from grpo.meeting import connect, meet, sentence_of
+from grpo.pulse import HEARD, Pulse, RankLost, Store, only_others_can_say, tell_the_end
 from grpo.types import Completion
 from grpo.world import World
 
 distributed: Any = torch.distributed  # its stores and process groups are classes of C, without types
 
-ARRIVAL = 600.0  # seconds that ranks wait for each other at first
 NO_LIMIT = timedelta(days=30)  # of an exchange: who is gone the pulse knows
 LONGEST_PAUSE = 0.005  # seconds between two looks at whether an exchange is over
 BROKEN = 5.0  # seconds after which a broken connection has no better reason than itself
@@ -51,7 +51,7 @@ class Ranks(World):
         self.rank, self.size = place.rank, place.size
         self.root, self.store, self.pulse = root, store, pulse
         prefixed = distributed.PrefixStore("gloo", store)
-        self.group = distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT)
+        self.group = self._made(lambda: distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT))
         self.gpu_group: Any = None  # made when there is something to sum on a GPU
 
     def gather(self, value: Any) -> list[Any]:
@@ -94,11 +94,13 @@ class Ranks(World):
 
     def remember(self, name: str, value: str) -> None:
         """See World.remember."""
-        self.root.set(f"grpo/{name}", value)
+        with self._explained():
+            self.root.set(f"grpo/{name}", value)
 
     def recall(self, name: str) -> str:
         """See World.recall."""
-        return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
+        with self._explained():
+            return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
 
     def hurry(self) -> None:
         """See World.hurry."""
@@ -106,10 +108,11 @@ class Ranks(World):
 
     def leave(self) -> None:
         """All went well: wait for all, so that nobody takes an end for a loss. Twice, so that nobody listens any more
-        when the first one goes."""
+        when the first one goes. One that is killed in between takes nothing along: all is done."""
         self.gather(None)
         self.pulse.ignore()
-        self.gather(None)
+        with suppress(RankLost):
+            self.gather(None)
         self.pulse.close()
         if self.gpu_group is not None:
             self.gpu_group.shutdown()
@@ -121,7 +124,8 @@ class Ranks(World):
     def tell(self, error: BaseException, by_agent: bool) -> bool:
         """Tell the others how this one ends; whether that is the first that they hear of an end."""
         with suppress(RuntimeError):  # the store is gone, and the others know that as well
-            is_first = tell_the_end(self.store, self.rank, _sentence_of(error))
+            self.root.set_timeout(timedelta(seconds=BROKEN))
+            is_first = tell_the_end(self.store, self.rank, sentence_of(error))
             if not by_agent and self.rank == 0:  # the store goes with us
                 self.store.wait([HEARD.format(rank) for rank in range(1, self.size)], timedelta(seconds=BROKEN))
             return is_first
@@ -146,29 +150,49 @@ class Ranks(World):
             self.gpu_group = distributed.ProcessGroupNCCL(prefixed, self.rank, self.size, options)
         return self.gpu_group
 
+    def _made(self, build: Callable[[], Any]) -> Any:
+        """What is built together with all others, as long as they are there: torch waits for them in C."""
+        built: Future[Any] = Future()
+
+        def work() -> None:
+            try:
+                built.set_result(build())
+            except Exception as error:
+                built.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # where one is gone it is never done
+        with self._explained():
+            while not built.done():
+                self.pulse.check()
+                time.sleep(LONGEST_PAUSE)
+            return built.result()
+
     def _finish(self, work: Any) -> None:
         """Wait for an exchange, as long as all others are there."""
         pause = 1e-5
         try:
-            while not work.is_completed():
-                self.pulse.check()
-                time.sleep(pause)
-                pause = min(LONGEST_PAUSE, 1.2 * pause)
-            work.wait()
-        except RuntimeError as error:
-            self._explain(error)
+            with self._explained():
+                while not work.is_completed():
+                    self.pulse.check()
+                    time.sleep(pause)
+                    pause = min(LONGEST_PAUSE, 1.2 * pause)
+                work.wait()
         except BaseException:
             if self.gpu_group is not None:  # what waits on the GPU would keep it from everything that follows
                 self.gpu_group.abort()
             raise
 
-    def _explain(self, error: RuntimeError) -> None:
-        """A connection broke: a rank is gone, and the pulse will soon know why."""
-        end = time.monotonic() + BROKEN
-        while time.monotonic() < end:
-            self.pulse.check()
-            time.sleep(LONGEST_PAUSE)
-        raise RankLost(f"The connection between the ranks broke: {in_words(error)}.") from error
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, a connection that breaks is told as what it is: a rank is gone, and the pulse will soon know why."""
+        try:
+            yield
+        except RuntimeError as error:
+            end = time.monotonic() + BROKEN
+            while time.monotonic() < end:
+                self.pulse.check()
+                time.sleep(LONGEST_PAUSE)
+            raise RankLost(f"The connection between the ranks broke: {in_words(error)}.") from error
 
 
 @contextmanager
@@ -201,71 +225,18 @@ def joined(place: Place) -> Iterator[Ranks]:
 
 
 def join(place: Place) -> Ranks:
-    """Meet the others.
+    """Meet the others, and miss them from now on.
 
     Raises:
-        UserError: not all came.
+        UserError: not all came, or one of them has ended.
     """
-    try:
-        root = _connect(place, is_host=place.rank == 0 and not place.by_agent)
-        members = _agree_on_members(root, place)
-        store = distributed.PrefixStore(members, root)
-        store.set(HOST.format(place.rank), socket.gethostname())
-        pulse = Pulse(place.rank, place.size, lambda: distributed.PrefixStore(members, _connect(place, is_host=False)))
-        return Ranks(place, root, store, pulse)
-    except RuntimeError as error:  # torch's own for a store that is not there, among others
-        raise UserError(
-            f"Rank {place.rank} did not find the others at {place.host}:{place.port}: {in_words(error)}. Start all of "
-            "them with the same --rdzv-endpoint, and see that the hosts reach each other."
-        ) from error
-
-
-def _connect(place: Place, is_host: bool) -> Store:
-    wait = timedelta(seconds=ARRIVAL)
-    return distributed.TCPStore(place.host, place.port, None, is_host, wait, wait_for_workers=False, multi_tenant=True)
-
-
-def _agree_on_members(store: Store, place: Place) -> str:
-    """A name for these very processes. The store may know of earlier ones, that were started again, and how often that
-    was is not the same on all hosts.
-
-    Each process names itself at random; rank 0 lists the names as it sees them until each has found its own in the
-    list and said so of the same list.
-    """
-    mine, end = uuid.uuid4().hex, time.monotonic() + ARRIVAL
-    store.set(f"name/{place.rank}", mine)
-    names = [f"name/{rank}" for rank in range(place.size)]
-    while time.monotonic() < end:
-        if place.rank == 0 and store.check(names):
-            store.set(f"list/{mine}", b" ".join(store.multi_get(names)))
-        listed = _listed(store)
-        if len(listed) == place.size and listed[place.rank] == mine:
-            digest = hashlib.sha256(" ".join(listed).encode()).hexdigest()[:16]
-            store.set(f"seen/{digest}/{place.rank}", "")
-            if store.check([f"seen/{digest}/{rank}" for rank in range(place.size)]):
-                return digest
-        time.sleep(10 * LONGEST_PAUSE)
-    came = [rank for rank in range(place.size) if store.check([f"name/{rank}"])]
-    raise UserError(
-        f"Of {place.size} processes only ranks {', '.join(map(str, came))} came within {ARRIVAL:g} s. Start as many as "
-        "--nproc-per-node and --nnodes say."
+    root, members = meet(place)
+    store = distributed.PrefixStore(members, root)
+    keeps_store = place.rank == 0 and not place.by_agent
+    pulse = Pulse(
+        place.rank, place.size, lambda: distributed.PrefixStore(members, connect(place, is_host=False)), keeps_store
     )
-
-
-def _listed(store: Store) -> list[str]:
-    """The names in the list of the present rank 0, as far as it has one."""
-    if not store.check(["name/0"]):
-        return []
-    key = f"list/{store.get('name/0').decode()}"
-    return store.get(key).decode().split(" ") if store.check([key]) else []
-
-
-def _sentence_of(error: BaseException) -> str:
-    if isinstance(error, Stopped):
-        return f"It was stopped by signal {error.number}."
-    if isinstance(error, KeyboardInterrupt):
-        return "It was stopped at once."
-    return str(error) if isinstance(error, UserError) else f"It failed with {in_words(error)}."
+    return Ranks(place, root, store, pulse)
 
 
 # ---- pickles

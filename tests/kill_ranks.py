@@ -1,6 +1,7 @@
 """Kill ranks of a run at random moments and start it again, until it is done: nothing may be lost. No test is here.
 
     python tests/kill_ranks.py --kills 30 --seed 1
+    python tests/kill_ranks.py --phases                   one kill of each rank in each phase, from the start to the end
 
 Two ranks on the CPU train the toy task. Again and again one of them, at random, is killed after a random time, while it
 starts, samples, computes or saves. Both must have ended within 60 s, and the run must come to the end that it has where
@@ -17,11 +18,20 @@ import time
 from pathlib import Path
 
 import torch
-from several import ended, launch, run_ranks
+from several import ended, launch, run_ranks, told
 from test_ranks import adapter, lines, write_task
 from toy_task import SMALL
 
 STEPS = 20
+
+PHASES = """
+grpo.launcher.launched:call grpo.meeting.meet:call grpo.meeting.connect:return grpo.meeting.Meeting.__init__:return
+grpo.meeting.Meeting.agree:return grpo.pulse.Pulse.__init__:call grpo.pulse.Pulse.__init__:return
+grpo.ranks.Ranks.__init__:return grpo.resolve.resolve:call grpo.policy.load.load_model:call grpo.build.build_run:return
+grpo.train.evaluate:call grpo.train.evaluate:return grpo.checkpoint.save_checkpoint:call
+grpo.checkpoint.write_synced:return:3 grpo.checkpoint.save_checkpoint:return grpo.ranks.Ranks.leave:call
+grpo.pulse.Pulse.ignore:call grpo.pulse.Pulse.close:call grpo.ranks.Ranks.leave:return
+""".split()
 
 
 def main():
@@ -29,7 +39,13 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="after which no further rank is killed")
+    parser.add_argument("--phases", nargs="*", help="moments, as several.kill_at has them; all where none is given")
     arguments = parser.parse_args()
+    if arguments.phases is not None:
+        for moment in arguments.phases or PHASES:
+            for rank in (0, 1):
+                kill_in_phase(moment, rank)
+        return
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(kill(Path(folder), arguments), indent=2))
 
@@ -70,6 +86,19 @@ def kill(folder, arguments):
         "step of the last checkpoint after each": reached,
         "seconds of a run that nobody kills": round(span, 1),
     }
+
+
+def kill_in_phase(moment, rank):
+    """Print how long the other one took to end, and what it said."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        argv = [write_task(folder), *SMALL, "--steps", "3", "--run-dir", "run"]
+        processes = launch(2, folder, argv, KILL=f"{rank}:{moment}")
+        processes[rank].join(120)
+        since = time.monotonic()
+        codes = ended(processes)
+        said = told(folder, 1 - rank).rpartition("error: ")[2].strip()
+        print(f"{moment} on rank {rank}: {codes} after {time.monotonic() - since:.1f} s: {said[:160]}", flush=True)
 
 
 def check_equal(folder):

@@ -5,6 +5,7 @@ They are forks of one process that has imported all that a run needs, and find t
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -47,6 +48,20 @@ def told(folder, rank):
     return (Path(folder) / f"rank-{rank}.log").read_text()
 
 
+def kill_at(moment):
+    """End this process as by kill -9 at a moment, "grpo.train.evaluate:call" or ":return"; ":call:3" is the third."""
+    name, event, count = (*moment.split(":"), "1")[:3]
+    left = [int(count)]
+
+    def look(frame, happened, _):
+        if happened == event and f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}" == name:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(look)
+
+
 def _run(folder, argv, variables):
     os.chdir(folder)
     log = os.open(f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -56,4 +71,7 @@ def _run(folder, argv, variables):
     os.environ["OMP_NUM_THREADS"] = "1"
     from grpo.run import main
 
+    rank, _, moment = variables.get("KILL", "").partition(":")
+    if rank == variables["RANK"]:
+        kill_at(moment)
     sys.exit(main(argv))
