@@ -147,7 +147,9 @@ def test_a_position_counts_bytes_of_whole_lines(tmp_path):
     file.write([{"text": "later"}])
     file.close()
     assert [line["text"] for line in read_lines(tmp_path / "a.jsonl")] == ["é \ud800 \x1b\n", "", "later"]
-    JsonLines(tmp_path / "a.jsonl", position).close()
+    again = JsonLines(tmp_path / "a.jsonl", position)
+    assert again.position() == position, "a checkpoint may be saved before the next line is written"
+    again.close()
     assert [line["text"] for line in read_lines(tmp_path / "a.jsonl")] == ["é \ud800 \x1b\n", ""]
 
 

@@ -57,6 +57,7 @@ class JsonLines:
         # Opened at 0 only to make the file where nothing had been written: cutting at 0 is then right too.
         self._file = path.open("xb" if position is None else "ab", buffering=1 << 20)
         self._file.truncate(position or 0)
+        self._file.seek(0, os.SEEK_END)  # `position` is asked for before the first line is written, too
 
     def write(self, records: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
