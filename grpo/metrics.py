@@ -220,6 +220,8 @@ METRICS = (
            "nats a token", "above 0 where something was trained"),
     Metric("sync/unproved", "Updates since the canary last showed that the engine follows the policy.", "updates",
            "at most 20", optional=True),
+    Metric("sync/rerouted", "Choices of experts on the canary (of a token, a layer, one of its experts) that the "
+           "engine makes and the policy does not.", "share", "about 0.1 or less", optional=True),
     Metric("speed/tokens_per_second", "Sampled tokens over the time of the whole step.", "tokens/s",
            column=Column("tokens /s", ",.0f", 7, 22)),
     Metric("speed/rollout_tokens_per_second", "Sampled tokens over the time of the rollout alone.", "tokens/s"),

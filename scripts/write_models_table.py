@@ -39,7 +39,9 @@ a model that is not in this table goes the way of those that compute the same. A
 way its layers go, and why not the faster.
 
 * **fused**: layers over packed sequences, a group's prompt once, on fused kernels.
-* **transformers'**: its own layers, one group at a time, each linear with its adapter. Slower, with the same numbers.
+* **transformers'**: its own layers, each linear with its adapter. Slower, with the same numbers. They run over packed
+  sequences too where tokens meet in attention alone and it says all that it does, as in Qwen's experts, OLMoE, Mixtral,
+  DeepSeek-V2 and gpt-oss; else one group at a time.
 
 Experts are kept as the base is and multiplied by in grouped products, by vLLM too. All other linears but routers have
 an adapter, and with `--expert-adapters` experts have one as well (PEFT's `target_parameters`).

@@ -167,7 +167,7 @@ def _layers(kind: Any, settings: Any) -> Finding:
         settle_tables(model)
         form = recognise(model.eval().requires_grad_(False), longest)
     except NotRecognisedError as why:
-        told = f"Those of transformers' {kind.__name__}, a sequence and a linear at a time, which is slower ({why})."
+        told = f"Those of transformers' {kind.__name__}, a linear at a time, which is slower ({why})."
         remedy = "Models with layers as in Llama, Mistral, Qwen2, Qwen3 and Gemma run fused."
         return Finding("hinders", "layers", told, remedy)
     return Finding("fine", "layers", f"Fused, over packed sequences ({len(form.layers)} of {kind.__name__}).")

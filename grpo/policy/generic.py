@@ -1,6 +1,7 @@
 """GenericModel: any Hugging Face causal language model, its linears replaced by projections, its forward left as it is.
 
-Slower than FusedModel and never wrong: sequences are run one group at a time, padded at their end, each with its own
+Slower than FusedModel and never wrong. Its layers run over packed sequences, a group's prompt once, where that is
+proved of them (packed_attention.py). Else sequences are run one group at a time, padded at their end, each with its own
 copy of the prompt, because an unknown architecture cannot be trusted with packed or shared sequences.
 """
 
@@ -21,7 +22,9 @@ from grpo.policy.activations import Treatment, ways
 from grpo.policy.experts import AdaptedExperts, Experts, ExpertWeights, are_experts
 from grpo.policy.head import Logits, read_logits
 from grpo.policy.linears import Linear, is_linear
+from grpo.policy.packed_attention import NotPackedError, Packed, find
 from grpo.policy.projections import Masters, Projection, ProjectionStore
+from grpo.policy.routing import experts_in, together, watched
 from grpo.types import Batch
 
 
@@ -41,6 +44,21 @@ class GenericModel(nn.Module):
         self.forwards = [layer.forward for layer in self.layers]
         treatment: Treatment = "recompute" if recompute else "keep"
         self.treat([treatment for _ in self.layers])
+        self.experts = experts_in(model)
+        self.packed, self.why = self._find_packed()
+        self._run = self._over_packed if self.packed else self._one_by_one
+
+    def _find_packed(self) -> tuple[Packed | None, str]:
+        """Its way over packed sequences, or why there is none."""
+        try:
+            return find(self.model, body_of(self.model), len(self.layers), partial(last_hidden, self.model)), ""
+        except NotPackedError as why:
+            return None, str(why)
+
+    @property
+    def told(self) -> str:
+        """How its layers are run, for the user."""
+        return "over packed sequences" if self.packed else f"a sequence at a time, as {self.why}"
 
     @property
     def embed(self) -> Any:
@@ -69,17 +87,43 @@ class GenericModel(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
+        states, places = self._run(batch)
+        return states if places is None else states[places]
+
+    @torch.no_grad()
+    def choices(self, batch: Batch) -> Tensor:
+        """The experts that are chosen at each token of a packed batch: [N, layers that have some, k]."""
+        with watched(self.experts) as seen:
+            _, places = self._run(batch)
+        chosen = together(seen)
+        assert chosen is not None
+        return chosen if places is None else chosen[places]
+
+    def _over_packed(self, batch: Batch) -> tuple[Tensor, None]:
+        """A group's prompt once, tokens as they lie in the batch."""
+        assert self.packed
+        return self.packed.hidden(batch.tokens, batch.positions, batch.layout), None
+
+    def _one_by_one(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Final hidden states of each group, padded, each completion after a copy of the prompt, [rows, D]; and the
+        rows of the packed tokens, [N]."""
         layout = batch.layout
         heads = batch.tokens[: layout.num_prompt_tokens].split(layout.prompt_lengths)
         rest = iter(batch.tokens[layout.num_prompt_tokens :].split([n for g in layout.completion_lengths for n in g]))
-        prompts: list[Tensor] = []
-        completions: list[Tensor] = []
+        states: list[Tensor] = []
+        prompts: list[int] = []
+        completions: list[int] = []
+        first = 0
         for head, lengths in zip(heads, layout.completion_lengths, strict=True):
             padded = pad_sequence([torch.cat([head, next(rest)]) for _ in lengths], batch_first=True)
-            states = last_hidden(self.model, padded)  # [completions, L, D]; a causal model cannot see the padding
-            prompts.append(states[0, : len(head)])
-            completions += [s[len(head) : len(head) + length] for s, length in zip(states, lengths, strict=True)]
-        return torch.cat(prompts + completions)
+            longest = padded.shape[1]
+            states.append(last_hidden(self.model, padded).flatten(0, 1))  # a causal model cannot see the padding
+            prompts += range(first, first + len(head))
+            for row, length in enumerate(lengths):
+                start = first + row * longest + len(head)
+                completions += range(start, start + length)
+            first += padded.numel()
+        return torch.cat(states), torch.tensor(prompts + completions, device=batch.tokens.device)
 
 
 def last_hidden(model: Any, tokens: Tensor) -> Tensor:

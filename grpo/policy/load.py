@@ -164,7 +164,7 @@ def load_model(
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     settle_tables(model)
-    form = _form_of(model, longest, note)
+    form, why = _form_of(model, longest)
     if config.quantization == "dynamic":
         form = _check_dynamic(config.model, model, form, dense or [])
         dtypes = (dtype, kept_dtype("bf16", dtype))
@@ -174,10 +174,15 @@ def load_model(
         store = fused.fuse(model, form, build)
         settle(model, device)
         ours: Model = FusedModel(model, form, store, recompute).to(device)
+        note(f"layers: fused, over packed sequences ({len(form.layers)} of {type(model).__name__})")
     else:
         store = generic.fuse(model, build, partial(build_experts, config=config, dtype=dtype, device=device))
         settle(model, device)
         ours = GenericModel(model.to(device), recompute)
+        note(
+            f"layers: those of transformers' {type(model).__name__}, a linear at a time, {ours.told}; "
+            f"slower than fused layers ({why})"
+        )
     if config.double_quant == "on":
         store.double_quantize()
     store.initialise(config.lora_alpha, config.seed)
@@ -186,18 +191,12 @@ def load_model(
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
 
 
-def _form_of(model: Any, longest: int, note: Callable[[str], object]) -> ModelForm | None:
-    """What the model computes, if that is known. The user is told which way its layers are run."""
+def _form_of(model: Any, longest: int) -> tuple[ModelForm | None, str]:
+    """What the model computes, if that is known, or why it is not."""
     try:
-        form = recognise(model, longest)
+        return recognise(model, longest), ""
     except NotRecognisedError as why:
-        note(
-            f"layers: those of transformers' {type(model).__name__}, a sequence and a linear at a time, which is "
-            f"slower than fused layers over packed sequences ({why})"
-        )
-        return None
-    note(f"layers: fused, over packed sequences ({len(form.layers)} of {type(model).__name__})")
-    return form
+        return None, str(why)
 
 
 def _dense(chosen: Callable[[], Choice], before: Sequence[str] | None, note: Callable[[str], object]) -> Sequence[str]:

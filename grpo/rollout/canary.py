@@ -28,6 +28,7 @@ from torch import Tensor
 from grpo.errors import UserError
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
+from grpo.rollout.routers import Chosen, build_routers, nothing_to_choose, tells_nothing
 from grpo.seeds import Purpose, mix_seed
 from grpo.types import Completion, Group, Prompt, Request
 
@@ -66,8 +67,16 @@ class Measured(NamedTuple):
     policy: Tensor
 
 
-def build_canary(engine: Samples, policy: Policy, contexts: list[list[int]], kept: int, max_tokens: int) -> Canary:
-    """A canary on `kept` completions of at most `max_tokens` after each of these contexts.
+def build_canary(
+    engine: Samples,
+    policy: Policy,
+    contexts: list[list[int]],
+    kept: int,
+    max_tokens: int,
+    choices: Chosen = tells_nothing,
+) -> Canary:
+    """A canary on `kept` completions of at most `max_tokens` after each of these contexts. choices: the engine's, of
+    experts.
 
     They are written by the base model, so that a resumed run has the canary of the uninterrupted one.
     """
@@ -84,7 +93,7 @@ def build_canary(engine: Samples, policy: Policy, contexts: list[list[int]], kep
     engine.take_up()
     groups = [written[start : start + count] for start in range(0, len(written), count)]
     chosen = [sorted(group, key=_surprise, reverse=True)[:kept] for group in groups]
-    return Canary(policy, engine.logprobs, contexts, chosen)
+    return Canary(policy, engine.logprobs, contexts, chosen, build_routers(policy, choices, contexts, chosen))
 
 
 def _surprise(completion: Completion) -> float:
@@ -96,14 +105,19 @@ class Canary:
     together."""
 
     def __init__(
-        self, policy: Policy, logprobs: LogProbs, contexts: list[list[int]], completions: list[list[Completion]]
+        self,
+        policy: Policy,
+        logprobs: LogProbs,
+        contexts: list[list[int]],
+        completions: list[list[Completion]],
+        routers: Callable[[], dict[str, float]] = nothing_to_choose,
     ):
-        """completions: some after each context.
+        """completions: some after each context. routers: metrics of what is chosen among experts.
 
         Raises:
             UserError: engine and policy are not the same model to begin with.
         """
-        self.policy, self.logprobs = policy, logprobs
+        self.policy, self.logprobs, self.routers = policy, logprobs, routers
         groups = [
             Group(Prompt(row, "", context, {}), some)
             for row, (context, some) in enumerate(zip(contexts, completions, strict=True))
@@ -132,7 +146,7 @@ class Canary:
     def check(self) -> dict[str, float]:
         """Metrics: sync/gap and sync/moved (since the last sync), means of absolute differences in nats;
         sync/unproved, the number of updates since the engine was last proved to move with the policy, 0 where it was
-        just now.
+        just now; and those of its routers (grpo/rollout/routers.py).
 
         Raises:
             UserError: the policy is not finite any more, the gap is over the bound, or the engine stood still while the
@@ -157,6 +171,7 @@ class Canary:
             "sync/gap": _mean(now.engine - now.policy),
             "sync/moved": _mean(now.engine - before.engine),
             "sync/unproved": now.version - self.proved.version,
+            **self.routers(),
         }
 
     def state(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from grpo.policy import Policy
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel, body_of
+from grpo.policy.routing import experts_in, together, watched
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import Finished, completion_of, nobody
 from grpo.seeds import uniforms
@@ -46,7 +47,7 @@ class TorchEngine:
         """canary_prompts: tokens [P] of prompts that the canary's completions are written after."""
         self.policy, self.tokenizer, self.temperature = policy, tokenizer, temperature
         self.stop_tokens = set(policy.stop_tokens)
-        self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
+        self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS, self.choices)
 
     def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:
         """See Engine.sample."""
@@ -72,6 +73,16 @@ class TorchEngine:
             hidden = decoder.feed(tokens) if position + 1 < longest else hidden
         rows = torch.stack(scored, dim=1).tolist()
         return [row[: len(completion)] for row, completion in zip(rows, completions, strict=True)]
+
+    @torch.no_grad()
+    def choices(self, context: list[int], completion: list[int]) -> Tensor | None:
+        """The experts that were chosen as in sampling, at each token but the last: [T, layers that have some, k]."""
+        with watched(experts_in(self.policy.model)) as seen:
+            decoder = self._decoder()
+            hidden = decoder.start([context], [1], len(completion))
+            for token in completion[:-1]:
+                decoder.feed(torch.tensor([token], device=hidden.device))
+        return together(seen)
 
     def take_up(self) -> None:
         """See Engine.take_up. The weights are the policy's, and nothing is cached between calls."""

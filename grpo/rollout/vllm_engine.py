@@ -23,6 +23,7 @@ from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError, is_out_of_memory
 from grpo.policy import Policy
 from grpo.policy.cache import full_cache_bytes, kv_bytes_per_token
+from grpo.policy.routing import experts_in, together, watched
 from grpo.rollout import vllm_compat, vllm_sampled
 from grpo.rollout.canary import build_canary
 from grpo.rollout.engine import Finished, completion_of, nobody
@@ -115,7 +116,9 @@ class VllmEngine:
             self.kv_memory = find_kv_memory(self.llm, self._can_release(), gpu_limit(config))
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
-                self.canary = build_canary(self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS)
+                self.canary = build_canary(
+                    self, policy, canary_prompts, CANARY_COMPLETIONS, CANARY_TOKENS, self.choices
+                )
         except BaseException:
             self.close()
             raise
@@ -171,6 +174,18 @@ class VllmEngine:
         params = [self._params(1, seed=0, logprob_token_ids=[token]) for _, token in cases]
         answers = iter(self._run([tokens for tokens, _ in cases], params))
         return [[next(answers).logprob_of(token) for token in completion] for completion in completions]
+
+    def choices(self, context: list[int], completion: list[int]) -> torch.Tensor | None:
+        """The experts that vLLM's routers chose at each token but the last, [T, layers that have some, k], in a request
+        by itself, whose rows are its tokens. None where that cannot be seen: vLLM has experts of its own, or replays
+        what it captured."""
+        tokens = context + completion[:-1]
+        with self.on_stream():
+            self.llm.reset_prefix_cache()  # what is cached is not computed
+        with watched(experts_in(self.policy.model)) as seen:
+            self._run([tokens], [self._params(1, seed=0)])
+        chosen = together(seen)
+        return None if chosen is None or len(chosen) < len(tokens) else chosen[: len(tokens)]
 
     def take_up(self) -> None:
         """See Engine.take_up."""

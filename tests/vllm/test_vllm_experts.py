@@ -37,7 +37,9 @@ def test_shared_and_the_same(name, base, adapted, tmp_path):
         assert isinstance(engine.link, SharedLink), notes
         assert notes == ["vllm: samples from the trainer's own weights, base and adapter"]
         learn(policy, 2)
-        assert engine.sync()["sync/gap"] < 1e-5  # the canary
+        measured = engine.sync()
+        assert measured["sync/gap"] < 1e-5  # the canary
+        assert measured["sync/rerouted"] == 0
         batch = batch_of(rollout(engine, prompts(), 4, seed=1), config)
         torch.testing.assert_close(batch.sampler_logprobs, policy.logprobs(batch)[0], atol=1e-4, rtol=1e-4)
         assert (policy.logprobs(batch)[0] - policy.reference_logprobs(batch)).abs().mean() > 1e-3
