@@ -20,9 +20,10 @@ are not scored by a kernel here then, but by torch's, one sequence after the oth
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def _with_sinks(
     """[N, Hq, E]. The sink is a key of zeros, to which the mask adds its score."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     outs = []
-    for first, length, prompt, prompt_length, *_ in layout.spans.tolist():
+    for first, length, prompt, prompt_length in (*_prompts(layout), *_completions(layout)):
         near = torch.arange(first, first + length, device=q.device)
         met = torch.cat([torch.arange(prompt, prompt + prompt_length, device=q.device), near])
         distance = torch.arange(prompt_length, len(met), device=q.device)[:, None] - torch.arange(
@@ -148,6 +149,21 @@ def _with_sinks(
         grouped = q.shape[0] != k.shape[0]
         outs.append(F.scaled_dot_product_attention(own, keys, values, mask[None], scale=scale, enable_gqa=grouped)[0])
     return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def _prompts(layout: GroupLayout) -> Iterator[tuple[int, int, int, int]]:
+    """First token and length of each prompt, and that nothing is before it; on the CPU, which waits for no GPU."""
+    for end, length in zip(accumulate(layout.prompt_lengths), layout.prompt_lengths, strict=True):
+        yield end - length, length, 0, 0
+
+
+def _completions(layout: GroupLayout) -> Iterator[tuple[int, int, int, int]]:
+    """First token and length of each completion, and those of its prompt."""
+    first = layout.num_prompt_tokens
+    for (prompt, prompt_length, *_), lengths in zip(_prompts(layout), layout.completion_lengths, strict=True):
+        for length in lengths:
+            yield first, length, prompt, prompt_length
+            first += length
 
 
 def _register(name: str, function: Callable[..., Any], like: str) -> str:
@@ -240,11 +256,13 @@ def _run_trial(packed: Packed, model: Any, other: int) -> Tensor:
 def _expected(model: Any, one_by_one: Callable[[Tensor], Tensor]) -> Tensor:
     """The states of the trial's tokens [N, D], one sequence after the other."""
     tokens, layout = _trial(model, 0)
-    prompts, completions = [], []
-    for first, length, prompt, prompt_length, *_ in layout.spans.tolist():
+    prompts: dict[int, Tensor] = {}
+    completions = []
+    for first, length, prompt, prompt_length in _completions(layout):
         states = one_by_one(torch.cat([tokens[prompt : prompt + prompt_length], tokens[first : first + length]])[None])
-        (completions if prompt_length else prompts).append(states[0, prompt_length:])
-    return torch.cat(prompts + completions)
+        prompts.setdefault(prompt, states[0, :prompt_length])
+        completions.append(states[0, prompt_length:])
+    return torch.cat([*prompts.values(), *completions])
 
 
 def _check_same(found: Tensor, expected: Tensor, with_others: Tensor) -> None:
