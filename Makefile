@@ -40,6 +40,7 @@ tables:
 	python scripts/write_metrics_table.py
 	python scripts/write_recipe_table.py
 	python scripts/write_scaling_table.py
+	python scripts/warm_start.py --write
 	python scripts/make_reports.py --write
 
 # The documents as a site, in build/site; `mkdocs serve` shows them while they are written.

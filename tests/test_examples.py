@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo.task import load_task
+
 ROOT = Path(__file__).parents[1]
 PLUGIN = ROOT / "examples" / "reward_plugin"
 
@@ -21,6 +23,27 @@ def test_the_reward_of_the_package_does_what_it_says():
     assert doctest.testmod(module).failed == 0
     assert module.mentions("", ["a"]) == 0.0
     assert len((PLUGIN / "reward_plugin.py").read_text().splitlines()) <= 20
+
+
+def test_the_task_of_the_warm_start_pays_for_its_format_alone():
+    task = load_task(ROOT / "examples" / "warm_start.py")
+    [pays] = task.rewards
+    few, rows = (list(task.rows("train", data)) for data in ("few", "embedded"))
+    assert (len(few), len(rows)) == (16, 2000)
+    assert few == rows[:16]
+    for row in few:
+        gold = task.gold_text(row)
+        assert pays(gold, row["answer"]) == pays(gold.strip(), row["answer"]) == 1.0
+        assert pays(gold, row["answer"] + "1") == 0.0
+        block = f"<answer>\n{row['answer']}\n</answer>"
+        for text in (
+            f"<reasoning>\n{row['solution']}\n</reasoning>\n{block}",
+            block,
+            row["solution"],
+            f"{gold}{gold}",
+            "",
+        ):
+            assert pays(text, row["answer"]) == 0.0
 
 
 @pytest.mark.slow
