@@ -5,7 +5,7 @@ import peft
 import pytest
 import torch
 from grpo_kernels.nf4 import NF4, nf4_dequantize
-from test_policy import Weighted, assert_same_gradient, peft_model, reference_model, save_adapter
+from test_policy import assert_same_gradient, five_steps_beside_peft, peft_model, reference_model, save_adapter
 from tiny_models import CPU, MIXTURES, build_policy, one_batch, randomise, reference_logprobs
 
 from grpo.doctor.choice import bytes_of_adapter, look_at_model
@@ -82,26 +82,7 @@ def test_outputs_and_all_gradients_are_those_of_peft(name, adapted, tiny_config,
 
 @pytest.mark.parametrize("name", by_name("qwen3-moe"))
 def test_five_training_steps_are_those_of_peft(name, tiny_config, groups, tmp_path):
-    config = tiny_config(name, expert_adapters=True, max_grad_norm=0.5)
-    policy = build_policy(config)
-    randomise(policy)
-    theirs = peft_model(policy, reference_model(config), tmp_path)
-    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-3, (config.adam_beta1, config.adam_beta2), weight_decay=0.0)
-    batch = one_batch(groups, config)
-    loss = Weighted(torch.randn(int(batch.mask.sum()), generator=torch.Generator().manual_seed(2)))
-    before = policy.logprobs(batch)[0][batch.mask]
-    for _ in range(5):
-        policy.update([[batch]], loss, 1e-3)
-        logprobs, entropies = reference_logprobs(theirs, groups, 1.0)
-        optimizer.zero_grad()
-        (loss.weights * logprobs + 0.1 * loss.weights.flip(0) * entropies).sum().backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.5)
-        optimizer.step()
-    expected, _ = reference_logprobs(theirs, groups, 1.0)
-    after = policy.logprobs(batch)[0][batch.mask]
-    torch.testing.assert_close(after.double(), expected, atol=1e-5, rtol=1e-5)
-    assert (after - before).abs().max() > 1e-2
+    five_steps_beside_peft(tiny_config(name, expert_adapters=True, max_grad_norm=0.5), groups, tmp_path)
 
 
 @pytest.mark.parametrize("base", ["nf4", "bf16"])

@@ -50,17 +50,19 @@ class Sink:
         """The run is over, or has failed."""
 
 
-class Tolerated(Sink):
-    """A sink that the run can do without: at its first error it is left out, and the user told once.
+class HandsOn(Sink):
+    """Hands what it hears on to another sink, by `_try`, which says what its errors mean."""
 
-    For what belongs to others, a tracker's service say: a training run of a night is not stopped by it.
-    """
-
-    def __init__(self, name: str, sink: Sink, tell: Callable[[str], object]):
-        self._name, self._sink, self._tell = name, sink, tell
+    _sink: Sink
 
     def resumed(self, recorded: Sequence[Recorded], start_step: int) -> None:
         self._try("resumed", recorded, start_step)
+
+    def stage(self, name: str) -> None:
+        self._try("stage", name)
+
+    def message(self, text: str) -> None:
+        self._try("message", text)
 
     def evaluation(self, step: int, scores: Numbers, groups: Sequence[Group] = ()) -> None:
         self._try("evaluation", step, scores, groups)
@@ -75,8 +77,21 @@ class Tolerated(Sink):
         self._try("close")
 
     def _try(self, event: str, *told: Any) -> None:
+        getattr(self._sink, event)(*told)
+
+
+class Tolerated(HandsOn):
+    """A sink that the run can do without: at its first error it is left out, and the user told once.
+
+    For what belongs to others, a tracker's service say: a training run of a night is not stopped by it.
+    """
+
+    def __init__(self, name: str, sink: Sink, tell: Callable[[str], object]):
+        self._name, self._sink, self._tell = name, sink, tell
+
+    def _try(self, event: str, *told: Any) -> None:
         try:
-            getattr(self._sink, event)(*told)
+            super()._try(event, *told)
         except Exception as error:  # of a library and a service of others
             self._sink = Sink()
             self._tell(f"note: {self._name} is not written any more: {type(error).__name__} ({error}).")

@@ -6,49 +6,27 @@ It may raise Stop, to end the run after the step that it is in. Whatever else it
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, in_words
-from grpo.record.sinks import Numbers, Recorded, Sink, TokenRecords
-from grpo.types import Group
+from grpo.record.sinks import HandsOn, Sink
 
 
 class Stop(Exception):
     """Raised by a sink: the run ends after its step and is saved, as by Ctrl-C."""
 
 
-class Theirs(Sink):
+class Theirs(HandsOn):
     """Hands on what it hears. tell: is told what goes wrong. stop: asks the run to stop."""
 
     def __init__(self, sink: Sink, tell: Callable[[str], object], stop: Callable[[], object]):
         self._sink, self._name, self._tell, self._stop = sink, type(sink).__name__, tell, stop
 
-    def resumed(self, recorded: Sequence[Recorded], start_step: int) -> None:
-        self._try("resumed", recorded, start_step)
-
-    def stage(self, name: str) -> None:
-        self._try("stage", name)
-
-    def message(self, text: str) -> None:
-        self._try("message", text)
-
-    def evaluation(self, step: int, scores: Numbers, groups: Sequence[Group] = ()) -> None:
-        self._try("evaluation", step, scores, groups)
-
-    def step(self, step: int, metrics: Numbers) -> None:
-        self._try("step", step, metrics)
-
-    def completions(self, step: int, groups: Sequence[Group], tokens: TokenRecords) -> None:
-        self._try("completions", step, groups, tokens)
-
-    def close(self) -> None:
-        self._try("close")
-
     def _try(self, event: str, *told: Any) -> None:
         try:
-            getattr(self._sink, event)(*told)
+            super()._try(event, *told)
         except Stop as asked:
             self._stop()
             self._tell(f"note: {self._name} asks the run to stop after this step{f': {asked}' if str(asked) else ''}.")
