@@ -37,6 +37,7 @@ def state_of_the_process():
 
 
 def test_building_and_sampling_leave_the_process_as_it_was(vllm_config):
+    gc.unfreeze()  # what conftest.py froze
     config = vllm_config()
     policy = build_policy(config)
     torch.set_float32_matmul_precision("high")
