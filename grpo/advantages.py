@@ -66,6 +66,12 @@ def gdpo(groups: list[Group], weights: dict[str, float]) -> Tensor:
     return total / (_std(total) + EPSILON)
 
 
+def earned(groups: list[Group], weights: dict[str, float]) -> Tensor:
+    """r itself, for `--advantage gae`: with the value head's values it becomes the advantages of tokens in the update
+    (grpo/gae.py)."""
+    return _rewards(groups)
+
+
 def _rewards(groups: list[Group]) -> Tensor:
     return torch.stack([group.rewards for group in groups])  # [B, G]
 

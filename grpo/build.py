@@ -37,6 +37,7 @@ from grpo.packing import (
     lay_out_to_read,
 )
 from grpo.policy import Policy, load_model
+from grpo.policy.actor_critic import ActorCritic
 from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
 from grpo.policy.load import choose_device
@@ -97,7 +98,8 @@ def build_policy(
     dense = before.dense if before else None
     measured_on = [prompt.tokens for prompt in prompts]
     loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
-    return Policy(loaded, config, world)
+    kind = ActorCritic if config.has_values else Policy
+    return kind(loaded, config, world)
 
 
 def check_torch() -> None:
@@ -347,7 +349,7 @@ def build_run(
     progress.dense = policy.store.dense if config.quantization == "dynamic" else []
     of_rank = share_of_rank(config, world)
     planned = planned_for(of_rank, questions)
-    world.prepare(policy.store.parameters())
+    world.prepare(policy.masters())
     plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     world.require_same(lambda: [progress.dense, progress.double_quant], rounded_otherwise)

@@ -2,7 +2,7 @@
 
     checkpoints/step-000010/
         adapter_model.safetensors, adapter_config.json   PEFT's format, float32
-        optimizer.safetensors                            the optimizer's moments
+        optimizer.safetensors                            the optimizer's moments; a value head, if one is trained
         rng.safetensors                                  random states of torch, CUDA, numpy and Python
         README.md, tokenizer.json, chat_template.jinja   for other programs: how it is used, the model's tokenizer
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
@@ -86,7 +86,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     checkpoints = folder / CHECKPOINTS
     final = checkpoints / f"step-{progress.step:06d}"
     files = adapter_files(policy) | {
-        OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer)) or {"none": torch.zeros(0)}),
+        OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer) | policy.beside()) or {"none": torch.zeros(0)}),
         RNG: save(generators.tensors()),
     }
     title = f"{folder.name}, step {progress.step}"
@@ -135,6 +135,8 @@ def load_checkpoint(folder: Path, policy: Policy, note: Callable[[str], object] 
     try:
         tensors = load((folder / OPTIMIZER).read_bytes())
         tensors.pop("none", None)
+        for name, tensor in policy.beside().items():
+            tensor.copy_(tensors.pop(name))
         restore_optimizer(policy.optimizer, tensors)
         from_tensors(load((folder / RNG).read_bytes())).restore()
     except (SafetensorError, KeyError, ValueError) as error:

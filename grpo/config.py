@@ -22,7 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from grpo.addresses import EXAMPLE, read_addresses, read_shared_folder
 from grpo.errors import UserError
 
-MAY_BE_INFINITE = ("dual_clip", "off_policy_mask")  # inf means: no bound
+MAY_BE_INFINITE = ("dual_clip", "off_policy_mask", "value_clip")  # inf means: no bound
 LONGEST_TIMER = 1e9  # seconds
 LARGEST = 3.4028234663852886e38  # that float32 holds, in which all of it is computed
 MOST_COMPLETIONS = 1_000_000  # in one rollout
@@ -158,7 +158,8 @@ class RolloutConfig(Part):
     prompts_per_step: int = 8
     """Prompts of one step."""
     group_size: int = 8
-    """Completions sampled for each prompt; their rewards are compared with each other. Two or more."""
+    """Completions sampled for each prompt; their rewards are compared with each other. Two or more; 1 will do for
+    gae."""
     temperature: float = 1.0
     """Sampling temperature. Training log-probabilities are taken at the same temperature."""
     max_completion_tokens: int = 512
@@ -178,7 +179,6 @@ class RolloutConfig(Part):
         read_shared_folder(self.servers_folder)
         return [
             *super().checks(),
-            (self.group_size < 2, f"group_size is {self.group_size}, so every advantage would be 0. Use 2 or more."),
             *self.between(1, MOST_COMPLETIONS, "prompts_per_step", "group_size"),
             (
                 self.prompts_per_step * self.group_size > MOST_COMPLETIONS,
@@ -216,9 +216,18 @@ class RolloutConfig(Part):
 class LossConfig(Part):
     """The advantage and the loss."""
 
-    advantage: Literal["grpo", "dr_grpo", "lite_ppo", "rloo", "gdpo"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "lite_ppo", "rloo", "gdpo", "gae"] = "grpo"
     """Reward minus group mean, over: group std (grpo), nothing (dr_grpo), batch std (lite_ppo); leave-one-out
-    baseline (rloo); each reward normalised in its group, then summed (gdpo)."""
+    baseline (rloo); each reward normalised in its group, then summed (gdpo). gae: PPO, reward minus what a value head
+    on the policy expects, token by token."""
+    gamma: float = 1.0
+    """gae: how much of its worth a reward keeps from a token to the one before."""
+    gae_lambda: float = 1.0
+    """gae: 1 compares with the reward itself, 0 with the value at the next token (Schulman et al. 2015)."""
+    value_lr: float = 0.0
+    """gae: learning rate of the value head, which follows the schedule too; 0: the adapter's."""
+    value_clip: float = 0.2
+    """gae: with several optimizer steps a rollout a value gains nothing by moving further than this. inf: no bound."""
     normalization: Literal["dapo", "grpo", "bnpo", "dr_grpo"] = "dapo"
     """What the token losses of a step are divided by: all sampled tokens (dapo), each sequence's length
     (grpo), the tokens that carry gradient (bnpo), a constant length (dr_grpo)."""
@@ -259,6 +268,9 @@ class LossConfig(Part):
             *super().checks(),
             *self.between(0, LARGEST, "kl_coef", "entropy_coef", "clip_low", "clip_high"),
             *self.between(0, math.inf, "off_policy_mask"),
+            *self.between(0, 1, "gamma", "gae_lambda"),
+            *self.between(0, 1000, "value_lr"),
+            *self.between(TINY, math.inf, "value_clip"),
             *self.between(TINY, LARGEST, "correction_cap", "cispo_cap"),
             *self.between(TINY, math.inf, "dual_clip"),
             (not 0 < self.top_entropy <= 1, f"top_entropy is {self.top_entropy}. Use a share above 0 and at most 1."),
@@ -474,12 +486,26 @@ PARTS = (ModelConfig, RolloutConfig, LossConfig, TeachingConfig, UpdateConfig, E
 class Config(RunConfig, EvalConfig, UpdateConfig, TeachingConfig, LossConfig, RolloutConfig, ModelConfig):
     """What a run is made of."""
 
+    @property
+    def has_values(self) -> bool:
+        """Whether a value head is trained: PPO."""
+        return self.method == "grpo" and self.advantage == "gae"
+
     def checks(self) -> list[Check]:
         return [
             *super().checks(),
             (
                 self.engine == "none" and self.method == "grpo",
                 "engine is none, and GRPO learns from what is sampled. Use engine auto, vllm or torch.",
+            ),
+            (
+                self.group_size < 2 and not self.has_values,
+                f"group_size is {self.group_size}, so every advantage would be 0. Use 2 or more.",
+            ),
+            (
+                self.dynamic_sampling and self.has_values,
+                "dynamic_sampling drops groups of equal rewards, and advantage gae learns from these too: it compares "
+                "with a value. Leave dynamic_sampling out.",
             ),
             (
                 self.temperature != 1 and self.method != "grpo",

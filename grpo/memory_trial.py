@@ -59,7 +59,7 @@ def measure(policy: Policy, longest: int) -> Sizes:
     The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
     of fewer where that does not fit.
     """
-    parameters = sum(each.numel() for each in policy.store.parameters())
+    parameters = sum(each.numel() for each in policy.masters())
     inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
     tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
     while True:
@@ -74,7 +74,7 @@ def measure(policy: Policy, longest: int) -> Sizes:
 
 def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     """The same of a trial of so many tokens, and of twice as many."""
-    parameters, device, layers = policy.store.parameters(), policy.device, len(policy.model.layers)
+    parameters, device, layers = policy.masters(), policy.device, len(policy.model.layers)
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     keeps = min(layers, TRIAL_KEPT)
     kept = _peak(policy, few, keeps)
@@ -150,8 +150,8 @@ def _peak(policy: Policy, batch: Batch, kept: int) -> int:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(policy.device)
         torch.cuda.reset_peak_memory_stats(policy.device)
-        logprobs, _ = policy.logprobs(batch)
-        torch.autograd.grad(logprobs.sum(), policy.store.parameters(), allow_unused=True)
+        logprobs, _, passed = policy.forward(batch)
+        torch.autograd.grad(logprobs.sum() + passed.values.sum(), policy.masters(), allow_unused=True)
         peak = torch.cuda.max_memory_allocated(policy.device) - before
-        del logprobs
+        del logprobs, passed
     return peak

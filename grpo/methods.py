@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from grpo.advantages import ESTIMATORS
+from grpo.advantages import ESTIMATORS, earned
 from grpo.config import Config
 from grpo.evaluate import Evaluator
 from grpo.lessons import Lessons
 from grpo.loss import Loss
 from grpo.metrics import HEADLINES
 from grpo.objectives import Preference
-from grpo.packing import Packer, has_advantage
+from grpo.packing import Packer, any_group, has_advantage
 from grpo.policy import Policy
 from grpo.questions import Questions
 from grpo.rewards import Scorer
@@ -59,11 +59,12 @@ def build_rollouts(
         engine=engine,
         stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), cursor),
         score=score,
-        estimator=ESTIMATORS[config.advantage],
+        estimator=earned if config.has_values else ESTIMATORS[config.advantage],
         audit=Audit(policy, engine.canary.noise, audited),
         admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         trains=pack.trains,
+        teaches=any_group if config.has_values else has_advantage,
     )
 
 

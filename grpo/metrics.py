@@ -197,6 +197,11 @@ METRICS = (
            "nats a token", "falls slowly, stays above 0", column=Column("entropy nats", ".3f", 6, 23)),
     Metric("policy/loss", "The loss of the step's update. Of GRPO its size says nothing: the gradient does; of sft it "
            "is the mean -log p of a token that is taught.", "1", column=Column("loss", ".3f", 7, 0, ("sft", "dpo"))),
+    Metric("value/loss", "`--advantage gae`: half the squared error of the value head, mean of the sampled tokens.",
+           "reward squared", "falls", optional=True),
+    Metric("value/explained_variance", "`--advantage gae`: share of the returns' variance that the value head knew "
+           "before the update: 1 - var(return - value) / var(return). 0 is a head that says the same of everything.",
+           "share", "rises above 0", optional=True),
     Metric("policy/clip_fraction", "Share of sampled tokens whose ratio the objective clips; 0 with one optimizer step "
            "a rollout.", "share", "below 20%"),
     Metric("policy/kept", "Share of sampled tokens that `--off-policy-mask` and `--top-entropy` leave in the loss.",

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.config import Config
+from grpo.gae import build_actor_critic_loss
 from grpo.loss import Loss, Preparation, Scorer, build_loss, store_reference_logprobs
 from grpo.types import Batch
 
@@ -201,8 +202,13 @@ def build_preference(config: Config) -> Preference:
     )
 
 
+def build_of_rewards(config: Config) -> Loss:
+    """Of what the policy says itself: by values where there is a head for them."""
+    return build_actor_critic_loss(config) if config.has_values else build_loss(config)
+
+
 OBJECTIVES: dict[str, Callable[[Config], Loss]] = {
-    "grpo": build_loss,
+    "grpo": build_of_rewards,
     "sft": lambda config: Likelihood(),
     "dpo": build_preference,
 }

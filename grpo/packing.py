@@ -61,7 +61,7 @@ def has_advantage(group: Group) -> bool:
 
 
 def any_group(group: Group) -> bool:
-    """Terms of the loss that do not ask for the advantage, KL and entropy, have a gradient on every group."""
+    """Terms of the loss that do not compare the rewards of a group, KL, entropy and values, have a gradient on all."""
     return True
 
 
@@ -181,7 +181,7 @@ def build_packer(config: Config, device: torch.device, limit: BatchLimit | None 
     """The Packer that a configuration asks for. limit: of the policy that runs the batches, which may lower it."""
     return Packer(
         normalizer=NORMALIZERS[config.normalization],
-        has_gradient=any_group if config.kl_coef or config.entropy_coef else has_advantage,
+        has_gradient=any_group if config.kl_coef or config.entropy_coef or config.has_values else has_advantage,
         counts=counts_finished if config.mask_truncated else counts_all,
         mini_batches=config.mini_batches,
         limit=limit or batch_limit(config),

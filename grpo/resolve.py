@@ -106,6 +106,8 @@ def resolve_given(
     origins |= {name: origin for origin, layer in layers.items() for name in layer}
     config = Config(**_over(config, layers))
     config = dataclasses.replace(config, **_absolute(config, task))
+    if options.resume and saved:
+        _check_values(saved, config)
     if not saved and config.method == "dpo" and config.adapter and "reference" not in flags:
         config = dataclasses.replace(config, reference="start")
         origins["reference"] = "method"
@@ -400,6 +402,21 @@ def _check_adapter(saved: Saved, flags: dict[str, Any]) -> None:
                 f"{flag} is {flags[name]}, but the adapter of {saved.folder} was trained with {kept}, and keeps it. "
                 f"Leave {flag} out, or start a new run."
             )
+
+
+def _check_values(saved: Saved, config: Config) -> None:
+    """A value head has learnt from the first step on, or there is none.
+
+    Raises:
+        UserError: another configuration is asked for.
+    """
+    if config.has_values != saved.config.has_values:
+        has = "has a value head, which no other advantage than gae trains" if saved.config.has_values else "has none"
+        raise UserError(
+            f"advantage is {config.advantage}, but the run in {saved.folder} was started with "
+            f"{saved.config.advantage}: it {has}. Keep that, or begin a new run from what it has learnt: --adapter "
+            f"{saved.folder}."
+        )
 
 
 def _no_run(path: str) -> str:

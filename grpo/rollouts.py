@@ -48,6 +48,7 @@ class Rollouts:
     admits: Callable[[Group], bool]  # dynamic sampling: which groups are worth training on
     max_rollouts: int  # in one step
     trains: Callable[[Group], bool]  # whether a group has a part in the update
+    teaches: Callable[[Group], bool] = has_advantage  # whether its rewards teach something
 
     def __call__(self, step: int, clock: Clock) -> tuple[list[Group], dict[str, float]]:
         """The scored groups of a step, and metrics: what they look like, how many were rolled out for them, and what
@@ -91,7 +92,7 @@ class Rollouts:
         assign_advantages(groups, self.estimator, weights)
         told |= failed | {"groups/rolled_out": num_rolled_out}
         speed = {"speed/rollout_tokens_per_second": sampled_tokens(groups) / clock.seconds["rollout"]}
-        return groups, told | step_metrics(groups, num_rolled_out, self.trains) | speed
+        return groups, told | step_metrics(groups, num_rolled_out, self.trains, self.teaches) | speed
 
     def check(self, update: dict[str, float]) -> None:
         """See grpo.train.Source: the log-probabilities that completions came with are the policy's."""
@@ -103,8 +104,14 @@ class Rollouts:
         progress.canary, progress.audit = self.engine.canary.state(), self.audit.state()
 
 
-def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[Group], bool]) -> dict[str, float]:
-    """What the groups of a step look like, before any update. trains: whether a group is part of it."""
+def step_metrics(
+    groups: list[Group],
+    num_rolled_out: float,
+    trains: Callable[[Group], bool],
+    teaches: Callable[[Group], bool] = has_advantage,
+) -> dict[str, float]:
+    """What the groups of a step look like, before any update. trains: whether a group is part of it. teaches: whether
+    its rewards do."""
     rewards = torch.cat([group.rewards for group in groups])
     scored = rewards[~rewards.isnan()]
     parts: dict[str, list[Tensor]] = {}  # of a reward that names its parts not all groups may have all
@@ -116,6 +123,6 @@ def step_metrics(groups: list[Group], num_rolled_out: float, trains: Callable[[G
         **{f"reward/{name}": float(torch.cat(part).nanmean()) for name, part in parts.items()},
         "completion/length": sampled_tokens(groups) / len(rewards),
         "completion/truncated": truncated_share(groups),
-        "groups/zero_variance": 1 - sum(map(has_advantage, groups)) / num_rolled_out,
+        "groups/zero_variance": 1 - sum(map(teaches, groups)) / num_rolled_out,
         "groups/trained": sum(map(trains, groups)),
     }

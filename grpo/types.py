@@ -130,6 +130,10 @@ class Batch:
     reference_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32
     in_top: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] bool, of the share of highest entropy
     likelihood_weights: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, of chosen answers
+    old_values: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, before the rollout's first step
+    returns: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, what the value head is taught
+    token_advantages: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, by these values
+    values: Tensor = field(default_factory=lambda: torch.empty(0))  # [N] float32, of the update's pass, with gradient
     whole_groups: bool = False  # the loss looks at the completions of a group together: they stay in one batch
 
     @property

@@ -31,7 +31,7 @@ LAYERS = (
         "embedded": ("grpo.embedded.*",),
     },
     {
-        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.fitting", "grpo.loss", "grpo.objectives"),
+        "mathematics": ("grpo.advantages", "grpo.packing", "grpo.fitting", "grpo.loss", "grpo.gae", "grpo.objectives"),
         "rewards": ("grpo.rewards.*",),
         "record": ("grpo.record.*",),
         "folder": ("grpo.folder", "grpo.guards"),

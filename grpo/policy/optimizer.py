@@ -155,12 +155,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def _restore_in_8_bits(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
     """bitsandbytes' own load_state_dict wants tables again that are the same in every run."""
-    [group] = optimizer.param_groups
-    if not state.keys() <= set(range(len(group["params"]))):
-        raise ValueError(f"the optimizer has {len(group['params'])} parameters, and not those of {list(state)}")
+    places = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if not state.keys() <= set(range(len(places))):
+        raise ValueError(f"the optimizer has {len(places)} parameters, and not those of {list(state)}")
     optimizer.state.clear()
     for index, saved in state.items():
-        parameter = group["params"][index]
+        group, parameter = places[index]
         optimizer.init_state(group, parameter, 0, index)
         made = optimizer.state[parameter]
         made["step"] = int(saved.pop("step"))

@@ -4,6 +4,7 @@ nor of what it is taught by: the loss comes from outside.
 logprobs(batch)              log p and entropy of every sampled token, with gradient where torch records one
 read(batch)                  the same without gradient, in as many parts as memory asks for
 rehearse(batch, loss)        a batch as an update would run it, of which nothing stays
+forward(batch)               what the loss of a batch is called with
 update(steps, loss, rate)    for each optimizer step: what the loss prepares -> forward, loss, backward of each batch
 """
 
@@ -15,7 +16,7 @@ from itertools import chain, compress
 import torch
 import torch.nn.functional as F
 from grpo_kernels import head_product, linear_logprob
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.config import Config
 from grpo.fitting import Fitting
@@ -56,6 +57,14 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.head.device
 
+    def masters(self) -> list[nn.Parameter]:
+        """All that is trained, float32: the adapter's factors."""
+        return self.store.parameters()
+
+    def beside(self) -> dict[str, Tensor]:
+        """What is trained and is no part of the adapter, by names that a checkpoint has it under."""
+        return {}
+
     def logprobs(self, batch: Batch, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """log p(token | what came before) and the entropy of that distribution, both [N] float32, at the sampling
         temperature, 0 where nothing was sampled.
@@ -63,17 +72,21 @@ class Policy:
         Only sampled tokens reach the head, whose logits never exist for all of them at once. The entropy has a gradient
         where that is asked for.
         """
-        sampled = _sampled(batch)
+        sampled = sampled_of(batch)
         logprobs, entropy = self._of_sampled(batch, sampled, differentiable_entropy)
-        return _aligned(logprobs, sampled, batch), _aligned(entropy, sampled, batch)
+        return aligned(logprobs, sampled, batch), aligned(entropy, sampled, batch)
+
+    def forward(self, batch: Batch, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor, Batch]:
+        """What the loss of a batch is called with: `logprobs`, and the batch with what else a pass over it gives."""
+        return *self.logprobs(batch, differentiable_entropy), batch
 
     @torch.no_grad()
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`logprobs` without gradient. Where memory does not hold a pass over the whole batch, its parts are passed."""
-        sampled = _sampled(batch)
-        parts = self.fit(lambda part: self._of_sampled(part, _sampled(part)), batch)
+        sampled = sampled_of(batch)
+        parts = self.fit(lambda part: self._of_sampled(part, sampled_of(part)), batch)
         logprobs, entropy = map(torch.cat, zip(*parts, strict=True))
-        return _aligned(logprobs, sampled, batch), _aligned(entropy, sampled, batch)
+        return aligned(logprobs, sampled, batch), aligned(entropy, sampled, batch)
 
     def reference_logprobs(self, batch: Batch) -> Tensor:
         """log p under the reference policy, [N], no gradient."""
@@ -105,7 +118,7 @@ class Policy:
         Where all lists are empty nothing is trained, and the adapter stays as it is.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("times", 1.0)
         trains = self.world.gather([bool(batches) for batches in optimizer_steps])
         optimizer_steps = list(compress(optimizer_steps, map(any, zip(*trains, strict=True))))
         for batches in optimizer_steps:
@@ -130,7 +143,7 @@ class Policy:
 
         Beside it lie a gradient of earlier batches and what the optimizer will hold, as they will in a step.
         """
-        masters = self.store.parameters()
+        masters = self.masters()
         beside = state_to_come(self.optimizer)
         try:
             for master in masters:
@@ -149,15 +162,15 @@ class Policy:
 
         Nothing is added before all of it is there: a batch that failed half-way can be tried again.
         """
-        masters = self.store.parameters()
-        value, sums = loss(*self.logprobs(batch, loss.differentiable_entropy), batch)
+        masters = self.masters()
+        value, sums = loss(*self.forward(batch, loss.differentiable_entropy))
         for master, gradient in zip(masters, torch.autograd.grad(value, masters, allow_unused=True), strict=True):
             _add_gradient(master, gradient)
         return sums
 
     def digest(self) -> int:
-        """A number of the adapter's bits: where it differs, they do."""
-        sums = [master.detach().view(torch.int32).sum(dtype=torch.int64) for master in self.store.parameters()]
+        """A number of the bits of all that is trained: where it differs, they do."""
+        sums = [master.detach().view(torch.int32).sum(dtype=torch.int64) for master in self.masters()]
         return mix_seed(*torch.stack(sums).tolist())
 
     def of_all_ranks(self, values: list[Tensor]) -> Tensor:
@@ -165,7 +178,7 @@ class Policy:
         return torch.cat(list(chain.from_iterable(self.world.gather([each.cpu() for each in values])))).to(self.device)
 
     def _optimizer_step(self) -> float:
-        self.world.sum_gradients(self.store.parameters())
+        self.world.sum_gradients(self.masters())
         norm = clip_gradient(self.store.parameters(), self.config.max_grad_norm)
         # Counted first: a step that fails half-way, for want of memory say, leaves weights that are no longer the old.
         self.version += 1
@@ -176,10 +189,14 @@ class Policy:
 
     def _of_sampled(self, batch: Batch, sampled: Tensor, differentiable_entropy: bool = False) -> tuple[Tensor, Tensor]:
         """log p and entropy of the n sampled tokens of a batch, [n] each."""
+        return self._of_hidden(self._before_sampled(batch, sampled), batch.tokens[sampled], differentiable_entropy)
+
+    def _of_hidden(self, hidden: Tensor, tokens: Tensor, differentiable_entropy: bool) -> tuple[Tensor, Tensor]:
+        """The same of the hidden states [n, D] that predict these tokens [n]."""
         return linear_logprob(
-            self._before_sampled(batch, sampled),
+            hidden,
             self.model.head,
-            batch.tokens[sampled],
+            tokens,
             *self.model.logits.at(self.config.temperature),
             differentiable_entropy=differentiable_entropy,
         )
@@ -191,7 +208,7 @@ class Policy:
 
     def _ranks(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """`_rank` of the sampled tokens of a batch, some rows at once."""
-        sampled = _sampled(batch)
+        sampled = sampled_of(batch)
         hidden = self._before_sampled(batch, sampled)
         rows = zip(hidden.split(ROWS_AT_ONCE), batch.tokens[sampled].split(ROWS_AT_ONCE), strict=True)
         return [self._rank(states, tokens) for states, tokens in rows]
@@ -205,13 +222,13 @@ class Policy:
         return own.squeeze(1), above, equal, p.amax(1)
 
 
-def _sampled(batch: Batch) -> Tensor:
+def sampled_of(batch: Batch) -> Tensor:
     """The indices of the n sampled tokens of a batch, [n]. To count them is to wait for the GPU, so it is done before a
     pass."""
     return batch.mask.nonzero().squeeze(1)
 
 
-def _aligned(values: Tensor, sampled: Tensor, batch: Batch) -> Tensor:
+def aligned(values: Tensor, sampled: Tensor, batch: Batch) -> Tensor:
     """Values of the n sampled tokens, [n] float32, as a column of the batch, [N]; 0 on the rest."""
     return torch.zeros(batch.tokens.shape, device=values.device).index_copy(0, sampled, values)
 
