@@ -155,13 +155,15 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 def _restore_in_8_bits(optimizer: Any, state: dict[int, dict[str, Tensor]]) -> None:
     """bitsandbytes' own load_state_dict wants tables again that are the same in every run."""
-    places = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    groups = optimizer.param_groups
+    places = [(number, place) for number, group in enumerate(groups) for place in range(len(group["params"]))]
     if not state.keys() <= set(range(len(places))):
         raise ValueError(f"the optimizer has {len(places)} parameters, and not those of {list(state)}")
     optimizer.state.clear()
     for index, saved in state.items():
-        group, parameter = places[index]
-        optimizer.init_state(group, parameter, 0, index)
+        number, place = places[index]
+        parameter = groups[number]["params"][place]
+        optimizer.init_state(groups[number], parameter, number, place)
         made = optimizer.state[parameter]
         made["step"] = int(saved.pop("step"))
         wanted = {name: tensor for name, tensor in made.items() if name in saved}
