@@ -31,7 +31,7 @@ def chosen_by(model, tokens):
     return [[set(row.topk(model.config.num_experts_per_tok).indices.tolist()) for row in layer] for layer in logits]
 
 
-@pytest.mark.parametrize("name", ["qwen3-moe", "olmoe"])
+@pytest.mark.parametrize("name", ["qwen3-moe", pytest.param("olmoe", marks=pytest.mark.slow)])
 def test_other_choices_of_the_engine_are_counted(name, tiny_config):
     config = tiny_config(name)
     policy, engine = build_engine(config)
