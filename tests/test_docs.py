@@ -44,6 +44,7 @@ OTHER_PROGRAMS |= {
 OTHER_PROGRAMS |= {
     *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
     *("--max-restarts", "--shutdown-timeout", "--requeue"),
+    *("--workers", "--gpu", "--cpus"),
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"),
 }  # torchrun's and Slurm's
 # Of python -m grpo.export.

@@ -1,0 +1,81 @@
+"""On a local Ray cluster of two workers: the run is that of one process, and a failure is told in its own words."""
+
+import json
+import os
+import sys
+
+import pytest
+from test_ranks import STEPS, check_same_run, write_task
+from toy_task import SMALL, TASK
+
+from grpo.ray import Failed, _tell, main
+from grpo.run import main as run
+
+pytestmark = pytest.mark.slow
+
+ONE_FAILS = """
+from pathlib import Path
+
+def one_fails(completions, trainer_state):
+    if trainer_state.global_step == 3 and not (claimed := Path(__file__).with_name("claimed")).exists():
+        claimed.touch(exist_ok=False)
+        raise ValueError("the judge is out")
+    return [len(set(completion)) / 10 for completion in completions]
+"""
+
+
+def test_what_all_processes_say_is_one_sentence_and_one_code(capsys):
+    """The first sentence that somebody has; a process that was killed has none, and a code that is no exit code."""
+    error = RuntimeError("Ray's own words")
+    assert _tell(error) == 1
+    assert capsys.readouterr().err == "error: Ray's own words\n"
+    error.worker_failures = {0: Failed([2, -9], "Rank 1 (host) has ended the run: It ended."), 1: Failed([2, -9], "")}
+    assert _tell(error) == 2
+    assert capsys.readouterr().err == "error: Rank 1 (host) has ended the run: It ended.\n"
+    error.worker_failures = {1: Failed([-9, -9], "")}
+    assert _tell(error) == 1
+    assert "exit codes -9, -9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--workers", "0", "-m", "grpo.run"], ["--workers", "2", "-m"]])
+def test_what_makes_no_sense_is_refused(argv, capsys):
+    assert main(argv) == 2
+    assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Its processes find the package where this one does."""
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.train.torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+def test_two_workers_train_what_one_process_trains_and_go_on(cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [write_task(tmp_path), *SMALL, *STEPS, "--eval-every", "3"]
+    assert run([*argv, "--run-dir", "alone"]) == 0
+    on_ray = ["--workers", "2", "-m", "grpo.run"]
+    assert main([*on_ray, *argv, "--steps", "3", "--run-dir", "run"]) == 0
+    assert main([*on_ray, "--resume", "run", "--steps", "5"]) == 0
+    check_same_run(tmp_path / "alone", tmp_path / "run")
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+
+
+def test_a_reward_that_fails_in_one_process_is_told_by_the_driver(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    task = tmp_path / "toy.py"
+    task.write_text(TASK.format(rewards="{one_fails: 1.0}", extra=ONE_FAILS).replace('("says", 1.0)', "None"))
+    argv = [str(task), *SMALL, *STEPS, "--max-reward-failures", "0", "--run-dir", "run"]
+    assert main(["--workers", "2", "-m", "grpo.run", *argv]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "raised ValueError (the judge is out)" in told[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000003"]
