@@ -73,7 +73,7 @@ LAYERS = (
     {
         "command": ("grpo.run", "grpo.sft", "grpo.dpo"),
         "doctor": ("grpo.doctor.*",),
-        "launch": ("grpo.ray",),
+        "launch": ("grpo.ray", "grpo.ray_worker"),
         "command of the rewards": ("grpo.rewards.__main__",),
     },
     {"what a task file imports": ("grpo",), "console script": ("grpo.__main__",)},

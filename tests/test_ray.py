@@ -8,7 +8,8 @@ import pytest
 from test_ranks import STEPS, check_same_run, write_task
 from toy_task import SMALL, TASK
 
-from grpo.ray import Failed, _tell, main
+from grpo.ray import _tell, main
+from grpo.ray_worker import Failed
 from grpo.run import main as run
 
 pytestmark = pytest.mark.slow
