@@ -1,5 +1,5 @@
-"""A worker of Ray: starts one process of a run as torchrun would, and waits for it. Knows nothing of Ray but that it has
-set torchrun's variables.
+"""A worker of Ray: starts one process of a run as torchrun would, and waits for it. Knows nothing of Ray but that it
+sets the variables that torchrun sets.
 
 The processes meet at the store that Ray's first worker keeps, which outlives them, as torchrun's agent's does. A worker
 reports a failure only when all processes have ended: Ray ends the others at the first report, and rank 0 may be saving.
