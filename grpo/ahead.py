@@ -163,7 +163,7 @@ class Ahead(AtOnce):
                 read = self.read(flight.step, own)
             groups, told = flight.share.exchange(own, (read, seconds))
             reads, of_ranks = zip(*told, strict=True)
-            together = [sum(column) for column in zip(*reads, strict=True)]
+            together = [float(sum(column)) for column in zip(*reads, strict=True)]
             self.ready = Ready([group.completions for group in groups], together, max(of_ranks))
 
     def metrics(self, groups: list[Group], clock: Clock) -> dict[str, float]:

@@ -392,7 +392,8 @@ def build_run(
         score = build_scorer(config, questions, recorder.message, own)
         kept = progress.audit if goes_on else []
         evaluator = asked
-        source = build_rollouts(config, questions, policy, engine, score, pack, progress.cursor, kept, world)
+        ahead = progress.ahead
+        source = build_rollouts(config, questions, policy, engine, score, pack, progress.cursor, kept, ahead, world)
     return Run(
         config=config,
         world=world,

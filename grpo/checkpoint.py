@@ -4,9 +4,11 @@
         adapter_model.safetensors, adapter_config.json   PEFT's format, float32
         optimizer.safetensors                            the optimizer's moments; a value head, if one is trained
         rng.safetensors                                  random states of torch, CUDA, numpy and Python
+        ahead.json                                       with --staleness 1: groups of the next step (grpo/ahead.py)
         README.md, tokenizer.json, chat_template.jinja   for other programs: how it is used, the model's tokenizer
         state.json                                       step, cursor, scores, where metrics.jsonl was; written last,
-                                                         with the size and SHA-256 of the first four, and of itself
+                                                         with the size and SHA-256 of those before README.md, and
+                                                         of itself
 
 A checkpoint is written under another name, synced to the disk and renamed: there is a whole one or none. Only folders
 whose name is step- and digits count: left-step-000010 is one of a course that the run has left.
@@ -25,7 +27,7 @@ import reprlib
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from grpo.policy.optimizer import optimizer_tensors, restore_optimizer
 from grpo.system import open_folder
 from grpo.usage import README, usage_of_adapter
 
-OPTIMIZER, RNG = "optimizer.safetensors", "rng.safetensors"
+OPTIMIZER, RNG, AHEAD = "optimizer.safetensors", "rng.safetensors", "ahead.json"
 FORMAT = "grpo-checkpoint-2"
 NO_DIGEST = "0" * 64  # stands for the SHA-256 of state.json where that is taken
 
@@ -73,6 +75,7 @@ class Progress:
     position: dict[str, int] = field(default_factory=dict)  # of metrics.jsonl and completions.jsonl, bytes
     canary: dict[str, Any] = field(default_factory=dict)  # what was last proved of the rollout engine: Canary.state
     audit: list[list[float]] = field(default_factory=list)  # the last steps' sums: Audit.state
+    ahead: dict[str, Any] = field(default_factory=dict)  # groups of the next step: Ahead.state; in a file of its own
 
 
 def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators: Generators, keep: int) -> Path:
@@ -88,6 +91,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     files = adapter_files(policy) | {
         OPTIMIZER: save(_on_cpu(optimizer_tensors(policy.optimizer) | policy.beside()) or {"none": torch.zeros(0)}),
         RNG: save(generators.tensors()),
+        **({AHEAD: json.dumps(progress.ahead).encode()} if progress.ahead else {}),
     }
     title = f"{folder.name}, step {progress.step}"
     readme = usage_of_adapter(title, policy.source, str(final), policy.store.rank, in_a_run=True)
@@ -104,7 +108,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
             _link_or_write(folder, draft / name, content)
         state = {
             "format": FORMAT,
-            "progress": asdict(progress),
+            "progress": asdict(replace(progress, ahead={})),
             "files": {n: _fingerprint(c) for n, c in files.items()},
             "sha256": NO_DIGEST,
         }
@@ -139,6 +143,7 @@ def load_checkpoint(folder: Path, policy: Policy, note: Callable[[str], object] 
             tensor.copy_(tensors.pop(name))
         restore_optimizer(policy.optimizer, tensors)
         from_tensors(load((folder / RNG).read_bytes())).restore()
+        progress.ahead = json.loads((folder / AHEAD).read_bytes()) if AHEAD in read_state(folder)[1] else {}
     except (SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"The checkpoint {folder} was not written by this version: {error}.") from error
     policy.version = progress.version

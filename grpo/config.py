@@ -148,6 +148,8 @@ class RolloutConfig(Part):
     another there. Empty: this machine's folder for temporary files."""
     servers_patience: float = 600.0
     """server: seconds without any server after which the run ends, saved."""
+    staleness: int = 0
+    """server: 1 samples the next step while the update runs, by the adapter before it; --correction corrects for it."""
     kv_cache_gib: float = 0.0
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
     release_kv_cache: bool = True
@@ -190,6 +192,12 @@ class RolloutConfig(Part):
             *self.between(0, 10_000, "max_refills"),
             *self.between(0, 10**6, "kv_cache_gib"),
             *self.between(1, 10**9, "servers_patience"),
+            *self.between(0, 1, "staleness"),
+            (
+                self.staleness > 0 and self.engine != "server",
+                f"staleness is {self.staleness}, and engine {self.engine} samples in this process, with the weights "
+                "that the update changes. Use engine server, or staleness 0.",
+            ),
             (
                 self.engine == "server" and not self.servers,
                 f"engine is server, and servers names none. Give their addresses, such as servers {EXAMPLE}.",
@@ -494,6 +502,11 @@ class Config(RunConfig, EvalConfig, UpdateConfig, TeachingConfig, LossConfig, Ro
     def checks(self) -> list[Check]:
         return [
             *super().checks(),
+            (
+                self.staleness > 0 and (self.method != "grpo" or self.correction == "none"),
+                f"staleness is {self.staleness}, method {self.method} and correction {self.correction}: completions of "
+                "an older policy are for GRPO with a --correction, which weighs them. Use that, or staleness 0.",
+            ),
             (
                 self.engine == "none" and self.method == "grpo",
                 "engine is none, and GRPO learns from what is sampled. Use engine auto, vllm or torch.",

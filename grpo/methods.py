@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from grpo.advantages import ESTIMATORS, earned
+from grpo.ahead import Ahead, AtOnce
 from grpo.config import Config
 from grpo.evaluate import Evaluator
 from grpo.lessons import Lessons
@@ -50,17 +52,26 @@ def build_rollouts(
     pack: Packer,
     cursor: int,
     audited: list[list[float]],
+    ahead: dict[str, Any],
     world: World,
 ) -> Rollouts:
-    """What GRPO learns from. cursor: prompts that were handed out; audited: the last steps' sums (Audit.state)."""
+    """What GRPO learns from. cursor: prompts that were handed out; audited: the last steps' sums (Audit.state); ahead:
+    groups that were sampled already (Ahead.state)."""
+    stream = PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), cursor)
+    audit = Audit(policy, engine.canary.noise, audited)
+    roll_out = AtOnce(config, world, engine, stream, audit)
+    if config.staleness:
+        roll_out = Ahead(config, world, engine, stream, audit, policy)
+        roll_out.restore(ahead)
     return Rollouts(
         config=config,
         world=world,
         engine=engine,
-        stream=PromptStream(questions.train, mix_seed(Purpose.ORDER, config.seed), cursor),
+        stream=stream,
+        roll_out=roll_out,
         score=score,
         estimator=earned if config.has_values else ESTIMATORS[config.advantage],
-        audit=Audit(policy, engine.canary.noise, audited),
+        audit=audit,
         admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         trains=pack.trains,

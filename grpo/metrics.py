@@ -179,6 +179,8 @@ METRICS = (
            column=Column("mean length", ".0f", 5, 2)),
     Metric("completion/truncated", "Share of completions cut off by `--max-completion-tokens`.", "share", "below 10%",
            column=Column("cut off", ".0%", 4, 20, ("grpo",))),
+    Metric("rollout/age", "Optimizer steps between the policy that sampled the completions and the one that is "
+           "trained on them, with `--staleness`.", "updates", "1", optional=True),
     Metric("groups/zero_variance", "Share of groups whose rewards teach nothing, because all advantages are 0.",
            "share", "below 80%", column=Column("zero var.", ".0%", 4, 21, ("grpo",))),
     Metric("groups/trained", "Groups that have a part in the update.", "groups", "above 0"),

@@ -4,12 +4,12 @@ Knows nothing of losses or optimizers.
 
     prompts -> rollout -> audit -> score -> advantages
 
-Scoring begins with the first group that is finished (grpo/rewards/scoring.py).
+Rollout and audit are those of grpo/ahead.py: at once, or a step ahead. Scoring begins with the first group that is
+finished (grpo/rewards/scoring.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import Estimator, assign_advantages
+from grpo.ahead import AtOnce
 from grpo.checkpoint import Progress
 from grpo.clock import Clock
 from grpo.config import Config
@@ -27,8 +28,6 @@ from grpo.packing import has_advantage
 from grpo.rewards import Scorer
 from grpo.rollout import Engine
 from grpo.rollout.audit import Audit
-from grpo.rollout.sampling import sample_groups
-from grpo.seeds import Purpose, mix_seed
 from grpo.stream import PromptStream
 from grpo.types import Group, sampled_tokens
 from grpo.world import World
@@ -42,6 +41,7 @@ class Rollouts:
     world: World
     engine: Engine
     stream: PromptStream
+    roll_out: AtOnce
     score: Scorer
     estimator: Estimator
     audit: Audit
@@ -57,7 +57,6 @@ class Rollouts:
         Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) goes on until enough groups are worth training on.
         """
         config = self.config
-        seed = mix_seed(Purpose.ROLLOUT, config.seed, step)
         weights = {each.name: each.weight for each in self.score.rewards}
         groups: list[Group] = []
         scored: list[Group] = []
@@ -66,14 +65,9 @@ class Rollouts:
         num_rolled_out = 0
         for _ in range(self.max_rollouts):
             with self.score.begun(step) as scoring:
-                with clock("rollout"):
-                    prompts = self.stream.take(config.prompts_per_step - len(groups))
-                    shape = config.group_size, config.max_completion_tokens
-                    share = Share(self.world, prompts, math.prod(shape))
-                    rows = [num_rolled_out + row for row in share.rows]
-                    own = sample_groups(self.engine, share.prompts, *shape, seed, rows, scoring.begin)
-                with clock("audit"):
-                    read = self.audit.read(own, mix_seed(Purpose.AUDIT, config.seed, step))
+                prompts = self.stream.take(config.prompts_per_step - len(groups))
+                share = Share(self.world, prompts, config.group_size * config.max_completion_tokens)
+                own, read = self.roll_out(step, share, num_rolled_out, clock, scoring.begin)
                 with clock("score"):
                     logged = scoring.finish(own)
             with clock("score"):  # those who are done first wait here for the others
@@ -91,17 +85,23 @@ class Rollouts:
         # Anew over all groups of the step: some estimators scale by its spread.
         assign_advantages(groups, self.estimator, weights)
         told |= failed | {"groups/rolled_out": num_rolled_out}
-        speed = {"speed/rollout_tokens_per_second": sampled_tokens(groups) / clock.seconds["rollout"]}
-        return groups, told | step_metrics(groups, num_rolled_out, self.trains, self.teaches) | speed
+        told |= step_metrics(groups, num_rolled_out, self.trains, self.teaches) | self.roll_out.metrics(groups, clock)
+        self.roll_out.begin(step + 1)
+        return groups, told
 
-    def check(self, update: dict[str, float]) -> None:
+    def check(self, update: dict[str, float], clock: Clock) -> None:
         """See grpo.train.Source: the log-probabilities that completions came with are the policy's."""
-        self.audit.check_gap(update["mismatch/gap"])
+        self.roll_out.settle(update["mismatch/gap"], clock)
 
     def remember(self, progress: Progress) -> None:
         """See grpo.train.Source."""
         progress.cursor = self.stream.cursor
         progress.canary, progress.audit = self.engine.canary.state(), self.audit.state()
+        progress.ahead = self.roll_out.state()
+
+    def close(self) -> None:
+        """See grpo.train.Source."""
+        self.roll_out.close()
 
 
 def step_metrics(

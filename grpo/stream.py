@@ -32,9 +32,13 @@ class Stream(Generic[Item]):
 
     def take(self, count: int) -> list[Item]:
         """The next `count` items."""
-        chosen = [self.items[self._at(self.cursor + i)] for i in range(count)]
+        chosen = self.peek(count)
         self.cursor += count
         return chosen
+
+    def peek(self, count: int) -> list[Item]:
+        """The same, which are not handed out yet."""
+        return [self.items[self._at(self.cursor + i)] for i in range(count)]
 
     def _at(self, position: int) -> int:
         epoch, index = divmod(position, len(self.items))

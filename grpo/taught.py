@@ -46,12 +46,15 @@ class Taught:
             "lessons/epoch": self.stream.epochs(),
         }
 
-    def check(self, update: dict[str, float]) -> None:
+    def check(self, update: dict[str, float], clock: Clock) -> None:
         """See grpo.train.Source: nobody sampled, so there is nothing to compare."""
 
     def remember(self, progress: Progress) -> None:
         """See grpo.train.Source."""
         progress.cursor = self.stream.cursor
+
+    def close(self) -> None:
+        """See grpo.train.Source."""
 
 
 # ---- the held-out score

@@ -36,8 +36,8 @@ class Source(Protocol):
         that it takes is told to the clock, stage by stage."""
         ...
 
-    def check(self, update: dict[str, float]) -> None:
-        """The metrics of the update go with what the groups came with.
+    def check(self, update: dict[str, float], clock: Clock) -> None:
+        """The metrics of the update go with what the groups came with, and nobody samples any more beside it.
 
         Raises:
             UserError: they do not.
@@ -46,6 +46,10 @@ class Source(Protocol):
 
     def remember(self, progress: Progress) -> None:
         """Write into `progress` what a source must know to go on from here."""
+        ...
+
+    def close(self) -> None:
+        """The run ends, perhaps in the middle of a step: nothing of it goes on."""
         ...
 
 
@@ -100,7 +104,7 @@ def train(run: Run) -> None:
             run.engine.release()
             update = run.policy.update(run.pack(groups), run.loss, learning_rate(step, config), config.epochs)
             run.world.require_same(run.policy.digest, drifted)
-            run.source.check(update)
+        run.source.check(update, clock)
         with clock("sync"):
             sync = run.engine.sync()
         metrics = told | update | sync | clock.metrics(groups) | {"memory/peak_gib": run.memory_peak()}

@@ -65,7 +65,7 @@ LAYERS = (
     },
     {"report": ("grpo.report.*",), "evaluate": ("grpo.evaluate",)},
     {"export": ("grpo.export.*",)},
-    {"source of groups": ("grpo.rollouts", "grpo.taught")},
+    {"source of groups": ("grpo.ahead", "grpo.rollouts", "grpo.taught")},
     {"loop": ("grpo.train",), "methods": ("grpo.methods",), "chat": ("grpo.chat.*",)},
     {"build": ("grpo.build",)},
     {"verbs": ("grpo.verbs.*",)},

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from grpo_kernels.lora import LoraFactors, dense_weight, empty_with_room, lora_linear
@@ -237,13 +237,21 @@ class ProjectionStore:
         """Remember the adapter as it is now, in the dtype of the computation: `started` is the policy with it."""
         self._start = [mirror.clone() for mirror in self._mirrors()]
 
+    def started(self) -> AbstractContextManager[None]:
+        """Inside, every projection has the adapter of the start."""
+        return self.with_adapter(self._start)
+
+    def kept(self) -> list[Tensor]:
+        """The adapter as it is now, in the dtype of the computation, in this machine's memory."""
+        return [mirror.to("cpu", copy=True) for mirror in self._mirrors()]
+
     @contextmanager
-    def started(self) -> Iterator[None]:
-        """Inside, every projection has the adapter that was kept. It stands where the trained one stands, so that it is
+    def with_adapter(self, kept: list[Tensor]) -> Iterator[None]:
+        """Inside, every projection has an adapter that was kept. It stands where the trained one stands, so that it is
         multiplied by in the same way, and the masters are what it is replaced by again."""
         masters = [master.detach() for master in self.parameters()]
         trained = [m.clone() for m in masters] if self.compute_dtype == torch.float32 else masters
-        torch._foreach_copy_(self._mirrors(), self._start)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(self._mirrors(), kept)  # pyright: ignore[reportPrivateImportUsage]
         try:
             yield
         finally:

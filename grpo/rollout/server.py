@@ -82,6 +82,7 @@ class ServerEngine:
         self.needs = Needs(policy.source, longest, policy.store.rank, dtype, in_4_bits, canary_prompts[0])
         self.exchange = open_exchange(config.servers_folder)
         self.present: Offered | None = None  # None: the base model, which is the reference policy
+        self.version = policy.version  # of the policy that servers have
         self.proof: Proof | None = None
         stations = [Station(line) for line in lines(config)]
         self.pool = Pool(
@@ -112,8 +113,7 @@ class ServerEngine:
         completions: dict[int, Completion] = {}
 
         def take(index: int, written: Sampled) -> None:
-            version = self.policy.version
-            completion = completion_of(written.tokens, written.logprobs, written.stopped, self.tokenizer, version)
+            completion = completion_of(written.tokens, written.logprobs, written.stopped, self.tokenizer, self.version)
             completions[index] = completion
             finished(index, completion)
 
@@ -146,7 +146,8 @@ class ServerEngine:
         """See Engine.release. Nothing of it is on this machine."""
 
     def close(self) -> None:
-        """See Engine.close. Nothing of this run stays at the servers."""
+        """See Engine.close. Nothing of this run stays at the servers, and nobody waits for them any longer."""
+        self.pool.break_off()
         self._leave()
 
     # ---- the start
@@ -223,7 +224,7 @@ class ServerEngine:
     def _offer(self) -> Offered | None:
         """The policy as it is now, written where servers see it; None where it is the reference policy, which has no
         adapter."""
-        store = self.policy.store
+        store, self.version = self.policy.store, self.policy.version
         if float(store.scale[0]) == 0:
             return None
         return self.exchange.write(self.policy.version, adapter_files(self.policy, store.compute_dtype))

@@ -83,6 +83,7 @@ class Pool:
         self.results: dict[int, Any] = {}  # by the index of the task
         self.waiting: deque[list[int]] = deque()  # indices of tasks, those of a group together
         self.done = nobody
+        self.is_broken_off = False
         self.threads: ThreadPoolExecutor | None = None
 
     @property
@@ -108,6 +109,10 @@ class Pool:
         """
         self.tasks, self.results, self.waiting, self.done = [], {}, deque(), nobody
         self._turn(is_so)
+
+    def break_off(self) -> None:
+        """No server is asked for anything any more. From any thread: who waits for answers gets a UserError soon."""
+        self.is_broken_off = True
 
     def fail(self, station: Station, fault: Fault) -> None:
         """It is asked nothing from now on, but after its return."""
@@ -142,6 +147,8 @@ class Pool:
         self.threads = ThreadPoolExecutor(min(most, len(self.tasks) + len(self.stations)), thread_name_prefix="server")
         try:
             while not is_done():
+                if self.is_broken_off:
+                    raise UserError("The rollout was broken off: its run has ended.")
                 self._hand_out()
                 self._look_after()
                 with suppress(Empty):

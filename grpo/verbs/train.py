@@ -309,6 +309,7 @@ def _train_and_keep(run: Run) -> None:
     try:
         train(run)
     finally:
+        run.source.close()
         # After an error in the middle of an update the policy is not that of the last whole step: nothing to save.
         if run.policy.version == run.progress.version and is_unsaved(run):
             save(run)
