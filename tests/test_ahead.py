@@ -110,7 +110,7 @@ def test_a_step_is_written_by_the_adapter_before_the_last_update_and_goes_on_to_
 @pytest.mark.slow
 def test_what_dynamic_sampling_asks_for_is_of_the_present_adapter(flags, wrote, tmp_path):
     more = ["--dynamic-sampling", "--max-refills", "2", "--advantage", "lite_ppo"]
-    (tmp_path / "toy.py").write_text(TASK.format(rewards="{seldom: 1.0}", extra=LETTERS))
+    (tmp_path / "toy.py").write_text(TASK.format(rewards="{seldom: 1.0, says: 1.0}", extra=LETTERS))
     assert main([*flags, *more, "--run-dir", str(tmp_path / "run")]) == 0
     found = {(r["step"], r["policy_version"]) for r in lines(tmp_path / "run", "completions.jsonl")}
     assert all(version in (step, max(0, step - 1)) for step, version in found)
