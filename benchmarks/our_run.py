@@ -79,9 +79,9 @@ def measure(
         start["built"] = time.time() - started
         built_gib = device_used_gib()
         if sampled is not None:
-            rollouts = cast(Rollouts, run.source)
-            run.engine = rollouts.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
-            rollouts.audit = Deaf(run.policy, rollouts.audit.noise)
+            rolling = cast(Rollouts, run.source).roll_out
+            run.engine = rolling.engine = Lengthened(run.engine, sampled, run.policy.model.head.shape[0])
+            rolling.audit = Deaf(run.policy, rolling.audit.noise)
         watch = Watch(run, until)
         with run.recorder:
             train(run)

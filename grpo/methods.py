@@ -66,12 +66,9 @@ def build_rollouts(
     return Rollouts(
         config=config,
         world=world,
-        engine=engine,
-        stream=stream,
         roll_out=roll_out,
         score=score,
         estimator=earned if config.has_values else ESTIMATORS[config.advantage],
-        audit=audit,
         admits=has_advantage if config.dynamic_sampling else admit_all,
         max_rollouts=1 + config.max_refills * config.dynamic_sampling,
         trains=pack.trains,

@@ -26,9 +26,6 @@ from grpo.evaluate import truncated_share
 from grpo.exchange import Share, means, sums
 from grpo.packing import has_advantage
 from grpo.rewards import Scorer
-from grpo.rollout import Engine
-from grpo.rollout.audit import Audit
-from grpo.stream import PromptStream
 from grpo.types import Group, sampled_tokens
 from grpo.world import World
 
@@ -39,12 +36,9 @@ class Rollouts:
 
     config: Config
     world: World
-    engine: Engine
-    stream: PromptStream
-    roll_out: AtOnce
+    roll_out: AtOnce  # by its engine, of its stream, heard by its audit
     score: Scorer
     estimator: Estimator
-    audit: Audit
     admits: Callable[[Group], bool]  # dynamic sampling: which groups are worth training on
     max_rollouts: int  # in one step
     trains: Callable[[Group], bool]  # whether a group has a part in the update
@@ -65,7 +59,7 @@ class Rollouts:
         num_rolled_out = 0
         for _ in range(self.max_rollouts):
             with self.score.begun(step) as scoring:
-                prompts = self.stream.take(config.prompts_per_step - len(groups))
+                prompts = self.roll_out.stream.take(config.prompts_per_step - len(groups))
                 share = Share(self.world, prompts, config.group_size * config.max_completion_tokens)
                 own, read = self.roll_out(step, share, num_rolled_out, clock, scoring.begin)
                 with clock("score"):
@@ -73,7 +67,7 @@ class Rollouts:
             with clock("score"):  # those who are done first wait here for the others
                 scored, of_ranks = share.exchange(own, (read, (len(own), logged), self.score.failed()))
             all_read, all_logged, all_failed = zip(*of_ranks, strict=True)
-            told |= self.audit.judge(list(all_read)) | means(all_logged)
+            told |= self.roll_out.audit.judge(list(all_read)) | means(all_logged)
             failed = sums([failed, *all_failed])
             num_rolled_out += len(scored)
             assign_advantages(scored, self.estimator, weights)
@@ -95,9 +89,8 @@ class Rollouts:
 
     def remember(self, progress: Progress) -> None:
         """See grpo.train.Source."""
-        progress.cursor = self.stream.cursor
-        progress.canary, progress.audit = self.engine.canary.state(), self.audit.state()
-        progress.ahead = self.roll_out.state()
+        progress.cursor, progress.ahead = self.roll_out.stream.cursor, self.roll_out.state()
+        progress.canary, progress.audit = self.roll_out.engine.canary.state(), self.roll_out.audit.state()
 
     def close(self) -> None:
         """See grpo.train.Source."""

@@ -99,7 +99,7 @@ COMMANDS = {
     "grpo.new": lambda words: new.command_line().parse_args(words),
     "grpo.doctor": lambda words: command.parse([word for word in words if word != JSON]),
 }
-LAUNCHERS = ("torchrun", "srun")
+LAUNCHERS = ("torchrun", "srun", "grpo.ray")
 # Programs of others, whose command lines are their own.
 OTHERS = {"pip", "pytest", "mkdocs", "ncu", "git", "source", "cd", "uvx", "vllm", "llama-cli", "ollama", "tensorboard"}
 
@@ -122,7 +122,7 @@ def check_command(words: list[str]) -> None:
         return
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable that it runs with
         words = words[1:]
-    program, *rest = words
+    program, *rest = words[2:] if words[1:3] == ["-m", "grpo.ray"] else words
     if program in LAUNCHERS and "-m" in rest:  # of its own flags, then of what it starts
         program, rest = "python", rest[rest.index("-m") :]
     if program == "python" and rest[0] == "-m":

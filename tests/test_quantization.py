@@ -86,7 +86,7 @@ def test_what_is_measured_and_what_is_kept(name, checkpoint):
     assert 0 < len(expected) < len(gains) and set(kept) == set(expected)
     before, after = reference.divergence([]), reference.divergence(kept)
     assert after < before
-    [note] = notes[1:]
+    [note] = [note for note in notes if "in 16 bits" in note]
     assert f"keeps {', '.join(expected)} in 16 bits" in note
     assert f"is {after:.2g} nats instead of {before:.2g}" in note
     for each, projection in loaded.store.projections.items():
@@ -119,7 +119,7 @@ def test_what_was_chosen_before_is_built_again_bit_for_bit(checkpoint):
 def test_nothing_is_kept_where_nothing_is_allowed(checkpoint):
     notes = []
     assert dynamic(checkpoint("llama"), random_prompts(), note=notes.append, dynamic_allowance=0.0).store.dense == []
-    assert "keeps nothing in 16 bits" in notes[1]
+    assert any("keeps nothing in 16 bits" in note for note in notes)
 
 
 def test_the_best_for_their_bytes_are_taken_while_they_fit():
