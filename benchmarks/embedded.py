@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
-    about = machine()
+    about = machine("python benchmarks/embedded.py")
     rows = [run(seed, is_shown=seed == seeds[0]) for seed in seeds]
     RESULT.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")
     print(f"written: {RESULT.relative_to(ROOT)}")
@@ -91,7 +91,8 @@ def scores(line: dict[str, float]) -> list[float]:
     return [line["eval/pass@1"], line["eval/pass@1/low"], line["eval/pass@1/high"]]
 
 
-def machine() -> dict[str, Any]:
+def machine(command: str) -> dict[str, Any]:
+    """Where figures come from, and the command that makes them again."""
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
@@ -99,7 +100,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "command": "python benchmarks/embedded.py",
+        "command": command,
     }
 
 

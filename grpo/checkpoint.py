@@ -98,6 +98,7 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
     # No part of the state: whoever changes them, to serve another chat template say, can still go on with the run.
     beside = dict(contents(companions(policy.source))) | {README: readme.encode()}
     draft = checkpoints / f".{final.name}.partial"
+    before = checkpoints / f".{final.name}.before"  # of the same step, whose save was interrupted at its end
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(draft, ignore_errors=True)
@@ -114,7 +115,6 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         }
         write_synced(draft / STATE, _signed(state))
         sync_folder(draft)
-        before = checkpoints / f".{final.name}.before"  # of the same step, whose save was interrupted at its end
         shutil.rmtree(before, ignore_errors=True)
         with suppress(FileNotFoundError):
             final.rename(before)
@@ -124,6 +124,8 @@ def save_checkpoint(folder: Path, policy: Policy, progress: Progress, generators
         _point_to_best(folder, progress.best_step, final)
     except OSError:
         shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):  # where nothing has taken its place
+            before.rename(final)
         raise
     _remove_old(folder, keep, progress.best_step)
     return final

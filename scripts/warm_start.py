@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import shlex
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from embedded import machine, scores  # noqa: E402
+
 RESULT = ROOT / "benchmarks" / "results" / "warm-start-cpu.json"
 PAGE = ROOT / "docs" / "warm-start.md"
 FIGURE = ROOT / "docs" / "images" / "warm-start.png"
@@ -50,7 +49,7 @@ def main() -> int:
         return write(check=given == ["--check"])
     if given:
         sys.exit("It takes --write, --check, or nothing.")
-    about = machine()
+    about = machine("python scripts/warm_start.py")
     with tempfile.TemporaryDirectory() as scratch:
         runs = {name: run(command, Path(scratch)) for name, (_, command) in RUNS.items()}
     RESULT.write_text(json.dumps({"machine": about, "runs": runs}, indent=2) + "\n")
@@ -81,7 +80,7 @@ def read(command: str, folder: Path, seconds: float) -> dict[str, Any]:
     rewards = [line["reward/mean"] for line in lines if line.get("reward/mean") is not None]
     return {
         "command": f"python -m {command}",
-        "core_seconds": round(seconds, 1),  # of the whole command; others on the machine change this little
+        "core_seconds": round(seconds, 1),  # of the whole command; work of others makes it up to twice as long
         "curve": [[line["step"], *scores(line)] for line in lines if "eval/pass@1" in line],  # and its 95% interval
         "best_reward": max(rewards, default=None),  # mean of a step
     }
@@ -91,21 +90,6 @@ def seconds_computed() -> float:
     """That processes which have ended spent on a core."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def scores(line: dict[str, float]) -> list[float]:
-    return [line["eval/pass@1"], line["eval/pass@1/low"], line["eval/pass@1/high"]]
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),  # by others, for the runs have not begun
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-        "command": "python scripts/warm_start.py",
-    }
 
 
 # ---- the figure

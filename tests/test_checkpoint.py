@@ -1,16 +1,20 @@
 """What a checkpoint's files say is believed only if it is what was written, by --resume and by --eval."""
 
+import errno
 import json
 import os
 import random
 import shutil
+from pathlib import Path
 
 import pytest
+from tiny_models import CPU, build_policy
 
-from grpo.checkpoint import STATE, check_run, read_state
+from grpo.checkpoint import STATE, Progress, check_run, read_state, save_checkpoint
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.folder import list_checkpoints, saved_run
+from grpo.generators import reader
 from grpo.resolve import resolve
 from grpo.run import main
 from grpo.verbs.train import fingerprint_of_held_out
@@ -48,6 +52,25 @@ def test_a_flipped_bit_is_told_before_anything_is_cut(verb, name, toy_run, capsy
     told = capsys.readouterr().err
     assert any(f"{name} {what}" in told for what in ("is missing or damaged", "is damaged", "cannot be read"))
     assert metrics.read_text() == written
+
+
+def test_a_save_of_a_step_that_is_saved_already_takes_its_place_or_leaves_it(tiny_config, tmp_path, monkeypatch):
+    policy = build_policy(tiny_config())
+    place = save_checkpoint(tmp_path, policy, Progress(step=3, version=1), reader(CPU)(), keep=2)
+    assert save_checkpoint(tmp_path, policy, Progress(step=3, version=2), reader(CPU)(), keep=2) == place
+    assert read_state(place)[0].version == 2
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, policy, Progress(step=3, version=3), reader(CPU)(), keep=2)
+    assert read_state(place)[0].version == 2
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 
 def test_a_checkpoint_of_another_run_is_refused(toy_run, tmp_path, capsys):
