@@ -125,25 +125,41 @@ def embedded() -> str:
 
 
 def canary() -> str:
-    """The canary and the audit in low precision."""
-    result = json.loads((RESULTS / "canary.json").read_text())
-    machine, given = result["machine"], result["arguments"]
-    lines = [
-        f"| {row['base']} | {row['noise']:.3f} | {row['largest_gap']:.3f} | {row['mean_rank']:.3f} | "
-        f"{row['stale']['steps'] or 'not'} | {row['greedy']['steps'] or 'not'} | {row['top 20']['steps'] or 'not'} | "
-        f"{row['step_s']:.2f} | {row['sync_s']:.2f} | {row['audit_s']:.2f} |"
-        for row in result["rows"]
-    ]
+    """The canary and the audit in low precision, on each GPU that was measured."""
+    return joined(*(canary_on(json.loads(path.read_text())) for path in sorted(RESULTS.glob("canary-*.json"))))
+
+
+def canary_on(result: dict[str, Any]) -> str:
+    """A line for each engine and learning rate."""
+    about, lines = result["about"], []
+    for name, case in result["cases"].items():
+        if "failed" in case:
+            continue
+        for honest in case["honest"]:
+            is_last = honest is case["honest"][-1]
+            cells = [name, f"{case['prompts'] * about['group_size']} x {case['tokens']}", f"{case['noise']:.3g}"]
+            cells += [f"{honest['rate']:g}", str(honest["steps"]), "**yes**" if honest["alarm"] else "none"]
+            cells += [f"{honest['largest_gap']:.3f}", f"{honest['mean_rank']:.3f}"]
+            cells += [how_soon(case.get(what)) if is_last else "" for what in ("stale", "greedy", "top 20")]
+            cells += [f"{honest[stage]:.2f}" for stage in ("step_s", "sync_s", "audit_s")]
+            lines.append("| " + " | ".join(cells) + " |")
+    shown = next(iter(result["cases"].values()))
     return (
-        f"{given['shape']} shape, random weights and rewards, on one {machine['gpu']}, {machine['date']} (`python "
-        f"benchmarks/canary.py --steps {given['steps']} --more {given['more']}`). {given['steps']} honest steps at a "
-        f"learning rate of {given['learning_rate']:g} ended without an alarm; then the canary was answered by an "
-        f"engine that stood still while the policy learned at {given['stale_rate']:g}, and the audit was given tokens "
-        "drawn greedily, or from the 20 likeliest. Noise and gap in nats; rank 0.5 is right; steps until each was "
-        "found; seconds of a step, of them sync with canary, and audit.\n\n"
-        "| base | noise | largest gap | mean rank | stale found | greedy found | top 20 found | step | sync | audit |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
+        f"Random weights and rewards, on one {about['device']} (`{about['command']}`; each case's own command and date "
+        "stand in its record). So many honest steps at each learning rate, and whether one of them raised an alarm; "
+        f"then the canary was answered by an engine that stood still while the policy learned at "
+        f"{shown['stale_rate']:g}, and the audit was given tokens drawn greedily, or from the 20 likeliest: steps "
+        "until each was found. Noise and gap in nats; rank 0.5 is right; seconds of a step, of them sync with canary, "
+        "and audit.\n\n"
+        "| case | completions | noise | rate | honest steps | alarm | largest gap | mean rank | stale found | "
+        "greedy found | top 20 found | step | sync | audit |\n"
+        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
     )
+
+
+def how_soon(found: dict[str, Any] | None) -> str:
+    """Steps that it took; empty where it was not tried."""
+    return "" if found is None else str(found["steps"] or f"not in {found['tried']}")
 
 
 ENGINES = {

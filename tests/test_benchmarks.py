@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
+import canary
 import cases
 import memory
 import our_run
@@ -193,6 +194,18 @@ def test_a_long_context_is_made_up_behind_what_was_sampled(folder):
     record = our_run.measure(config, 40, started=time.time(), until=time.time(), sampled=4)
     assert record["completion_tokens"] == 60 and record["gap"] > 1e-3
     assert len(record["all_steps_s"]) == 1, "no step is begun behind the deadline"
+
+
+@pytest.mark.slow
+def test_honest_steps_of_the_canary_and_a_stale_engine(folder, tmp_path):
+    given = ["--only", "tiny/nf4", "--device", "cpu", "--steps", "2", "--rates", "1e-5", "1e-3", "--more", "20"]
+    command = [sys.executable, canary.__file__, *given, "--tokens", "8", "--prompts", "2", "--folder", str(folder)]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [record] = kept(tmp_path / "canary-cpu.json").values()
+    assert [(one["rate"], one["steps"], one["alarm"]) for one in record["honest"]] == [(1e-5, 2, ""), (1e-3, 2, "")]
+    assert record["stale"]["steps"] and "engine" in record["stale"]["sentence"]
+    assert "stale found after" in done.stdout
 
 
 @pytest.mark.parametrize("name", memory.KNOWN)
