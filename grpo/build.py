@@ -458,7 +458,7 @@ def open_records(
         headline=headline_of(task, config),
         gold=gold_of(task),
         traced=trace.records,
-        method=config.method,
+        method=config.algorithm,
     )
     return trace, recorder
 

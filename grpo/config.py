@@ -499,6 +499,11 @@ class Config(RunConfig, EvalConfig, UpdateConfig, TeachingConfig, LossConfig, Ro
         """Whether a value head is trained: PPO."""
         return self.method == "grpo" and self.advantage == "gae"
 
+    @property
+    def algorithm(self) -> str:
+        """What people call it: grpo, ppo, sft or dpo."""
+        return "ppo" if self.has_values else self.method
+
     def checks(self) -> list[Check]:
         return [
             *super().checks(),

@@ -17,8 +17,9 @@ TIMING_PREFIXES = ("time/", "speed/", "memory/")
 
 # Which held-out score says how good a policy is: the first that has an interval. The others have no column.
 HEADLINES = ("eval/pass@1", "eval/reward", "eval/accuracy", "eval/logprob")
-# The methods of teaching (`Config.method`) whose step line may have a column.
-METHODS = ("grpo", "sft", "dpo")
+# The ways of teaching (`Config.algorithm`) whose step line may have a column, and those whose answers are sampled.
+METHODS = ("grpo", "ppo", "sft", "dpo")
+SAMPLED = METHODS[:2]
 
 _STANDS_FOR = {"<reward>": "[^/]+", "<part>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
 
@@ -146,13 +147,13 @@ _HEALTH = {
 # In the order in which the step line shows those that have a column.
 METRICS = (
     Metric("reward/mean", "Weighted sum of the rewards, mean of the step's completions.", "reward", "rises",
-           column=Column("mean reward", ".3f", 7, 0, ("grpo",))),
+           column=Column("mean reward", ".3f", 7, 0, SAMPLED)),
     Metric("reward/<reward>/failed", "Completions that the reward failed on (an exception, a time-out, a process that "
            "ended, no number): they have no part in the step, and completions.jsonl says why.", "completions",
            "not there, or few", optional=True),
     Metric("reward/<reward>/<part>", "What one part gave of a reward that names its parts.", "reward", optional=True),
     Metric("reward/<reward>", "What one reward gave, without its weight: mean of the completions that it applies to.",
-           "reward", column=Column("", ".2f", 6, 3, ("grpo",))),
+           "reward", column=Column("", ".2f", 6, 3, SAMPLED)),
     Metric("reward/std", "Standard deviation of the weighted sum over the step's completions.", "reward", "above 0"),
     Metric("eval/pass@1", "Held-out: share of completions that are right.", "share", "rises", interval=True,
            optional=True, column=Column("held-out pass@1", ".1%", 6, 1)),
@@ -178,11 +179,11 @@ METRICS = (
     Metric("completion/length", "Mean length of a completion.", "tokens",
            column=Column("mean length", ".0f", 5, 2)),
     Metric("completion/truncated", "Share of completions cut off by `--max-completion-tokens`.", "share", "below 10%",
-           column=Column("cut off", ".0%", 4, 20, ("grpo",))),
+           column=Column("cut off", ".0%", 4, 20, SAMPLED)),
     Metric("rollout/age", "Optimizer steps between the policy that sampled the completions and the one that is "
            "trained on them, with `--staleness`.", "updates", "1", optional=True),
     Metric("groups/zero_variance", "Share of groups whose rewards teach nothing, because all advantages are 0.",
-           "share", "below 80%", column=Column("zero var.", ".0%", 4, 21, ("grpo",))),
+           "share", "below 80%", column=Column("zero var.", ".0%", 4, 21, SAMPLED)),
     Metric("groups/trained", "Groups that have a part in the update.", "groups", "above 0"),
     Metric("groups/rolled_out", "Groups sampled for the step: more than it trains on with `--dynamic-sampling`.",
            "groups"),
@@ -203,7 +204,7 @@ METRICS = (
            "reward squared", "falls", optional=True),
     Metric("value/explained_variance", "`--advantage gae`: share of the returns' variance that the value head knew "
            "before the update: 1 - var(return - value) / var(return). 0 is a head that says the same of everything.",
-           "share", "rises above 0", optional=True),
+           "share", "rises above 0", optional=True, column=Column("values explain", ".2f", 6, 5, ("ppo",))),
     Metric("policy/clip_fraction", "Share of sampled tokens whose ratio the objective clips; 0 with one optimizer step "
            "a rollout.", "share", "below 20%"),
     Metric("policy/kept", "Share of sampled tokens that `--off-policy-mask` and `--top-entropy` leave in the loss.",
@@ -212,7 +213,7 @@ METRICS = (
            "result is the same, and later batches are no larger than the halves.", "batches", "0 but for a first step"),
     Metric("mismatch/kl", "KL divergence from sampler to trainer, estimated on the sampled tokens (k3): how far the "
            "engine's numerics are from the policy's.", "nats a token", "about 1e-13 in float32, below 1e-2 in bf16",
-           column=Column("mismatch KL", ".1e", 7, 24, ("grpo",))),
+           column=Column("mismatch KL", ".1e", 7, 24, SAMPLED)),
     Metric("mismatch/gap", "Mean |log p of the trainer - log p of the sampler| of the sampled tokens.",
            "nats a token", "below 0.1"),
     Metric("mismatch/correction", "Mean factor by which `--correction` weighs a token.", "1", "about 1"),

@@ -46,6 +46,12 @@ def test_a_narrow_line_keeps_what_matters_most():
     assert few == ["reward/mean", "eval/pass@1", "completion/length"]
 
 
+def test_ppo_shows_what_grpo_does_and_its_values():
+    of_grpo, of_ppo = ([column.metric for column in columns_for(NAMES, method=name)] for name in ("grpo", "ppo"))
+    assert [metric for metric in of_ppo if metric not in of_grpo] == ["value/explained_variance"]
+    assert [metric for metric in of_ppo if metric in of_grpo] == of_grpo
+
+
 LONG = [
     *(
         "reversed_letters",

@@ -1,9 +1,11 @@
 """An export is pushed: to a hub of a few lines on this machine, which keeps what it was sent."""
 
 import base64
+import html
 import json
 import re
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -184,3 +186,22 @@ def test_names_in_a_card_are_text(tmp_path):
     head, body = page.split("---\n", 2)[1:]
     assert 'base_model: "org/base"' in head and "<script>" not in body and "](javascript" not in body
     assert "| this checkpoint | 10 |" in body and "paired permutation test" in body
+
+
+@pytest.mark.parametrize("changed, algorithm, tags", [
+    ({}, "GRPO (grpo advantages, grpo objective)", ["grpo", "reinforcement-learning"]),
+    ({"advantage": "gae"}, "PPO (advantages by GAE from a value head, grpo objective)",
+     ["ppo", "reinforcement-learning"]),
+    ({"method": "sft"}, "SFT on given answers", ["sft"]),
+    ({"method": "dpo", "dpo_loss": "ipo"}, "DPO on pairs of answers (ipo loss)", ["dpo"]),
+    (None, None, []),
+])  # fmt: skip
+def test_a_card_says_by_what_it_was_taught(changed, algorithm, tags, tmp_path):
+    make_run(tmp_path / "run", reward="correctness", name="toy")
+    config = None if changed is None else replace(saved_run(str(tmp_path / "run")).config, **changed)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000010"
+    checkpoint.mkdir(parents=True)
+    head, body = card("# usage\n", Source(checkpoint, "toy", "org/base", 4, config), "peft").split("---\n", 2)[1:]
+    told = re.search(r"\* algorithm: (.*)", body)
+    assert (told and html.unescape(told[1].replace("\\", ""))) == algorithm
+    assert json.loads(re.search("tags: (.*)", head)[1]) == [*tags, "lora"]

@@ -21,6 +21,18 @@ from grpo.usage import escaped, one_line
 
 OF_THE_MACHINE = ("model", "data", "adapter", "run_dir", "device", "threads", "log")  # fields that others cannot use
 LONGEST = 200  # characters of a value
+TAGS = {
+    "grpo": ["grpo", "reinforcement-learning"],
+    "ppo": ["ppo", "reinforcement-learning"],
+    "sft": ["sft"],
+    "dpo": ["dpo"],
+}
+ALGORITHMS = {
+    "grpo": "GRPO ({config.advantage} advantages, {config.objective} objective)",
+    "ppo": "PPO (advantages by GAE from a value head, {config.objective} objective)",
+    "sft": "SFT on given answers",
+    "dpo": "DPO on pairs of answers ({config.dpo_loss} loss)",
+}
 
 
 def public_name(base: str) -> str:
@@ -35,7 +47,8 @@ def card(usage: str, source: Source, library: str) -> str:
         "library_name": library,
         **({"base_model": name} if name.count("/") == 1 else {}),
         "pipeline_tag": "text-generation",
-        "tags": ["grpo", "reinforcement-learning", *(["lora"] if library == "peft" else [])],
+        # Of an adapter that came without a run nobody knows by what it was taught.
+        "tags": [*(TAGS[source.config.algorithm] if source.config else []), *(["lora"] if library == "peft" else [])],
     }
     # JSON is YAML, whatever is in the names.
     head = ["---", *(f"{key}: {json.dumps(value)}" for key, value in about.items()), "---", ""]
@@ -58,7 +71,7 @@ def _numbers(source: Source) -> Iterator[str]:
     yield from _list(
         {
             "task": source.title.partition(",")[0],
-            "algorithm": f"GRPO ({source.config.advantage} advantages, {source.config.objective} objective)",
+            "algorithm": ALGORITHMS[source.config.algorithm].format(config=source.config),
             "base weights": source.config.base,
             "steps": f"{read_step(source.folder)} of {source.config.steps}",
             "device": start.get("device", ""),

@@ -54,7 +54,7 @@ def render(readings: Sequence[Reading]) -> str:
     runs = [run_view(index, reading, 1 / len(readings)) for index, reading in enumerate(readings)]
     style, script = (_own(name) for name in ("page.css", "page.js"))
     return _template().render(
-        title=", ".join(run.name for run in runs) + " – GRPO run report",
+        title=", ".join(run.name for run in runs) + " – grpo run report",
         runs=runs,
         comparison=compare(runs) if len(runs) > 1 else None,
         groups_shown=GROUPS,
