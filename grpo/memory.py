@@ -19,6 +19,7 @@ are all of its gradients; the trial must be above that, or it measures the slope
 
 Time is counted in tokens, of a layer that keeps its activations: one computed again takes half as much more, a batch
 costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.
+Of a mixture of experts a token takes what the weights that it meets take, a batch what all of them do.
 Counted by constants, not measured on the spot: equal runs on equal cards choose alike.
 """
 
@@ -146,10 +147,11 @@ class Plan:
         batches = 1 if batch >= whole else math.ceil(whole / max(batch - self.need.longest, batch / 2))
         again = (RECOMPUTED - 1) * (self.sizes.layers - self.kept) + (OFFLOADED - RECOMPUTED) * self.offloaded
         factor = 1 + again / max(1, self.sizes.layers)
-        smaller = OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.weights_per_layer)
+        smaller = OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.met * self.sizes.weights_per_layer)
         of_batches = max(factor * self.need.tokens_per_step, OF_LAUNCHES * smaller * factor * batches)
         giving_back = OF_GIVING_BACK * smaller * OF_SO_MANY_LAYERS / max(1, self.sizes.layers)
-        return of_batches + OF_A_BATCH * batches + giving_back * self.gives_cache_back
+        # All of a base is unpacked, whatever share of it a token meets.
+        return of_batches + OF_A_BATCH / self.sizes.met * batches + giving_back * self.gives_cache_back
 
     def table(self) -> str:
         """Row by row, in GiB, with the flags that decide otherwise."""

@@ -18,10 +18,12 @@ from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.policy.experts import ExpertWeights
 from grpo.policy.projections import Projection
+from grpo.policy.routing import experts_in, watched
 from grpo.types import Batch, Completion, Group, Prompt
 
 # Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
 TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
+ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Sizes:
     layer_input: int  # a token
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
+    met: float = (
+        1.0  # the share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
+    )
 
     def with_double_quant(self) -> Sizes:
         """The same with these scales in 8 bits."""
@@ -91,6 +96,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         parameters=sum(each.numel() for each in parameters),
         layers=layers,
         weights_per_layer=_base_weights(policy) / max(1, layers),
+        met=_met(policy, _batch_of(policy, ROUTED, longest)),
         fixed=max(0, int(at_few - recomputing * num_few)),
         recomputing=recomputing,
         keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
@@ -121,6 +127,21 @@ def _base_weights(policy: Policy) -> int:
     """How many numbers its linears hold, and its experts, with an adapter or without."""
     held = [each for each in policy.model.modules() if isinstance(each, (Projection, ExpertWeights))]
     return sum(math.prod(each.base.shape) for each in held)
+
+
+@torch.no_grad()
+def _met(policy: Policy, batch: Batch) -> float:
+    """The share of these numbers that a token is multiplied by: of a layer's experts as many as routers choose."""
+    experts, held = experts_in(policy.model), _base_weights(policy)
+    if not experts:
+        return 1.0
+    with watched(experts) as seen:
+        policy.model.hidden(batch)
+    spared = 0.0
+    for each, (chosen, *_) in zip(experts, seen, strict=True):
+        of_them = sum(math.prod(weights.base.shape) for weights in each.maps())
+        spared += of_them * (1 - chosen.shape[-1] / each.up.num_experts)
+    return 1 - spared / held
 
 
 def _batch_of(policy: Policy, tokens: int, longest: int) -> Batch:

@@ -1,16 +1,20 @@
 """Mixtures of experts against transformers + PEFT: outputs, every LoRA gradient, training steps, files; over weights in
 NF4 and bf16; with adapters on the experts and without."""
 
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
 import peft
 import pytest
 import torch
+from bnb_reference import dequantize_4bit
 from grpo_kernels.nf4 import NF4, nf4_dequantize
 from test_policy import assert_same_gradient, five_steps_beside_peft, peft_model, reference_model, save_adapter
 from tiny_models import CPU, MIXTURES, build_policy, one_batch, randomise, reference_logprobs
 
 from grpo.doctor.choice import bytes_of_adapter, look_at_model
 from grpo.errors import UserError
-from grpo.memory_trial import _adapter_bytes, _base_weights
+from grpo.memory_trial import _adapter_bytes, _base_weights, _met
 from grpo.policy.adapter import describe, factors_in, load_adapter
 from grpo.policy.experts import Experts
 from grpo.policy.peft_names import modules_of
@@ -85,10 +89,12 @@ def test_five_training_steps_are_those_of_peft(name, tiny_config, groups, tmp_pa
     five_steps_beside_peft(tiny_config(name, expert_adapters=True, max_grad_norm=0.5), groups, tmp_path)
 
 
-@pytest.mark.parametrize("base", ["nf4", "bf16"])
+@pytest.mark.parametrize(
+    ("base", "double"), [("nf4", "auto"), pytest.param("nf4", "on", marks=pytest.mark.slow), ("bf16", "auto")]
+)
 @pytest.mark.parametrize("name", by_name(*FIRST))
-def test_rounded_weights_are_the_rounded_models(name, base, tiny_config, groups, tmp_path):
-    config = tiny_config(name, base=base, expert_adapters=True)
+def test_rounded_weights_are_the_rounded_models(name, base, double, tiny_config, groups, tmp_path):
+    config = tiny_config(name, base=base, double_quant=double, expert_adapters=True)
     policy = build_policy(config)
     randomise(policy, size=0.2)
     held = [weights.base for experts in experts_of(policy.model).values() for weights in experts.maps()]
@@ -102,6 +108,32 @@ def test_rounded_weights_are_the_rounded_models(name, base, tiny_config, groups,
         torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
         whole, _ = reference_logprobs(peft_model(policy, reference_model(config), tmp_path), groups, 1.0)
     assert (whole - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["experts", "no_experts"])
+@pytest.mark.parametrize("name", by_name("gpt-oss"))
+def test_double_quantised_experts_are_bitsandbytes_own(name, adapted, tiny_config):
+    """Of all experts of a layer as one weight. What the plan is told it spares is what it spares."""
+    config = tiny_config(name, base="nf4", expert_adapters=adapted)
+    once, twice = (build_policy(config), build_policy(replace(config, double_quant="on")))
+    held = [sum(base.nbytes for base in bases_of(policy)) for policy in (once, twice)]
+    assert held[0] - held[1] == once.store.spared_by_double_quant > 0
+    assert twice.store.spared_by_double_quant == 0
+    theirs = reference_model(config)
+    for experts_name, experts in experts_of(twice.model).items():
+        for weights in experts.maps():
+            module = theirs.get_submodule(experts_name)
+            dense = getattr(module, weights.name.rpartition(".")[2]).data
+            dense = (dense.mT if module.is_transposed else dense).flatten(0, 1).contiguous()
+            packed, state = bnb.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            assert torch.equal(weights.base.packed, packed.flatten())
+            assert torch.equal(weights.base.absmax, state.absmax)
+            assert torch.equal(dequantised(weights.base), dequantize_4bit(packed, state))
+
+
+def bases_of(policy):
+    """All that is kept in 4 bits."""
+    return [m.base for m in policy.model.modules() if isinstance(getattr(m, "base", None), NF4)]
 
 
 def test_routers_stay_as_they_are(tiny_config):
@@ -168,6 +200,28 @@ def test_the_memory_plan_and_the_doctor_count_experts(adapted, tiny_config):
     assert sizes.linears * 4 == there
     trained = sum(p.numel() for p in policy.store.parameters())
     assert bytes_of_adapter(config, sizes) == (4 + 4 + 8 + 2) * trained
+
+
+@pytest.mark.parametrize("name", by_name("qwen2-moe", "deepseek-v2"))
+def test_a_token_meets_as_many_experts_as_are_chosen(name, tiny_config, groups):
+    """By the model's own settings, shared experts and layers without any included."""
+    config = tiny_config(name)
+    policy, theirs = build_policy(config), reference_model(config)
+    settings = theirs.config
+    spared = 1 - settings.num_experts_per_tok / len(
+        theirs.get_submodule(next(iter(experts_of(policy.model)))).gate_up_proj
+    )
+    of_experts = sum(
+        p.numel() for n, p in theirs.named_parameters() if n.endswith(("gate_up_proj", "experts.down_proj"))
+    )
+    held = _base_weights(policy)
+    assert 0 < of_experts < held
+    assert _met(policy, one_batch(groups, config)) * held == pytest.approx(held - spared * of_experts)
+
+
+def test_a_token_meets_all_of_a_model_without_experts(tiny_config, groups):
+    config = tiny_config("qwen3")
+    assert _met(build_policy(config), one_batch(groups, config)) == 1
 
 
 def test_no_dense_copy_of_experts_is_kept(tiny_config):

@@ -9,7 +9,7 @@ import pytest
 
 from grpo.build import build_policy, plan_memory
 from grpo.errors import UserError
-from grpo.memory import ENGINE_BYTES, GIB, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee
+from grpo.memory import ENGINE_BYTES, GIB, OF_A_BATCH, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee
 from grpo.memory_trial import Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
@@ -205,6 +205,19 @@ def fits(sizes, gib):
     except UserError:
         return False
     return True
+
+
+def test_a_mixture_takes_the_time_of_what_its_tokens_meet_and_unpacks_all_of_it():
+    """Sixteen times the weights, of which a token meets a sixteenth: a batch's own, in such tokens, is sixteen-fold."""
+    mixture = replace(SIZES, weights_per_layer=16 * SIZES.weights_per_layer, met=1 / 16)
+    for plan in (plan_for(24), plan_for(80), replace(plan_for(80), gives_cache_back=True)):
+        batch = plan.tokens_per_batch
+        batches = 1 if batch >= NEED.tokens_per_step else math.ceil(NEED.tokens_per_step / (batch - NEED.longest))
+        more = replace(plan, sizes=mixture).time() - plan.time()
+        assert more == pytest.approx(15 * OF_A_BATCH * batches)
+    # So larger batches are worth layers that are computed again.
+    assert plan_for(24, sizes=mixture).tokens_per_batch > plan_for(24).tokens_per_batch
+    assert plan_for(24, sizes=mixture).kept < plan_for(24).kept
 
 
 def test_what_was_asked_for_and_does_not_fit_is_named():

@@ -220,6 +220,8 @@ def fuse(
             for weights in experts.maps():
                 if isinstance(weights, AdaptedExperts):
                     store.add_experts(weights)
+                else:
+                    store.add_frozen(weights)
     if not store.projections and not store.experts:
         raise UserError(f"{type(model).__name__} has no linear layers that an adapter could be put on.")
     return store

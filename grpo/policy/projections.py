@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Protocol
 
 import torch
 from grpo_kernels.lora import LoraFactors, dense_weight, empty_with_room, lora_linear
@@ -29,6 +31,12 @@ from torch import Tensor, nn
 from grpo.errors import UserError
 
 Base = Tensor | NF4
+
+
+class Based(Protocol):
+    """What multiplies by a frozen base."""
+
+    base: Base
 
 
 class Masters:
@@ -150,11 +158,12 @@ def join_nf4(weights: list[Base]) -> NF4:
 
 
 class ProjectionStore:
-    """All projections of a model by name, its experts that have an adapter, and the one scale that they share."""
+    """All projections of a model by name, its experts, with an adapter or frozen, and the one scale that they share."""
 
     def __init__(self) -> None:
         self.projections: dict[str, Projection] = {}
         self.experts: dict[str, Masters] = {}
+        self._frozen: list[Based] = []  # experts without an adapter
         self.beside_experts = False  # the model has experts, with an adapter or without
         self.scale = torch.ones(1)
         self.alpha = 1.0
@@ -181,15 +190,18 @@ class ProjectionStore:
     @property
     def spared_by_double_quant(self) -> int:
         """Bytes that `double_quantize` would free."""
-        bases = [each.base for each in self.projections.values() if isinstance(each.base, NF4)]
+        bases = [each.base for each in self._based() if isinstance(each.base, NF4)]
         blocks = [base.absmax.numel() for base in bases if base.nested_absmax is None]
         return sum(3 * count - 8 * math.ceil(count / NESTED_BLOCK) for count in blocks)
 
     def double_quantize(self) -> None:
         """The scales of the blocks in 8 bits, of every base in 4 bits; their packed bytes stay where they are."""
-        for projection in self.projections.values():
-            if isinstance(projection.base, NF4):
-                projection.base = nf4_double_quantize(projection.base)
+        for each in self._based():
+            if isinstance(each.base, NF4):
+                each.base = nf4_double_quantize(each.base)
+
+    def _based(self) -> Iterator[Based]:
+        return chain(self.adapted(), self._frozen)
 
     def add(self, name: str, projection: Projection) -> None:
         """Take a projection in; its scale becomes the store's."""
@@ -200,6 +212,10 @@ class ProjectionStore:
         """The same for one weight of the experts of a layer."""
         self._join(experts)
         self.experts[experts.names[0]] = experts
+
+    def add_frozen(self, experts: Based) -> None:
+        """The same for one without an adapter."""
+        self._frozen.append(experts)
 
     def adapted(self) -> Iterator[Masters]:
         """All that has an adapter, in a fixed order."""

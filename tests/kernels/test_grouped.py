@@ -3,7 +3,7 @@
 import pytest
 import torch
 from grpo_kernels.grouped import ExpertFactors, Routing, grouped_linear, quantize_experts
-from grpo_kernels.nf4 import nf4_dequantize, nf4_quantize
+from grpo_kernels.nf4 import nf4_dequantize, nf4_double_quantize, nf4_quantize
 
 # tokens, choices, experts, rows, columns, rank: odd ones, which want padding, and experts that nobody chose
 SHAPES = [(13, 2, 5, 24, 16, 3), (7, 3, 4, 7, 5, 2), (1, 1, 9, 8, 64, 8), (0, 2, 3, 8, 16, 4)]
@@ -33,7 +33,7 @@ def by_a_loop(x, weights, experts, a, b, scale):
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "nf4"])
+@pytest.mark.parametrize("kind", ["dense", "nf4", "nf4 double"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_are_those_of_a_loop(shape, kind, adapted, dtype, device, relative_error):
@@ -41,7 +41,9 @@ def test_outputs_and_gradients_are_those_of_a_loop(shape, kind, adapted, dtype, 
     routing = Routing.of(chosen(tokens, choices, count).to(device), count)
     weights = (torch.randn(count, rows, columns, device=device) / columns**0.5).to(dtype)
     base = weights.flatten(0, 1) if kind == "dense" else quantize_experts(weights, device)
-    if kind == "nf4":
+    if kind == "nf4 double":
+        base = nf4_double_quantize(base)
+    if kind != "dense":
         weights = nf4_dequantize(base, dtype).unflatten(0, (count, rows))
     factors = factors_for(count, rows, columns, rank, dtype, device) if adapted else None
     x = torch.randn(tokens * choices, columns, device=device).to(dtype).requires_grad_()

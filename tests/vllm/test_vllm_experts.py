@@ -10,12 +10,12 @@ from tiny_models import build_policy, randomise
 from grpo.rollout.vllm_engine import SharedLink, VllmEngine
 
 CASES = [
-    ("qwen3-moe", "nf4", True),
-    ("qwen2-moe", "bf16", False),
-    ("olmoe", "nf4", False),
-    ("mixtral", "nf4", True),  # of other names in checkpoints than in transformers' model
-    ("deepseek-v2", "nf4", True),
-    ("gpt-oss", "bf16", True),
+    ("qwen3-moe", "nf4", dict(expert_adapters=True)),
+    ("qwen2-moe", "bf16", {}),
+    ("olmoe", "nf4", dict(double_quant="on")),
+    ("mixtral", "nf4", dict(expert_adapters=True)),  # of other names in checkpoints than in transformers' model
+    ("deepseek-v2", "nf4", dict(expert_adapters=True)),
+    ("gpt-oss", "bf16", dict(expert_adapters=True)),
 ]
 
 
@@ -27,9 +27,9 @@ def rotary_in_torch(monkeypatch):
     monkeypatch.setattr(RotaryEmbedding, "forward_cpu", RotaryEmbedding.forward_native)
 
 
-@pytest.mark.parametrize(("name", "base", "adapted"), CASES)
-def test_shared_and_the_same(name, base, adapted, tmp_path):
-    config = config_of(tmp_path, name, base, expert_adapters=adapted)
+@pytest.mark.parametrize(("name", "base", "fields"), CASES)
+def test_shared_and_the_same(name, base, fields, tmp_path):
+    config = config_of(tmp_path, name, base, **fields)
     policy, notes = build_policy(config), []
     randomise(policy)
     engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 160, notes.append)
