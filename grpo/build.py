@@ -97,7 +97,7 @@ def build_policy(
         config = replace(config, double_quant="on" if before.double_quant else "off")
     dense = before.dense if before else None
     measured_on = [prompt.tokens for prompt in prompts]
-    loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense)
+    loaded = load_model(config, choose_device(config), longest, tokenizer, note, progressed, measured_on, dense, world)
     kind = ActorCritic if config.has_values else Policy
     return kind(loaded, config, world)
 

@@ -88,6 +88,8 @@ class ModelConfig(Part):
     double_quant: Literal["auto", "on", "off"] = "auto"
     """Of an NF4 base: the scales of its blocks in 8 bits too, 0.37 bits a weight less and slower rollouts. auto: as the
     checkpoint has them, or where the GPU's memory does not hold the run otherwise."""
+    shard_base: bool = False
+    """Of several processes: each keeps a part of the base's layers, for a base larger than a GPU (docs/scaling.md)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes the GPU if there is one."""
     lora_rank: int = 32

@@ -2,6 +2,7 @@
 
     joined(place)       inside, this process is one of a world; how it ends is told to all others
     Ranks.gather        pickles, by gloo
+    Ranks.collect       bytes of all ranks, likewise
     Ranks.sum_gradients one flat all-reduce, by NCCL where the masters are on GPUs, by gloo else
 
 The process groups are objects of our own beside torch's default group, which is left to others: vLLM makes it, of one
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +55,11 @@ class Ranks(World):
         prefixed = distributed.PrefixStore("gloo", store)
         self.group = self._made(lambda: distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT))
         self.gpu_group: Any = None  # made when there is something to sum on a GPU
+        self.ready: Callable[[], None] = _nothing
 
     def gather(self, value: Any) -> list[Any]:
         """See World.gather."""
+        self.ready()
         content = torch.frombuffer(bytearray(_pickled(value)), dtype=torch.uint8)
         sizes = [int(size) for size in self._all(torch.tensor([len(content)]))]
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -91,6 +95,19 @@ class Ranks(World):
         values = self.gather(value())
         if others := [rank for rank, other in enumerate(values) if other != values[0]]:
             raise UserError(told(others))
+
+    def collect(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """See World.collect. `largest` is called before it, so that on GPUs nobody waits for who is gone."""
+        work = self._group_for(part)._allgather_base(whole, part)  # by NCCL on a stream of its own
+        return work.wait if part.is_cuda else partial(self._finish, work)
+
+    def largest(self, number: int) -> int:
+        """See World.largest."""
+        return max(int(each) for each in self._all(torch.tensor([number])))
+
+    def before_meeting(self, ready: Callable[[], None]) -> None:
+        """See World.before_meeting."""
+        self.ready = ready
 
     def remember(self, name: str, value: str) -> None:
         """See World.remember."""
@@ -193,6 +210,10 @@ class Ranks(World):
                 self.pulse.check()
                 time.sleep(LONGEST_PAUSE)
             raise RankLost(f"The connection between the ranks broke: {in_words(error)}.") from error
+
+
+def _nothing() -> None:
+    return None
 
 
 @contextmanager

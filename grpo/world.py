@@ -6,6 +6,7 @@
     sum_gradients(masters)    the gradient of each over all ranks, in place
     share(costs)              which of some things, each of a cost, are this rank's
     first(function, ...)      called by rank 0 alone
+    collect(part, whole)      the parts of all ranks, one behind the other: of a base that is kept in parts
 
 A process by itself is a world of one, in which each of these is the identity, so nobody asks how many ranks there are.
 The form of several processes is in grpo/ranks.py.
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from torch import nn  # it takes a second to import, and --help needs none
+    from torch import Tensor, nn  # it takes a second to import, and --help needs none
 
 Value = TypeVar("Value")
 
@@ -68,6 +69,19 @@ class World:
     def recall(self, name: str) -> str:
         """What processes before these have remembered; empty if nothing."""
         return ""
+
+    def collect(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Begin to bring together the parts [n] of all ranks in `whole` [size n], in their order; what is given back
+        waits for them, on a GPU without the CPU. Each must call it."""
+        whole.copy_(part)
+        return lambda: None
+
+    def largest(self, number: int) -> int:
+        """Of the numbers that ranks give. No meeting in the sense of `before_meeting`. Each must call it."""
+        return number
+
+    def before_meeting(self, ready: Callable[[], None]) -> None:
+        """Call this whenever this rank is about to gather, and so to wait for what all others do before that."""
 
     def hurry(self) -> None:
         """This process was asked to stop, and will not be waited for without end."""

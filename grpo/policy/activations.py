@@ -23,6 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 Treatment = Literal["keep", "recompute", "offload"]
 RunLayer = Callable[..., Any]  # (layer, its arguments) -> its result
+Around = Callable[[list[RunLayer]], list[RunLayer]]  # how each layer is run -> the same with something about it
+
+
+def as_they_are(ways: list[RunLayer]) -> list[RunLayer]:
+    """Nothing is done about them."""
+    return ways
 
 
 def ways(treatments: Sequence[Treatment], device: torch.device) -> list[RunLayer]:

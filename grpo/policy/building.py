@@ -39,9 +39,10 @@ def build_projection(
     dtype: torch.dtype,
     device: torch.device,
     dense: Sequence[str] = (),
+    has_room: bool = True,
 ) -> Projection:
     """One projection of these linears, whose own weights are freed. dense: the names of those that stay in 16 bits over
-    a base that is in 4."""
+    a base that is in 4. has_room: a dense base may have the mirror of A right below it."""
     weights = [weight_of(linear) for linear in linears]
     sizes = [weight.shape[0] for weight in weights]
     biases = [linear.bias for linear in linears]
@@ -51,7 +52,7 @@ def build_projection(
     else:
         kept = kept_dtype(config.base, dtype)
         # Beside a float32 base A has no mirror; one of another dtype cannot be multiplied by together with the base.
-        base, below = join_dense(there, kept, config.lora_rank if kept == dtype != torch.float32 else 0)
+        base, below = join_dense(there, kept, config.lora_rank if has_room and kept == dtype != torch.float32 else 0)
     bias = None
     if any(b is not None for b in biases):
         parts = [torch.zeros(n) if b is None else value_of(b).data for b, n in zip(biases, sizes, strict=True)]

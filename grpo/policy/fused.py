@@ -20,7 +20,7 @@ from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
 
-from grpo.policy.activations import Treatment, ways
+from grpo.policy.activations import Around, Treatment, as_they_are, ways
 from grpo.policy.cache import KeyValueCache
 from grpo.policy.form import AngleOrder, LayerForm, ModelForm, Scores
 from grpo.policy.linears import NF4Linear
@@ -158,8 +158,12 @@ ONCE: dict[AngleOrder, Callable[[Tensor], Tensor]] = {"halves": first_half, "pai
 class FusedModel(nn.Module):
     """Embedding, fused layers, final norm; the head is a plain weight that `linear_logprob` multiplies by."""
 
-    def __init__(self, model: Any, form: ModelForm, store: ProjectionStore, recompute: bool):
+    def __init__(
+        self, model: Any, form: ModelForm, store: ProjectionStore, recompute: bool, around: Around = as_they_are
+    ):
+        """around: what is done about each layer, whatever becomes of its activations."""
         super().__init__()
+        self.around = around
         body = model.get_submodule(form.body)
         self.name = form.body
         self.embed = body.embed_tokens
@@ -185,7 +189,7 @@ class FusedModel(nn.Module):
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)
-        self.ways = ways(treatments, self.head.device)
+        self.ways = self.around(ways(treatments, self.head.device))
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
@@ -238,10 +242,16 @@ def packed(layout: GroupLayout) -> Attend:
     return attend
 
 
-def fuse(model: Any, form: ModelForm, build: Callable[[str, list, list[str]], Projection]) -> ProjectionStore:
+def fuse(
+    model: Any,
+    form: ModelForm,
+    build: Callable[[str, list, list[str]], Projection],
+    take: Callable[[list[Projection]], object] = list,
+) -> ProjectionStore:
     """The projections of every layer, under names such as "3.qkv"; each linear's own weight is given up.
 
-    build: (name, linears, their Hugging Face names) -> Projection.
+    build: (name, linears, their Hugging Face names) -> Projection. take: is given those of a layer, before those of the
+    next one are built.
     """
     store = ProjectionStore()
     layers = model.get_submodule(form.body).layers
@@ -250,4 +260,5 @@ def fuse(model: Any, form: ModelForm, build: Callable[[str, list, list[str]], Pr
             linears = [layer.get_submodule(part) for part in parts]
             names = [f"{form.body}.layers.{index}.{part}" for part in parts]
             store.add(f"{index}.{name}", build(f"{index}.{name}", linears, names))
+        take([store[f"{index}.{name}"] for name in of_layer.linears])
     return store

@@ -36,12 +36,14 @@ from grpo.policy.form import LINEARS, ModelForm
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
 from grpo.policy.linears import NF4Linear, adopt_quantized, is_quantized
-from grpo.policy.projections import ProjectionStore
+from grpo.policy.projections import Projection, ProjectionStore, double_quantize
 from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle
 from grpo.policy.quantization import Choice, choose
 from grpo.policy.recognition import NotRecognisedError, recognise
 from grpo.policy.rope import check_rope
+from grpo.policy.shards import Shards, is_sharded, not_recognised
 from grpo.policy.stop import stop_tokens
+from grpo.world import ALONE, World
 
 transformers_logging.disable_progress_bar()  # the run has one of its own
 # Nor is its table of what is missing or too many wanted: what matters of it is told in a sentence.
@@ -143,6 +145,7 @@ def load_model(
     progressed: Progressed = no_progress,
     prompts: Sequence[list[int]] = (),
     dense: Sequence[str] | None = None,
+    world: World = ALONE,
 ) -> Loaded:
     """The model of a configuration over a fresh adapter, on `device`.
 
@@ -150,17 +153,19 @@ def load_model(
     memory nor the GPU ever holds much more than the finished model. longest: the longest sequence that will be run, in
     tokens. tokenizer: what is asked, beside the generation settings, which tokens end a completion. note: told what a
     user may want to know; progressed: how much is read. For --quantization dynamic: prompts, their tokens, that it is
-    measured on; dense: what was chosen before, if it was.
+    measured on; dense: what was chosen before, if it was. world: whose ranks keep a part of the base each, for
+    --shard-base.
 
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
     """
+    shards = Shards(world) if is_sharded(config, world) else None
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype, note, progressed)
     model.eval().requires_grad_(False)
     check_rope(model.config, longest, config.model)
     recompute = config.recompute == "layer" or (config.recompute == "auto" and device.type == "cuda")
-    build = partial(build_projection, config=config, dtype=dtype, device=device)
+    build = partial(build_projection, config=config, dtype=dtype, device=device, has_room=not shards)
     stop = stop_tokens(model.generation_config.eos_token_id, tokenizer, model.get_input_embeddings().num_embeddings)
     conv1d = any(isinstance(module, Conv1D) for module in model.modules())
     settle_tables(model)
@@ -170,10 +175,19 @@ def load_model(
         dtypes = (dtype, kept_dtype("bf16", dtype))
         chosen = partial(choose, model, form, build, prompts, device, dtypes, config.dynamic_allowance)
         build = partial(build, dense=_dense(chosen, dense, note))
-    if form:
+    if form and shards:
+        store = fused.fuse(model, form, build, partial(_take, shards, config.double_quant == "on"))
+        store.shared_by = world.size
+        shards.settle()
+        settle(model, device)
+        ours: Model = FusedModel(model, form, store, recompute, shards.around).to(device)
+        note(f"layers: fused, over packed sequences ({len(form.layers)} of {type(model).__name__}); {shards.told}")
+    elif shards:
+        raise not_recognised(config, model, why)
+    elif form:
         store = fused.fuse(model, form, build)
         settle(model, device)
-        ours: Model = FusedModel(model, form, store, recompute).to(device)
+        ours = FusedModel(model, form, store, recompute).to(device)
         note(f"layers: fused, over packed sequences ({len(form.layers)} of {type(model).__name__})")
     else:
         store = generic.fuse(model, build, partial(build_experts, config=config, dtype=dtype, device=device))
@@ -183,12 +197,19 @@ def load_model(
             f"layers: those of transformers' {type(model).__name__}, a linear at a time, {ours.told}; "
             f"slower than fused layers ({why})"
         )
-    if config.double_quant == "on":
+    if config.double_quant == "on" and not shards:
         store.double_quantize()
     store.initialise(config.lora_alpha, config.seed)
     progressed(1, 1)
     gc.collect()
     return Loaded(ours, store, conv1d, stop, model_source(config.model))
+
+
+def _take(shards: Shards, double_quant: bool, projections: list[Projection]) -> None:
+    """A layer's bases, as they are to be for good."""
+    for projection in projections * double_quant:
+        double_quantize(projection)
+    shards.take(projections)
 
 
 def _form_of(model: Any, longest: int) -> tuple[ModelForm | None, str]:

@@ -157,6 +157,12 @@ def join_nf4(weights: list[Base]) -> NF4:
     return parts[0] if len(parts) == 1 else nf4_concat(parts)
 
 
+def double_quantize(based: Based) -> None:
+    """The scales of the blocks in 8 bits, of a base in 4 bits; its packed bytes stay where they are."""
+    if isinstance(based.base, NF4):
+        based.base = nf4_double_quantize(based.base)
+
+
 class ProjectionStore:
     """All projections of a model by name, its experts, with an adapter or frozen, and the one scale that they share."""
 
@@ -164,6 +170,7 @@ class ProjectionStore:
         self.projections: dict[str, Projection] = {}
         self.experts: dict[str, Masters] = {}
         self._frozen: list[Based] = []  # experts without an adapter
+        self.shared_by = 1  # ranks that keep a part of each base (shards.py)
         self.beside_experts = False  # the model has experts, with an adapter or without
         self.scale = torch.ones(1)
         self.alpha = 1.0
@@ -189,7 +196,9 @@ class ProjectionStore:
 
     @property
     def spared_by_double_quant(self) -> int:
-        """Bytes that `double_quantize` would free."""
+        """Bytes that `double_quantize` would free; none of bases in parts, which stay as they were cut."""
+        if self.shared_by > 1:
+            return 0
         bases = [each.base for each in self._based() if isinstance(each.base, NF4)]
         blocks = [base.absmax.numel() for base in bases if base.nested_absmax is None]
         return sum(3 * count - 8 * math.ceil(count / NESTED_BLOCK) for count in blocks)
@@ -197,8 +206,7 @@ class ProjectionStore:
     def double_quantize(self) -> None:
         """The scales of the blocks in 8 bits, of every base in 4 bits; their packed bytes stay where they are."""
         for each in self._based():
-            if isinstance(each.base, NF4):
-                each.base = nf4_double_quantize(each.base)
+            double_quantize(each)
 
     def _based(self) -> Iterator[Based]:
         return chain(self.adapted(), self._frozen)

@@ -57,7 +57,7 @@ def opened(resolved: Resolved, checkpoint: Path | None, world: World = ALONE) ->
         with working("model") as progressed:
             policy = build_policy(
                 config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],
-                checkpoint,
+                checkpoint, world,
             )  # fmt: skip
         if not checkpoint or config.method == "dpo":  # whose score is from the reference policy on
             begin(config, policy, run_of(checkpoint) if checkpoint else None, checkpoint, say)
