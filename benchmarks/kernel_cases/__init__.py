@@ -10,6 +10,7 @@ FILES = (
     "attention",
     "nf4",
     "nf4_product",
+    "grouped",
     "lora_inference",
     "lora",
     "mlp",

@@ -5,8 +5,8 @@ vLLM's layer of experts is its router and a method, which a quantisation config 
 the module that the policy's own forward calls, so that base (dense or NF4), adapter and activation are the trainer's
 whatever they are, and no second copy of them exists. Which layer is whose is said by its number.
 
-An NF4 base is dequantised for each product, all of a layer's experts: nothing of vLLM's multiplies by packed ones in
-bitsandbytes' blocks.
+An NF4 base stays packed while rows are few, as in decoding, by our kernel (grpo_kernels/grouped_nf4.py), and is
+dequantised else, all of a layer's experts: nothing of vLLM's multiplies by packed ones in bitsandbytes' blocks.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Knows nothing of routers, activations or models.
 Axes: N tokens, k experts a token, S = N k pairs of both, E experts, K columns (inputs), M rows (outputs), r rank.
 
 The pairs are sorted by expert, so that an expert's rows lie together and `offsets` [E] says where they end. The base
-is [E M, K], the experts' rows below each other, dense or in NF4; it is frozen, dequantised for a product and let go, in
-the backward pass again. The factors are laid out as PEFT does those of a three-dimensional parameter (ParamWrapper):
+is [E M, K], the experts' rows below each other, dense or in NF4; it is frozen. In NF4 it is dequantised for a product
+and let go, in the backward pass again; forward, few rows are multiplied by what stays in 4 bits (grouped_nf4.py). The
+factors are laid out as PEFT does those of a three-dimensional parameter (ParamWrapper):
 
     a [E r, K]   row e r + j is row j of expert e's A          b [M, r E]   column j E + e is column j of expert e's B
 
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_kernels.dispatch import Impl
+from grpo_kernels.grouped_nf4 import grouped_nf4_linear, stays_packed
 from grpo_kernels.lora import dense_weight
 from grpo_kernels.nf4 import BLOCK, NF4, nf4_quantize
 
@@ -110,39 +113,47 @@ def quantize_experts(weights: Tensor, device: torch.device) -> NF4:
     return NF4(packed, absmax, (count * rows, columns))
 
 
-def grouped_linear(x: Tensor, base: Tensor | NF4, offsets: Tensor, factors: ExpertFactors | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor, base: Tensor | NF4, offsets: Tensor, factors: ExpertFactors | None = None, impl: Impl = "auto"
+) -> Tensor:
     """Sorted rows x [S, K] by the weights of their experts: [S, M]. Differentiable in x and the masters."""
     if x.dim() != 2 or x.shape[1] != base.shape[1] or base.shape[0] % len(offsets):
         raise ValueError(
             f"x is {list(x.shape)} and the base {list(base.shape)} of {len(offsets)} experts; give [S, K] and [E M, K]."
         )
     if factors is None:
-        return _Grouped.apply(x, base, offsets)
-    return _GroupedLora.apply(x, base, offsets, factors, factors.a, factors.b)
+        return _Grouped.apply(x, base, offsets, impl)
+    return _GroupedLora.apply(x, base, offsets, factors, impl, factors.a, factors.b)
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor | NF4, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: Tensor | NF4, offsets: Tensor, impl: Impl) -> Tensor:
         ctx.base, ctx.offsets = base, offsets
-        return product(x, _by_expert(base, offsets, x.dtype).mT, offsets)
+        return _of_base(x, base, offsets, impl)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return product(grad, _by_expert(ctx.base, ctx.offsets, grad.dtype), ctx.offsets), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return product(grad, _by_expert(ctx.base, ctx.offsets, grad.dtype), ctx.offsets), None, None, None
 
 
 class _GroupedLora(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor | NF4, offsets: Tensor, factors: ExpertFactors, *_masters: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | NF4,
+        offsets: Tensor,
+        factors: ExpertFactors,
+        impl: Impl,
+        *_masters: Tensor,
     ) -> Tensor:
         a, b = _factors_by_expert(factors, len(offsets))
         low = product(x, a.mT, offsets)
         ctx.base, ctx.offsets, ctx.factors = base, offsets, factors
         ctx.save_for_backward(x, low)
-        out = product(x, _by_expert(base, offsets, x.dtype).mT, offsets)
+        out = _of_base(x, base, offsets, impl)
         return out.add_(product(low * factors.scale.to(low.dtype), b.mT, offsets))
 
     @staticmethod
@@ -156,7 +167,14 @@ class _GroupedLora(torch.autograd.Function):
         grad_x = product(grad, _by_expert(ctx.base, offsets, grad.dtype), offsets).add_(product(grad_low, a, offsets))
         grad_a = outer_product(grad_low, x, offsets).float()  # [E, r, K]
         grad_b = outer_product(scaled, low, offsets).float()  # [E, M, r]
-        return grad_x, None, None, None, grad_a.flatten(0, 1), grad_b.permute(1, 2, 0).flatten(1)
+        return grad_x, None, None, None, None, grad_a.flatten(0, 1), grad_b.permute(1, 2, 0).flatten(1)
+
+
+def _of_base(x: Tensor, base: Tensor | NF4, offsets: Tensor, impl: Impl) -> Tensor:
+    """[S, K] -> [S, M], without the adapter."""
+    if isinstance(base, NF4) and stays_packed(x, base, len(offsets), impl):
+        return grouped_nf4_linear(x, base, offsets)
+    return product(x, _by_expert(base, offsets, x.dtype).mT, offsets)
 
 
 def _by_expert(base: Tensor | NF4, offsets: Tensor, dtype: torch.dtype) -> Tensor:

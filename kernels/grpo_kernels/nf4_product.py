@@ -140,7 +140,7 @@ _PASS = tl.constexpr("mov.b32 $0, $1;")
 
 
 @triton.jit
-def _tile_of_nf4(
+def tile_of_nf4(
     x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, first_n, first_m, first_step, end_step,
     num_x_rows, num_rows, num_columns, x_stride, dtype: tl.constexpr,
     DESCRIBED: tl.constexpr, NESTED: tl.constexpr, SHUFFLE: tl.constexpr, TOGETHER: tl.constexpr,
@@ -249,7 +249,7 @@ def _linear_kernel(
         )  # fmt: skip
         first_n, end_n = num_rows + tile_n * BLOCK_N, num_rows + num_a_rows
     else:
-        accumulator = _tile_of_nf4(
+        accumulator = tile_of_nf4(
             x, packed, absmax, nested_absmax, offset, dynamic_levels, levels, first_n, tile_m * BLOCK_M,
             first_step, end_step, num_x_rows, num_rows, num_columns, x_stride, out.dtype.element_ty,
             DESCRIBED, NESTED, SHUFFLE, TOGETHER, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, STAGES,

@@ -30,6 +30,7 @@ from grpo_kernels import (
 from grpo_kernels.attention import _merge, sum_of_copies
 from grpo_kernels.attention_tiles import tiled_attention
 from grpo_kernels.gates import ACTIVATIONS, gated
+from grpo_kernels.grouped_nf4 import grouped_nf4_linear
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -152,6 +153,11 @@ def nf4() -> None:
             with_a(zeros(x_rows, 4096, requires_grad=False), quantized(6144, 4096, nested))
         for bias in (None, zeros(128)):
             nf4_linear(zeros(1, 256), quantized(128, 256, nested), bias, impl="triton")
+
+
+        ends = torch.zeros(4, dtype=torch.int32)
+        for x_rows in (4, 40, 120):  # each number of rows that a pass can have
+            grouped_nf4_linear(zeros(x_rows, 256, requires_grad=False), quantized(256, 256, nested), ends)
 
 
 def with_a(x: torch.Tensor, weight: NF4) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from grpo_kernels.grouped import ExpertFactors, Routing, grouped_linear, quantize_experts
+from grpo_kernels.grouped_nf4 import MOST_ROWS, stays_packed
 from grpo_kernels.nf4 import nf4_dequantize, nf4_double_quantize, nf4_quantize
 
 # tokens, choices, experts, rows, columns, rank: odd ones, which want padding, and experts that nobody chose
@@ -103,3 +104,53 @@ def test_experts_that_share_blocks_are_quantised_together(device):
 def test_what_does_not_belong_together_is_told(device):
     with pytest.raises(ValueError, match=r"x is \[4, 8\] and the base \[6, 16\] of 3 experts"):
         grouped_linear(torch.zeros(4, 8), torch.zeros(6, 16), torch.tensor([1, 2, 4], dtype=torch.int32))
+
+
+# ---- the weight stays in 4 bits
+
+# rows of each expert, outputs, columns: none, more than a pass holds, an expert's last tile not full, a step not full
+UNEVEN = [([3, 0, 1], 24, 64), ([0, 70, 2, 0], 130, 192), ([1], 7, 64), ([0, 0], 16, 128), ([5] * 9, 64, 320)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("sizes, outputs, columns", UNEVEN, ids=str)
+def test_few_rows_by_a_weight_that_stays_in_4_bits(sizes, outputs, columns, double, dtype, device, relative_error):
+    count, total = len(sizes), sum(sizes)
+    base = quantize_experts(torch.randn(count, outputs, columns, device=device) / columns**0.5, device)
+    base = nf4_double_quantize(base) if double else base
+    x = torch.randn(total, 2 * columns, device=device).to(dtype)[:, columns:]  # rows further apart than they are long
+    offsets = torch.tensor(sizes, device=device).cumsum(0).int()
+    got = grouped_linear(x, base, offsets, impl="triton")
+    weights = nf4_dequantize(base, dtype, impl="torch").unflatten(0, (count, outputs)).double()
+    truth = torch.cat([rows @ of.T for rows, of in zip(x.double().split(sizes), weights, strict=True)])
+    assert got.shape == (total, outputs) and got.dtype == dtype
+    assert relative_error(got, truth) < {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def test_its_gradients_are_those_of_the_dense_product(device, relative_error):
+    count, rows, columns, rank = 4, 24, 64, 3
+    base = quantize_experts(torch.randn(count, rows, columns, device=device), device)
+    routing = Routing.of(chosen(9, 2, count).to(device), count)
+    gradients = []
+    for impl in ("torch", "triton"):
+        torch.manual_seed(0)
+        factors = factors_for(count, rows, columns, rank, torch.float32, device)
+        x = torch.randn(18, columns, device=device).requires_grad_()
+        out = grouped_linear(x, base, routing.offsets, factors, impl)
+        (out * torch.linspace(-1, 1, out.numel(), device=device).view_as(out)).sum().backward()
+        gradients.append([out, x.grad, factors.a.grad, factors.b.grad])
+    for one, other in zip(*gradients, strict=True):
+        assert relative_error(one, other) < 2e-6
+
+
+def test_where_it_does_not(device):
+    """Blocks that span two rows, many rows, or a CPU without being asked."""
+
+    def base(columns):
+        return quantize_experts(torch.randn(2, 8, columns, device=device), device)
+
+    few, many = (torch.zeros(rows, 64, device=device) for rows in (4, 2 * MOST_ROWS + 1))
+    assert stays_packed(few, base(64), 2, "triton") and not stays_packed(few, base(64), 2, "torch")
+    assert not stays_packed(few[:, :48], base(48), 2, "triton")
+    assert stays_packed(few, base(64), 2, "auto") == (device.type == "cuda")
+    assert not stays_packed(many, base(64), 2, "auto")
