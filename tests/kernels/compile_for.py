@@ -154,7 +154,6 @@ def nf4() -> None:
         for bias in (None, zeros(128)):
             nf4_linear(zeros(1, 256), quantized(128, 256, nested), bias, impl="triton")
 
-
         ends = torch.zeros(4, dtype=torch.int32)
         for x_rows in (4, 40, 120):  # each number of rows that a pass can have
             grouped_nf4_linear(zeros(x_rows, 256, requires_grad=False), quantized(256, 256, nested), ends)
