@@ -1,7 +1,12 @@
 """Tiny random models of several architectures, and policies over them: what the tests share. No test is here."""
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from grpo.packing import build_packer
 from grpo.policy import Policy, load_model
@@ -139,6 +144,32 @@ def write_checkpoint(folder, config, vary_norms=False):
     model.generation_config = transformers.GenerationConfig(eos_token_id=2, bos_token_id=1, pad_token_id=0)
     model.save_pretrained(folder)
     return folder
+
+
+def random_blocks(shape, generator, scales=(121, 128)):
+    """MXFP4 of random bits: blocks [..., 16] and scales, for dense values [..., 32]."""
+    blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+    return blocks, torch.randint(*scales, shape, generator=generator, dtype=torch.uint8)
+
+
+def write_mxfp4(folder, dense):
+    """A checkpoint like `dense`, gpt-oss in a folder, but in bf16 and with experts in MXFP4, as it is downloaded."""
+    generator = torch.Generator().manual_seed(3)
+    weights = {}
+    for name, tensor in load_file(Path(dense) / "model.safetensors").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            count, columns, rows = tensor.shape
+            blocks, scales = random_blocks((count, rows, columns // 32), generator)
+            weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        else:
+            weights[name] = tensor.bfloat16()
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    settings = json.loads((Path(dense) / "config.json").read_text())
+    settings |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    shutil.copy(Path(dense) / "generation_config.json", folder)
+    return str(folder)
 
 
 CPU = torch.device("cpu")

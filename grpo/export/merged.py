@@ -36,8 +36,8 @@ from grpo.policy.adapter import LinearFactors, factors_in
 from grpo.policy.companions import file_of
 from grpo.policy.experts import ExpertWeights
 from grpo.policy.linears import is_quantized
-from grpo.policy.load import Loaded, from_hub, load_model, safetensors_files
-from grpo.policy.promises import Checkpoint, Progressed, no_progress, value_of
+from grpo.policy.load import Loaded, from_hub, load_model, promised_tensors, safetensors_files
+from grpo.policy.promises import Progressed, no_progress, value_of
 
 SHARD_BYTES = 4 * 10**9
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -78,7 +78,7 @@ def write_merged(
     if not files:
         raise UserError(f"The weights of {source.base} are not in safetensors files. Give its safetensors as --model.")
     dequantised = is_4_bits or (onto == "trained" and source.config is not None and source.config.base == "nf4")
-    tensors = Checkpoint(files, progressed).promised
+    tensors = promised_tensors(settings, files, progressed)
     loaded = _load(source) if dequantised else None
     kept = DTYPES.get(dtype) or _own_dtype(settings)
     if experts and (loaded or set(experts) & factors.keys()):

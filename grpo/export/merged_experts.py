@@ -9,7 +9,6 @@ by their names there, and it is saved: all of it is in this machine's memory, in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo.policy.adapter import LinearFactors
 from grpo.policy.experts import BIAS, are_experts, parameters_of
-from grpo.policy.load import from_hub
+from grpo.policy.load import whole_model
 
 Values = Mapping[str, Callable[[], Tensor]]  # name of a parameter -> rows [M, K], of experts [E M, K], in float32
 
@@ -45,7 +44,7 @@ def write_whole(
     factors, dequantised: by the names of linears and of weights of experts; the second are what these compute with in
     place of the checkpoint's own.
     """
-    model = from_hub(partial(AutoModelForCausalLM.from_pretrained, dtype="auto"), base)
+    model = whole_model(base)
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     with torch.no_grad():
         for name in factors.keys() | dequantised.keys():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from grpo.errors import UserError
+from grpo.policy.mxfp4 import is_mxfp4
 from grpo.policy.promises import read_copy
 
 # bitsandbytes reads the weights, transformers puts them in place with the help of accelerate.
@@ -72,14 +73,15 @@ def weight_of(linear: Linear) -> Tensor | NF4:
 
 
 def is_quantized(settings: Any, name: str) -> bool:
-    """Whether the checkpoint of this Hugging Face config is quantised, in the one way that can be read.
+    """Whether the checkpoint of this Hugging Face config is quantised by bitsandbytes, in the one way that can be read.
+    One in MXFP4 is not: dense weights are made of it when it is read (mxfp4.py).
 
     Raises:
         UserError: it is quantised in another way, or the packages that read it are missing.
     """
     owners = (settings, settings.get_text_config())
     found = next((c for owner in owners if (c := getattr(owner, "quantization_config", None))), None)
-    if found is None:
+    if found is None or is_mxfp4(settings):
         return False
     if not found.get("load_in_4bit") or found.get("bnb_4bit_quant_type") != "nf4":
         raise UserError(

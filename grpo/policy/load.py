@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -36,6 +36,7 @@ from grpo.policy.form import LINEARS, ModelForm
 from grpo.policy.fused import FusedModel
 from grpo.policy.generic import GenericModel
 from grpo.policy.linears import NF4Linear, adopt_quantized, is_quantized
+from grpo.policy.mxfp4 import dense_promises, is_mxfp4
 from grpo.policy.projections import Projection, ProjectionStore, double_quantize
 from grpo.policy.promises import Checkpoint, NotPromised, Progressed, no_progress, settle
 from grpo.policy.quantization import Choice, choose
@@ -56,8 +57,10 @@ ADAPTER = "adapter_config.json"
 # What old checkpoints keep in their layers although the model computes it: masks, positions and rotary frequencies.
 COMPUTED = re.compile(r"(rotary_emb\.\w+|masked_bias|attn\.bias|attention\.bias|position_ids|_extra_state)$")
 
-# What quantised checkpoints call a weight's packed values and their scales: GPTQ and AWQ, compressed-tensors, FP8.
-QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_scale_2)$")
+# What quantised checkpoints call a weight's packed values and their scales: GPTQ, AWQ, compressed-tensors, FP8, MXFP4.
+QUANTISED = re.compile(
+    r"(\.(qweight|qzeros|g_idx|weight_packed|weight_scale|weight_scale_inv|weight_scale_2)|_proj_(blocks|scales))$"
+)
 
 UNLIMITED_CONTEXT = 2**20  # tokens
 
@@ -289,12 +292,34 @@ def _promised_or_whole(
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     if kind and (files := safetensors_files(settings, source)):
         try:
-            return _promised(kind, settings, how, Checkpoint(files, progressed), source)
+            return _promised(kind, settings, how, promised_tensors(settings, files, progressed), source)
         except NotPromised:
             why_whole = f"{kind.__name__} changes them on loading"
+    if is_mxfp4(settings):
+        raise UserError(
+            f"The checkpoint {source} is in MXFP4 and cannot be read: {why_whole}. Use one in bf16 that was made of it."
+        )
     whole: Any = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=trust_remote_code, **how)
     note(f"note: the weights of {source} are read all at once, which this machine's memory has to hold: {why_whole}.")
     return whole
+
+
+def whole_model(name: str) -> Any:
+    """The Hugging Face model of a checkpoint in the dtype of its files, all of it read, as it can be saved again."""
+    settings = from_hub(AutoConfig.from_pretrained, name)
+    if not is_mxfp4(settings):
+        return from_hub(partial(AutoModelForCausalLM.from_pretrained, dtype="auto"), name)
+    # What transformers itself makes of MXFP4 it saves under names that nobody reads ("down_proj$").
+    how = {"dtype": torch.bfloat16, "output_loading_info": True}
+    model, _ = from_hub(partial(_promised_or_whole, settings, how, str, no_progress), name)
+    settle(model, torch.device("cpu"))
+    return model
+
+
+def promised_tensors(settings: Any, files: list[str], progressed: Progressed) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's files by their names, promised; dense ones in place of those in MXFP4."""
+    tensors = Checkpoint(files, progressed).promised
+    return dense_promises(tensors) if is_mxfp4(settings) else tensors
 
 
 def safetensors_files(settings: Any, source: str) -> list[str]:
@@ -310,14 +335,16 @@ def safetensors_files(settings: Any, source: str) -> list[str]:
 
 
 def _promised(
-    kind: Any, settings: Any, how: dict[str, Any], checkpoint: Checkpoint, source: str
+    kind: Any, settings: Any, how: dict[str, Any], tensors: dict[str, Tensor], source: str
 ) -> tuple[Any, dict[str, Any]]:
     if find_adapter_config_file(source):
         _refuse_adapter(source)
     if kind.config_class is settings.sub_configs.get("text_config"):  # the part of a larger model that is for text
         settings = settings.get_text_config()
+    if is_mxfp4(settings):
+        del settings.quantization_config  # of what is in the files, and no longer in the tensors
     # Without a name transformers looks for no files: what it would find beside the weights is asked for here.
-    model, report = kind.from_pretrained(None, config=settings, state_dict=checkpoint.promised, **how)
+    model, report = kind.from_pretrained(None, config=settings, state_dict=tensors, **how)
     model.generation_config = _generation_settings(source)
     return model, report
 
