@@ -43,6 +43,10 @@ way its layers go, and why not the faster.
   sequences too where tokens meet in attention alone and it says all that it does, as in Qwen's experts, OLMoE, Mixtral,
   DeepSeek-V2 and gpt-oss; else one group at a time.
 
+Checkpoints may be in bf16, float16 or float32, in bitsandbytes' NF4, and, as gpt-oss comes, in MXFP4, whose experts
+become dense or NF4. Code that comes with a checkpoint is never run: a kind that transformers knows, as DeepSeek-V2, is
+its own class, and another is refused.
+
 Experts are kept as the base is and multiplied by in grouped products, by vLLM too. All other linears but routers have
 an adapter, and with `--expert-adapters` experts have one as well (PEFT's `target_parameters`).
 

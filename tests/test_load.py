@@ -11,11 +11,23 @@ import torch
 import transformers
 from grpo_kernels.nf4 import NF4
 from safetensors.torch import load_file, save_file
-from tiny_models import CPU, FUSED, GENERIC, NO_HEAD_SIZE, SIZES, write_checkpoint
+from tiny_models import (
+    CPU,
+    FUSED,
+    GENERIC,
+    MIXTURES,
+    NO_HEAD_SIZE,
+    SIZES,
+    build_policy,
+    one_batch,
+    reference_logprobs,
+    write_checkpoint,
+)
 
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.policy import load_model, load_tokenizer
+from grpo.policy.load import context_length
 from grpo.policy.promises import Promise
 
 
@@ -331,3 +343,37 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(folder):
     (folder / "strange.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     assert "code of its own" in error_of(folder)
     assert not (folder / "ran").exists()
+
+
+def test_a_kind_that_transformers_knows_is_its_own_class_whatever_code_comes_along(tmp_path, groups):
+    """config.json as DeepSeek-V2-Lite has it, but for sizes: with names of classes in files beside it."""
+    write_checkpoint(tmp_path, MIXTURES["deepseek-v2"]())
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["rope_parameters"]
+    settings |= dict(
+        auto_map={
+            "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+            "AutoModel": "modeling_deepseek.DeepseekV2Model",
+            "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+        },
+        moe_layer_freq=1, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False, routed_scaling_factor=1.0,
+        aux_loss_alpha=0.001, seq_aux=True, ep_size=1, pretraining_tp=1, q_lora_rank=None, rope_theta=10000,
+        rope_scaling=dict(
+            beta_fast=32, beta_slow=1, factor=4, mscale=0.707, mscale_all_dim=0.707, type="yarn",
+            original_max_position_embeddings=64,
+        ),
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for file in ("configuration_deepseek.py", "modeling_deepseek.py"):
+        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = Config(model=str(tmp_path), base="float32", device="cpu", lora_rank=3)
+    policy = build_policy(config)
+    assert type(policy.model.model) is transformers.DeepseekV2ForCausalLM
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False).eval()
+    assert theirs.config.rope_parameters["rope_type"] == "yarn"
+    batch = one_batch(groups, config)
+    with torch.no_grad():
+        expected, _ = reference_logprobs(theirs, groups, 1.0)
+        torch.testing.assert_close(policy.logprobs(batch)[0][batch.mask].double(), expected, atol=1e-5, rtol=1e-5)
+    assert context_length(str(tmp_path), config) == 256
+    assert not (tmp_path / "ran").exists()
