@@ -166,7 +166,7 @@ class Plan:
             ("adapter", self.sizes.adapter, "--lora-rank"),
             ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, "--optimizer"),
             ("engine beside its cache", self.need.engine_bytes, ""),
-            (cache, self.kv_cache, "--kv-cache-gib"),
+            (cache, self.kv_cache if self.need.kv_bytes_per_token else 0, "--kv-cache-gib"),
             (batches, self.update, "--tokens-per-batch"),
         ]
         width = max(len(name) for name, *_ in rows)
@@ -180,6 +180,9 @@ class Plan:
         )
 
     def _weights_row(self) -> tuple[str, int, str]:
+        if self.sizes.shared_by > 1:
+            told = f"base weights, 1/{self.sizes.shared_by} of the layers', and two layers"
+            return told, self.sizes.weights, "--base, --shard-base"
         if self.sizes.double_quantised:
             return "base weights, their scales in 8 bits too", self.sizes.weights, "--base, --double-quant"
         return "base weights", self.sizes.weights, "--base"
@@ -294,7 +297,7 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
     if left <= 0:
         return (
             f"{told}: weights, adapter and engine alone take {smallest.standing / GIB:.1f}. Take a smaller model, keep "
-            "its base in 4 bits with --base nf4, or lower --lora-rank."
+            "its base in 4 bits with --base nf4, or lower --lora-rank; several GPUs share a base by --shard-base."
         )
     fixed = sizes.update(0, 0, 0)
     per_token = (smallest.update - fixed) / need.longest

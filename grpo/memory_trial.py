@@ -42,6 +42,7 @@ class Sizes:
     layer_input: int  # a token
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
+    shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
     met: float = (
         1.0  # the share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
     )
@@ -101,6 +102,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         recomputing=recomputing,
         keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
         layer_input=_layer_input(policy),
+        shared_by=policy.store.shared_by,
         spared=policy.store.spared_by_double_quant if policy.config.double_quant == "auto" else 0,
     )
 

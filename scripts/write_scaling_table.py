@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,12 @@ def shape_of(name: str) -> Shape:
     )
 
 
-def sizes_of(shape: Shape, base: str) -> Sizes:
-    """What grpo/memory_trial.py would measure, about."""
+def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
+    """What grpo/memory_trial.py would measure, about. ranks: that share the base (--shard-base)."""
     scales = shape.weights // BLOCK
     of_weights = shape.weights // 2 + 4 * scales if base == "nf4" else 2 * shape.weights
+    if ranks > 1:  # and two layers in the buffers
+        of_weights = of_weights // ranks + 2 * of_weights // shape.layers
     kept = BESIDE * shape.kept
     unpacked = 2 * max(inputs * sum(outputs) for inputs, outputs in shape.linears) if base == "nf4" else 0
     return Sizes(
@@ -131,7 +133,8 @@ def sizes_of(shape: Shape, base: str) -> Sizes:
         recomputing=2 * shape.hidden * shape.layers + kept,
         keeping=kept,
         layer_input=2 * shape.hidden,
-        spared=3 * scales - 8 * (scales // NESTED) if base == "nf4" else 0,
+        spared=3 * scales - 8 * (scales // NESTED) if base == "nf4" and ranks == 1 else 0,
+        shared_by=ranks,
     )
 
 
@@ -144,8 +147,11 @@ class Step:
     prompts: int = PROMPTS
 
 
-def plan_of(shape: Shape, base: str, gib: float, step: Step, at_least: bool = False) -> Plan:
-    """Of a step on a card of so much memory; at_least: the plan that takes least.
+def plan_of(
+    shape: Shape, base: str, gib: float, step: Step, at_least: bool = False, ranks: int = 1, beside: float = 0.0
+) -> Plan:
+    """Of a step on a card of so much memory; at_least: the plan that takes least; ranks: that share the base, whose
+    completions servers write; beside: GiB of the card that these have.
 
     Raises:
         UserError: it does not fit.
@@ -156,19 +162,21 @@ def plan_of(shape: Shape, base: str, gib: float, step: Step, at_least: bool = Fa
         longest_completion=step.completion,
         tokens_per_step=step.prompts * (longest + (GROUP - 1) * step.completion),
         sequences=step.prompts * GROUP,
-        kv_bytes_per_token=2 * 2 * shape.keys * shape.layers,
+        kv_bytes_per_token=2 * 2 * shape.keys * shape.layers if ranks == 1 else 0,
         bytes_per_parameter=8,
-        gives_cache_back=(False, True),
-        engine_bytes=ENGINE_BYTES,
+        gives_cache_back=(False, True) if ranks == 1 else (True,),
+        engine_bytes=ENGINE_BYTES if ranks == 1 else 0,
     )
     one = (longest + CACHE_TO_SPARE) * need.kv_bytes_per_token
     asked = Asked("offload", longest, one) if at_least else Asked("auto", 0, 0)
-    return foresee(sizes_of(shape, base), need, int(gib * GIB), asked)
+    sizes = sizes_of(shape, base, ranks)
+    sizes = replace(sizes, others=sizes.others + int(beside * GIB))
+    return foresee(sizes, need, int(gib * GIB), asked)
 
 
-def fits(shape: str, base: str, gib: float, step: Step) -> bool:
+def fits(shape: str, base: str, gib: float, step: Step, ranks: int = 1) -> bool:
     try:
-        plan_of(shape_of(shape), base, gib, step, at_least=True)
+        plan_of(shape_of(shape), base, gib, step, at_least=True, ranks=ranks)
     except UserError:
         return False
     return True
@@ -198,26 +206,57 @@ def what_fits() -> str:
 
 
 @cache
-def longest(shape: str, base: str, gib: float) -> int:
+def longest(shape: str, base: str, gib: float, ranks: int = 1) -> int:
     """Tokens of the longest completion that fits; 0: none."""
     low, high = 0, MOST // GRAIN
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(shape, base, gib, Step(middle * GRAIN)) else (low, middle - 1)
+        low, high = (middle, high) if fits(shape, base, gib, Step(middle * GRAIN), ranks) else (low, middle - 1)
     return low * GRAIN
 
 
-def cell(shape: str, base: str, gib: float) -> str:
-    most = longest(shape, base, gib)
+def cell(shape: str, base: str, gib: float, ranks: int = 1) -> str:
+    most = longest(shape, base, gib, ranks)
     if not most:
         return "–"
     rounded = most if most < 10 * GRAIN else most // 1024 * 1024
-    usual = plan_of(shape_of(shape), base, gib, Step(min(most, COMPLETION)))
-    at_once = int(usual.kv_cache / (usual.need.kv_bytes_per_token * usual.need.longest))
-    less = [f"{at_once} at once"] * (at_once < PROMPTS * GROUP)
+    usual = plan_of(shape_of(shape), base, gib, Step(min(most, COMPLETION)), ranks=ranks)
+    at_once = int(usual.kv_cache / max(1, usual.need.kv_bytes_per_token * usual.need.longest))
+    less = [f"{at_once} at once"] * (ranks == 1 and at_once < PROMPTS * GROUP)
     less += [f"{usual.kept} of {usual.sizes.layers} layers"] * (usual.kept < usual.sizes.layers - 1)
     told = f"{rounded:,}" + " or more" * (most == MOST) + "*" * usual.sizes.double_quantised
     return told + f" ({', '.join(less)})" * bool(less)
+
+
+# ---- a base larger than a card
+
+
+SHARED = {"32B": (2, 4), "70B": (2, 4, 8)}  # models and numbers of cards
+OF_SERVERS = 0.48  # of each card, where they are on the same cards
+
+
+def what_parts_fit() -> str:
+    """A line a model, base and number of cards that share it; then two plans of the largest on two cards."""
+    header = f"| model | base | cards | weights of a card, GiB | {' | '.join(f'{card} cards' for card in CARDS)} |"
+    lines = [header, "|---|---|---:|---:|" + "---:|" * len(CARDS)]
+    for name, counts in SHARED.items():
+        for base in BASES:
+            for count in counts:
+                weights = sizes_of(shape_of(MODELS[name]), base, count).weights / GIB
+                cells = [cell(MODELS[name], base, gib, count) for gib in CARDS.values()]
+                lines.append(f"| {name} | {base} | {count} | {weights:.1f} | {' | '.join(cells)} |")
+    largest, gib = shape_of(MODELS["70B"]), CARDS["80 GB"]
+    alone, shared = (plan_of(largest, "nf4", gib, Step(), ranks=2, beside=each) for each in (0, OF_SERVERS * gib))
+    moved = (sizes_of(largest, "nf4").weights - 2 * largest.tables) / GIB
+    return "\n".join(lines) + (
+        f"\n\nThe longest completions behind prompts of {PROMPT}, {PROMPTS} prompts x {GROUP} completions a card and "
+        f"step, with LoRA of rank {RANK}, where servers on other cards write them, or SFT. A part of the layers' base, "
+        "two layers in the buffers, and all of embedding, head and adapter are on each card. Two 80 GB cards of a 70B "
+        f"in NF4, completions of {COMPLETION} tokens:\n\n```text\n{alone.table()}\n```\n\n"
+        f"and where servers have {OF_SERVERS:.0%} of each card:\n\n```text\n{shared.table()}\n```\n\n"
+        f"A batch, forward and backward, brings {moved:.1f} GiB x 2 x (1 - 1 / cards) to each card, most of it while "
+        "layers are computed."
+    )
 
 
 # ---- what the counted sizes are worth
@@ -296,7 +335,7 @@ def cost(cards: int, gradients: float, completions: float, inside: float, networ
 # ---- the page
 
 
-PARTS = {"fits": what_fits, "worth": what_it_is_worth, "cards": what_more_cards_cost}
+PARTS = {"fits": what_fits, "parts": what_parts_fit, "worth": what_it_is_worth, "cards": what_more_cards_cost}
 
 
 def main() -> None:

@@ -40,6 +40,7 @@ OTHER_PROGRAMS |= {"--enable-lora", "--max-lora-rank", "--lora-modules", "--lora
 OTHER_PROGRAMS |= {
     *("--host", "--port", "--dtype", "--max-model-len", "--max-loras", "--logprobs-mode", "--generation-config"),
     *("--tensor-parallel-size", "--data-parallel-size", "--api-key", "--no-enable-chunked-prefill"),
+    "--gpu-memory-utilization",
 }  # vLLM's server's
 OTHER_PROGRAMS |= {
     *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),

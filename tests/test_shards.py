@@ -3,6 +3,7 @@ make meanwhile; and holds a part of it. Ranks are threads here; processes are in
 
 import gc
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -35,8 +36,13 @@ def config_of(model, **fields):
     return Config(model=model, **fields)
 
 
+LOADING = threading.Lock()  # transformers changes what is everybody's while it loads
+
+
 def build(config, world=ALONE):
-    policy = Policy(load_model(config, CPU, 64, note=lambda told: None, world=world), config, world)
+    with LOADING:
+        loaded = load_model(config, CPU, 64, note=lambda told: None, world=world)
+    policy = Policy(loaded, config, world)
     randomise(policy)
     return policy
 

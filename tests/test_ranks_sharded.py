@@ -1,0 +1,160 @@
+"""Runs of several processes with --shard-base: the adapter of one process over the whole base, whatever ranks have to
+do, and a base that goes on in another number of parts."""
+
+import json
+
+import pytest
+import torch
+from fake_server import FakeServer
+from several import ended, launch, run_ranks, told
+from test_ranks import RATE, adapter, check_same_run, lines, write_task
+from toy_task import SMALL
+
+from grpo.config import Config
+from grpo.run import main
+
+pytestmark = pytest.mark.slow
+
+STEPS = ["--steps", "5", "--prompts-per-step", "3", "--learning-rate", str(RATE), "--threads", "1"]
+TAUGHT = [
+    "--engine",
+    "none",
+    "--eval-prompts",
+    "4",
+    "--eval-every",
+    "4",
+    "--save-every",
+    "3",
+    "--lora-rank",
+    "4",
+    *STEPS,
+]
+SFT = ["--method", "sft", *TAUGHT]
+
+
+def check_same_taught(one, other, step=5):
+    """The adapter to 1e-6, the same answers, and scores and losses as the adapter has them."""
+    expected, found = adapter(one, step), adapter(other, step)
+    assert expected.keys() == found.keys()
+    assert max(float(each.abs().max()) for name, each in expected.items() if "lora_B" in name) > step * RATE / 5
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    assert lines(one, "completions.jsonl") == lines(other, "completions.jsonl")
+    for first, second in zip(lines(one, "metrics.jsonl"), lines(other, "metrics.jsonl"), strict=True):
+        names = [name for name in first if not name.startswith(("time/", "speed/", "memory/"))]
+        assert {n: second[n] for n in names} == pytest.approx({n: first[n] for n in names}, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (2, []),
+        (3, ["--base", "nf4", "--tokens-per-batch", "30"]),  # a batch for each answer
+        (2, ["--base", "nf4", "--double-quant", "on", "--recompute", "layer"]),
+        (3, ["--prompts-per-step", "1", "--recompute", "offload"]),  # two ranks have nothing to compute
+        (2, ["--base", "bf16"]),
+    ],
+    ids=["float32", "nf4", "double quantisation", "nothing for two ranks", "bf16"],
+)
+def test_answers_teach_the_adapter_of_one_process(size, flags, tmp_path):
+    argv = [write_task(tmp_path), *SFT, *flags]
+    assert main([*argv, "--run-dir", str(tmp_path / "one")]) == 0
+    codes, logs = run_ranks(size, tmp_path, [*argv, "--shard-base", "--run-dir", "run"], seconds=300)
+    assert codes == [0] * size, logs
+    assert f"the base in {size} parts" in logs[0] and logs[1:] == [""] * (size - 1)
+    check_same_taught(tmp_path / "one", tmp_path / "run")
+
+
+def test_pairs_teach_the_adapter_of_one_process(tmp_path):
+    """With passes of the reference policy."""
+
+    def chat(number, answer):
+        return [{"role": "user", "content": f"What is {number} + 2?"}, {"role": "assistant", "content": answer}]
+
+    rows = [
+        {"prompt": chat(n, "")[:1], "chosen": chat(n, f"It is {n + 2}.")[1:], "rejected": chat(n, "No idea.")[1:]}
+        for n in range(9)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "--method",
+        "dpo",
+        "--data",
+        str(tmp_path / "pairs.jsonl"),
+        "--model",
+        "embedded",
+        "--base",
+        "nf4",
+        "--held-out",
+        "2",
+        *TAUGHT,
+    ]
+    assert main([*argv, "--run-dir", str(tmp_path / "one")]) == 0
+    codes, logs = run_ranks(2, tmp_path, [*argv, "--shard-base", "--run-dir", "run"], seconds=300)
+    assert codes == [0, 0], logs
+    check_same_taught(tmp_path / "one", tmp_path / "run")
+
+
+def test_a_run_goes_on_in_another_number_of_parts(tmp_path):
+    """Two parts, the whole in one process, three parts; and held-out scores of it by two ranks."""
+    argv = [write_task(tmp_path), *SFT, "--base", "nf4", "--shard-base", "--save-every", "1", "--run-dir"]
+    assert main([*argv, str(tmp_path / "one")]) == 0
+    codes, logs = run_ranks(2, tmp_path, [*argv, "run", "--steps", "2"], seconds=300)
+    assert codes == [0, 0], logs
+    assert main(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    codes, logs = run_ranks(3, tmp_path, ["--resume", "run", "--steps", "5"], seconds=300)
+    assert codes == [0, 0, 0] and "the base in 3 parts" in logs[0], logs
+    expected, found = adapter(tmp_path / "one"), adapter(tmp_path / "run")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
+    codes, logs = run_ranks(2, tmp_path, ["--eval", "run"], seconds=300)
+    assert codes == [0, 0] and "the base in 2 parts" in logs[0], logs
+    score = lines(tmp_path / "run", "metrics.jsonl")[-1]["eval/logprob"]
+    assert f"{score:.3f}" in logs[0]
+
+
+@pytest.fixture
+def server():
+    """A fake server of the embedded model over a base in NF4."""
+    config = Config(model="embedded", base="nf4", device="cpu", lora_rank=4, max_completion_tokens=7)
+    fake = FakeServer(config, max_model_len=2048)
+    yield fake
+    fake.die()
+
+
+@pytest.mark.parametrize(
+    ("size", "rewards", "flags"),
+    [
+        (2, "{letters: 1.0, says: 1.0}", []),
+        (3, "{seldom: 1.0, says: 1.0}", ["--kl-coef", "0.1", "--tokens-per-batch", "40"]),  # ranks without a group
+    ],
+)
+def test_rollouts_of_servers_train_the_adapter_of_one_process(size, rewards, flags, server, tmp_path):
+    argv = [write_task(tmp_path, rewards), *SMALL, *STEPS, "--steps", "3", "--base", "nf4", *flags]
+    argv += ["--engine", "server", "--servers", server.url]
+    assert main([*argv, "--run-dir", str(tmp_path / "one")]) == 0
+    codes, logs = run_ranks(size, tmp_path, [*argv, "--shard-base", "--run-dir", "run"], seconds=400)
+    assert codes == [0] * size, logs
+    check_same_run(tmp_path / "one", tmp_path / "run", step=3)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    "moment",
+    ["grpo.policy.shards.Shards._gather:call:70", "grpo.policy.shards.Shards._come_back:return:9"],
+    ids=["forward", "backward"],
+)
+def test_a_rank_that_is_killed_between_two_layers_ends_all(rank, moment, tmp_path):
+    argv = [write_task(tmp_path), *SFT, "--shard-base", "--save-every", "1", "--run-dir", "run"]
+    processes = launch(2, tmp_path, argv, KILL=f"{rank}:{moment}")
+    codes = ended(processes, 120)
+    assert codes[rank] == -9 and codes[1 - rank] == 2
+    expected = "It ended without a word" if rank else "the store that all ranks meet at does not answer"
+    assert expected in told(tmp_path, 1 - rank)
+
+
+def test_who_samples_in_the_process_is_refused_before_anything_is_loaded(tmp_path):
+    codes, logs = run_ranks(2, tmp_path, [write_task(tmp_path), *SMALL, *STEPS, "--shard-base", "--run-dir", "run"])
+    assert codes == [2, 2]
+    assert "--engine auto would sample from all of it" in logs[0] and "layers:" not in logs[0]
+    assert not (tmp_path / "run").exists()
