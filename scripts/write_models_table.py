@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,12 @@ EQUAL = 1e-5  # log-probabilities, and the distance of all LoRA gradients relati
 SAMPLED_EQUAL = 2e-4  # a log-probability that vLLM sampled by, in another order of sums
 SECONDS, CHILDREN = 1200, 2  # that a child may take; and how many there are at once
 
+# What a run tells of layers that are not fused.
+SLOWER = re.compile(
+    r"a linear at a time, (over packed sequences|a sequence at a time, as (?P<unpacked>.+)); "
+    r"slower than fused layers \((?P<unfused>.+)\)$"
+)
+
 ABOUT = """# Models
 
 <!-- written by python scripts/write_models_table.py -->
@@ -39,9 +46,9 @@ a model that is not in this table goes the way of those that compute the same. A
 way its layers go, and why not the faster.
 
 * **fused**: layers over packed sequences, a group's prompt once, on fused kernels.
-* **transformers'**: its own layers, each linear with its adapter. Slower, with the same numbers. They run over packed
-  sequences too where tokens meet in attention alone and it says all that it does, as in Qwen's experts, OLMoE, Mixtral,
-  DeepSeek-V2 and gpt-oss; else one group at a time.
+* **transformers', packed**: its own layers, each linear with its adapter. Slower, with the same numbers. They run over
+  packed sequences too where tokens meet in attention alone and it says all that it does.
+* **transformers', a sequence at a time**: the same, one group after the other, its sequences padded. Slower still.
 
 Checkpoints may be in bf16, float16 or float32, in bitsandbytes' NF4, and, as gpt-oss comes, in MXFP4, whose experts
 become dense or NF4. Code that comes with a checkpoint is never run: a kind that transformers knows, as DeepSeek-V2, is
@@ -377,16 +384,19 @@ def row(out: dict[str, Any], remarks: list[str]) -> list[str]:
     name = f"`{out['class']}`" if "class" in out else "?"
     if "refused" in out:
         return [name, f"refused {noted(out['refused'], remarks)}", "-", "-", "-"]
-    fused = out["layers"].startswith("fused")
-    layers = "**fused**" if fused else f"transformers' {noted(reason(out['layers']), remarks)}"
-    return [name, layers, *(cell(out["bases"][base]) for base in BASES)]
+    return [name, way(out["layers"], remarks), *(cell(out["bases"][base]) for base in BASES)]
 
 
-def reason(note: str) -> str:
-    """What stands last in the line, between brackets."""
-    return "Not fused: " + note[note.index("fused layers over packed sequences (") :].partition("(")[2].removesuffix(
-        ")"
-    )
+def way(note: str, remarks: list[str]) -> str:
+    """Of its layers, by the line that a run tells, with the reasons that stand in it."""
+    if note.startswith("fused"):
+        return "**fused**"
+    found = SLOWER.search(note)
+    assert found, f"a line of another kind: {note}"
+    unpacked, unfused = found["unpacked"], noted(f"Not fused: {found['unfused']}", remarks)
+    if not unpacked:
+        return f"transformers', packed {unfused}"
+    return f"transformers', a sequence at a time {unfused} {noted(f'Not packed: {unpacked}', remarks)}"
 
 
 def cell(distance: float) -> str:

@@ -5,6 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
+from tiny_models import CPU
+
+from grpo.policy import load_model
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import write_models_table as script
@@ -17,7 +22,8 @@ FUSED = {
 }
 GENERIC = {
     "class": "B",
-    "layers": "those of transformers' B, slower than fused layers over packed sequences (layer 0 has (odd) norms)",
+    "layers": "those of transformers' B, a linear at a time, over packed sequences; "
+    "slower than fused layers (layer 0 has (odd) norms)",
     "bases": {"float32": 1e-6, "bf16": 1e-6, "nf4": 1e-6},
 }
 
@@ -28,9 +34,25 @@ def test_a_row_a_family_and_every_reason_once(monkeypatch):
     page = script.page({family: out | {"with": "torch 2, vllm 3"} for family, out in found.items()})
     assert "on a CPU, with torch 2, vllm 3. Speed" in page
     assert "| Family A | `A` | **fused** | yes | 0.003 away | yes | shared | adapter, 0.03 away | refused (1) |" in page
-    assert page.count("| `B` | transformers' (2) | yes | yes | yes |") == 2
+    assert page.count("| `B` | transformers', packed (2) | yes | yes | yes |") == 2
     assert "| ? | refused (3) | - | - | - |" in page
     assert page.endswith("1. is / odd.\n2. Not fused: layer 0 has (odd) norms\n3. failed: nothing\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("llama", "**fused**"), ("starcoder2", "transformers', packed (1)")],
+)
+def test_the_way_of_layers_is_read_from_what_a_run_tells(name, told, tiny_config):
+    notes, remarks = [], []
+    load_model(tiny_config(name), CPU, 64, note=notes.append)
+    [line] = [note.removeprefix("layers: ") for note in notes if note.startswith("layers: ")]
+    assert script.way(line, remarks) == told
+    assert remarks == [] or remarks[0].startswith("Not fused: layer 0 has no linears mlp.gate_proj")
+    unpacked = line.replace("over packed sequences;", "a sequence at a time, as it has a convolution;")
+    if name != "llama":
+        assert script.way(unpacked, remarks) == "transformers', a sequence at a time (1) (2)"
+        assert remarks[1] == "Not packed: it has a convolution"
 
 
 def test_rows_are_written_anew_and_the_others_stay(monkeypatch, tmp_path):
