@@ -11,67 +11,128 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from grpo.errors import UserError
-from grpo.ray_worker import Failed, work
+from grpo.errors import UserError, in_words
+from grpo.ray_worker import Ended, work
 from grpo.terminal import plain, say
+
+STOPPED = 130  # exit code after Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
     """Start the command on the cluster and wait for it. Returns its exit code."""
+    given = command_line().parse_args(argv)
+    try:
+        return launch(given)
+    except UserError as error:
+        print(f"error: {plain(str(error))}", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, SystemExit) as error:  # Ray's handler of Ctrl-C ends the program with code 0
+        if isinstance(error, SystemExit) and error.code:
+            raise
+        print("Stopped. What is left is the last checkpoint, with which --resume goes on.", file=sys.stderr)
+        return STOPPED
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Its flags."""
     parser = argparse.ArgumentParser(prog="python -m grpo.ray", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workers", type=int, required=True, help="processes, one a GPU")
     parser.add_argument("--gpu", action="store_true", help="a GPU for each of them; else they compute on CPUs")
     parser.add_argument("--cpus", type=int, default=1, help="that Ray sets aside for each of them")
     parser.add_argument("--max-restarts", type=int, default=0, help="after failures, all of them together")
     parser.add_argument("-m", dest="command", nargs=argparse.REMAINDER, required=True, help="grpo.run and its flags")
-    try:
-        return launch(parser.parse_args(argv))
-    except UserError as error:
-        print(f"error: {plain(str(error))}", file=sys.stderr)
-        return 2
+    return parser
 
 
 def launch(given: argparse.Namespace) -> int:
     """The same of flags that were read.
 
     Raises:
-        UserError: Ray is not installed, or what is asked of it makes no sense.
+        UserError: Ray is not installed or cannot be reached, or what is asked of it makes no sense.
     """
-    if given.workers < 1 or not given.command:
+    if min(given.workers, given.cpus) < 1 or given.max_restarts < 0 or not given.command:
         raise UserError(
-            f"--workers is {given.workers} and -m {' '.join(given.command)!r}: give 1 or more, and grpo.run."
+            f"--workers is {given.workers}, --cpus {given.cpus}, --max-restarts {given.max_restarts} and -m "
+            f"{' '.join(given.command)!r}: give 1 or more, 1 or more, 0 or more, and grpo.run."
         )
     try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchConfig, TorchTrainer
+        import ray
+        import ray.train.torch
     except ImportError as error:
         raise UserError(f'Ray Train cannot be imported ({error}): pip install "grpo[ray]".') from error
+    _join_cluster(ray, given)
+    for restarts_left in reversed(range(given.max_restarts + 1)):
+        ended = _run_once(ray, given)
+        if not any(each.code for each in ended):
+            say("All processes have ended well.")
+            return 0
+        told = what_they_say(ended)
+        if restarts_left:
+            say(f"note: {told} All processes are started again, {restarts_left} more times at most.")
+    print(f"error: {plain(told)}", file=sys.stderr)
+    return next((each.code for each in ended if each.code > 0), 1)
+
+
+def what_they_say(ended: Sequence[Ended]) -> str:
+    """What the first process said that had something to say; else their exit codes."""
+    codes = ", ".join(str(each.code) for each in ended)
+    return next((each.sentence for each in ended if each.sentence), f"The processes ended with exit codes {codes}.")
+
+
+def _join_cluster(ray: Any, given: argparse.Namespace) -> None:
+    """The cluster that RAY_ADDRESS names or that this host belongs to; else one of this host alone.
+
+    Raises:
+        UserError: it does not answer, or did not start.
+    """
+    try:
+        if not ray.is_initialized():
+            ray.init()
+        has = ray.cluster_resources()
+    except Exception as error:
+        raise UserError(
+            f"Ray's cluster cannot be reached, or did not start on this host: {_first_line(error)} Where there is one, "
+            "RAY_ADDRESS names it; `ray status` shows whether it is well."
+        ) from error
+    wanted = {"CPU": given.workers * given.cpus, "GPU": given.workers * given.gpu}
+    short = [f"{has.get(kind, 0):g} {kind}s of {count}" for kind, count in wanted.items() if has.get(kind, 0) < count]
+    if short:
+        say(f"note: the cluster has {' and '.join(short)} asked for. Ray waits until it has grown; Ctrl-C ends that.")
+
+
+def _run_once(ray: Any, given: argparse.Namespace) -> list[Ended]:
+    """Start all processes and wait for them: how each has ended, or one for all where Ray has lost some."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     each = {"CPU": given.cpus, "GPU": int(given.gpu)}
     trainer = TorchTrainer(
         work,
         train_loop_config={"command": given.command, "folder": os.getcwd()},
         torch_config=TorchConfig(backend="gloo"),  # of the workers, who exchange exit codes and nothing else
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpu, resources_per_worker=each),
-        run_config=RunConfig(failure_config=FailureConfig(max_failures=given.max_restarts)),
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=0)),
     )
     try:
-        trainer.fit()
+        return [Ended(*of_rank) for of_rank in trainer.fit().return_value]
     except TrainingFailedError as error:
-        return _tell(error)
-    say("All processes have ended well.")
-    return 0
+        return [lost(error)]
 
 
-def _tell(error: Any) -> int:
-    """What the first process said that had something to say, and its exit code; else what Ray says."""
+def lost(error: Any) -> Ended:
+    """What Ray says of workers that it has lost."""
     failures = getattr(error, "worker_failures", {})
-    failed = [getattr(failure, "_base_exc", failure) for failure in failures.values()]
-    ours = [failure for failure in failed if isinstance(failure, Failed)]
-    sentences = [failure.sentence for failure in ours if failure.sentence]
-    print(f"error: {plain(sentences[0] if sentences else str(ours[0] if ours else error))}", file=sys.stderr)
-    return next((code for failure in ours for code in failure.codes if code > 0), 1)
+    failed = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    told = "; ".join(f"rank {rank}: {_first_line(failure)}" for rank, failure in failed.items())
+    return Ended(1, f"Ray has lost processes of the run, and ended the others. {told or _first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    first, is_longer, _ = in_words(error).partition("\n")
+    return f"{first.rstrip()})." if is_longer else f"{first}."
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 sets the variables that torchrun sets.
 
 The processes meet at the store that Ray's first worker keeps, which outlives them, as torchrun's agent's does. A worker
-reports a failure only when all processes have ended: Ray ends the others at the first report, and rank 0 may be saving.
+returns only when all processes have ended, for rank 0 may be saving. A process that has failed is no failure of Ray's
+worker, of which Ray would print what is for programmers: what became of it is what the worker returns.
 
 A module of its own: what is sent to workers is found by its name there.
 """
@@ -12,42 +13,30 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 
-class Failed(Exception):
-    """The processes have ended, and not all of them well.
+class Ended(NamedTuple):
+    """How a process has ended."""
 
-    codes       exit code of each rank
-    sentence    what this worker's process has told the user; empty where that was another's to tell
-    """
-
-    def __init__(self, codes: list[int], sentence: str):
-        super().__init__(codes, sentence)
-        self.codes, self.sentence = codes, sentence
-
-    def __str__(self) -> str:
-        return self.sentence or f"The processes ended with exit codes {', '.join(map(str, self.codes))}."
+    code: int
+    sentence: str  # that it has told the user; empty where that was another's to tell
 
 
-def work(given: dict[str, Any]) -> None:
-    """What a worker of Ray does, whose environment has the variables that torchrun sets too.
-
-    Raises:
-        Failed: a process did not end well.
-    """
+def work(given: dict[str, Any]) -> list[tuple[int, str]]:
+    """What a worker of Ray does, whose environment has the variables that torchrun sets too: how the process of each
+    rank has ended (Ended)."""
     import torch.distributed
 
     kept_by_ray = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-    code, sentence = _run([sys.executable, "-m", *given["command"]], given["folder"], os.environ | kept_by_ray)
-    codes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(codes, code)
-    if any(codes):
-        raise Failed(codes, sentence)
+    ended = _run([sys.executable, "-m", *given["command"]], given["folder"], os.environ | kept_by_ray)
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, tuple(ended))
+    return of_ranks
 
 
-def _run(command: list[str], folder: str, environment: dict[str, str]) -> tuple[int, str]:
-    """The exit code of a command, and the sentence that it ended with. What it prints goes where Ray shows it."""
+def _run(command: list[str], folder: str, environment: dict[str, str]) -> Ended:
+    """How a command ended. What it prints goes where Ray shows it."""
     told = ""
     with subprocess.Popen(
         command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -56,4 +45,4 @@ def _run(command: list[str], folder: str, environment: dict[str, str]) -> tuple[
         for line in process.stderr:
             print(line, end="", file=sys.stderr, flush=True)
             told = line if line.startswith("error: ") else told and told + line
-    return process.returncode, told.removeprefix("error: ").strip()
+    return Ended(process.returncode, told.removeprefix("error: ").strip())

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from fake_server import reset
 
+RESTART = "the server was started again"  # in the place of a path
 LOAD, UNLOAD, COMPLETIONS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
 
 
@@ -71,6 +72,8 @@ class Relay:
         """The adapters at the server after each one that it took or gave up."""
         there, found = [], []
         for path, body, status, _ in self.passed:
+            if path == RESTART:
+                there = []
             if path == LOAD and status == 200:
                 there = [*there, body["lora_name"]]
             if path == UNLOAD and status == 200:

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from test_docs import DOCUMENTS, ROOT, text_of
+from torch.distributed.run import get_args_parser
 
 from grpo import command, new
 from grpo.chat.__main__ import _parser as chat_line
 from grpo.doctor.__main__ import JSON
 from grpo.embedded import MODEL_DIR
 from grpo.export.__main__ import _parse as parse_export
+from grpo.ray import command_line as ray_line
 from grpo.report.__main__ import command_line as report_line
 from grpo.rewards.__main__ import _parse as parse_rewards
 
@@ -123,6 +125,10 @@ def check_command(words: list[str]) -> None:
     while re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # a variable that it runs with
         words = words[1:]
     program, *rest = words[2:] if words[1:3] == ["-m", "grpo.ray"] else words
+    if program == "grpo.ray":
+        ray_line().parse_args(rest)
+    if "torchrun" in words and "..." not in rest:  # srun may start it
+        get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
     if program in LAUNCHERS and "-m" in rest:  # of its own flags, then of what it starts
         program, rest = "python", rest[rest.index("-m") :]
     if program == "python" and rest[0] == "-m":

@@ -8,8 +8,8 @@ import pytest
 from test_ranks import STEPS, check_same_run, write_task
 from toy_task import SMALL, TASK
 
-from grpo.ray import _tell, main
-from grpo.ray_worker import Failed
+from grpo.ray import lost, main, what_they_say
+from grpo.ray_worker import Ended
 from grpo.run import main as run
 
 pytestmark = pytest.mark.slow
@@ -25,20 +25,29 @@ def one_fails(completions, trainer_state):
 """
 
 
-def test_what_all_processes_say_is_one_sentence_and_one_code(capsys):
-    """The first sentence that somebody has; a process that was killed has none, and a code that is no exit code."""
-    error = RuntimeError("Ray's own words")
-    assert _tell(error) == 1
-    assert capsys.readouterr().err == "error: Ray's own words\n"
-    error.worker_failures = {0: Failed([2, -9], "Rank 1 (host) has ended the run: It ended."), 1: Failed([2, -9], "")}
-    assert _tell(error) == 2
-    assert capsys.readouterr().err == "error: Rank 1 (host) has ended the run: It ended.\n"
-    error.worker_failures = {1: Failed([-9, -9], "")}
-    assert _tell(error) == 1
-    assert "exit codes -9, -9" in capsys.readouterr().err
+def test_what_all_processes_say_is_one_sentence():
+    """The first that somebody has; a process that was killed has none."""
+    words = "Rank 1 (host) has ended the run: It ended."
+    assert what_they_say([Ended(2, ""), Ended(-9, words), Ended(2, "Another.")]) == words
+    assert what_they_say([Ended(-9, ""), Ended(0, "")]) == "The processes ended with exit codes -9, 0."
 
 
-@pytest.mark.parametrize("argv", [["--workers", "0", "-m", "grpo.run"], ["--workers", "2", "-m"]])
+def test_what_ray_has_lost_is_told_in_a_line():
+    error = RuntimeError("Ray's own words.\nTraceback (most recent call last):")
+    assert lost(error).sentence.endswith("ended the others. RuntimeError (Ray's own words.).")
+    error.worker_failures = {1: OSError("The actor died\nunexpectedly")}
+    code, told = lost(error)
+    assert code == 1 and told.endswith("rank 1: OSError (The actor died).") and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--workers", "0", "-m", "grpo.run"],
+        ["--workers", "2", "-m"],
+        ["--workers", "1", "--max-restarts", "-1", "-m", "grpo.run"],
+    ],
+)
 def test_what_makes_no_sense_is_refused(argv, capsys):
     assert main(argv) == 2
     assert "give 1 or more" in capsys.readouterr().err
@@ -74,9 +83,16 @@ def test_a_reward_that_fails_in_one_process_is_told_by_the_driver(cluster, tmp_p
     monkeypatch.chdir(tmp_path)
     task = tmp_path / "toy.py"
     task.write_text(TASK.format(rewards="{one_fails: 1.0}", extra=ONE_FAILS).replace('("says", 1.0)', "None"))
-    argv = [str(task), *SMALL, *STEPS, "--max-reward-failures", "0", "--run-dir", "run"]
+    argv = [str(task), *SMALL, *STEPS, "--max-reward-failures", "0", "--run-dir", "run", "--resume-or-start"]
     assert main(["--workers", "2", "-m", "grpo.run", *argv]) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert "raised ValueError (the judge is out)" in told[0]
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-000003"]
+    [told] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "raised ValueError (the judge is out)" in told
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-000003"]
+    # The same once more, in a run that is started again by itself: from there on nothing fails.
+    (tmp_path / "claimed").unlink()
+    assert main(["--workers", "2", "--max-restarts", "1", "-m", "grpo.run", *argv]) == 0
+    told = capsys.readouterr().out
+    assert "note: Rank" in told and "the judge is out" in told and "started again, 0 more times" in told
+    assert (checkpoints / "step-000005").is_dir()
+    assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 3

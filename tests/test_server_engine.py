@@ -19,7 +19,7 @@ from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, t
 from grpo.errors import UserError
 from grpo.rollout.server import ServerEngine, check_reachable, open_exchange
 from grpo.rollout.server_http import Fault
-from grpo.rollout.server_pool import OTHER_FILES, TRIES, Task, Timing, at_once, units
+from grpo.rollout.server_pool import LOSSES, OTHER_FILES, TRIES, Task, Timing, at_once, units
 from grpo.rollout.server_protocol import Sampling
 from grpo.types import Request
 
@@ -312,6 +312,30 @@ def test_a_slow_server_that_is_well_is_waited_for(open_engine):
     fake.faults.append(lambda *_: asked_after.wait() and None)
     assert tokens_of(rollout(engine, prompts(1), 2, seed=1)) == expected(engine, 1, prompts(1), 2)
     assert not told
+
+
+@pytest.mark.parametrize("cut_off", [torn, sent(504, "<html>Gateway timeout</html>")], ids=["reset", "504"])
+def test_a_proxy_that_cuts_long_completions_off_ends_the_run(cut_off, open_engine):
+    """In between the server is seen to be well again and again, so that it never counts as lost itself."""
+    engine, [fake], _ = open_engine(1, timing=replace(QUICK, asked_after=0, steady=0))
+    healthy, answer = threading.Semaphore(0), fake.answer
+
+    def counted(method, path, *rest):
+        if path == "/health":
+            healthy.release()
+        return answer(method, path, *rest)
+
+    def after_a_while(server, body):
+        while healthy.acquire(blocking=False):  # those of before
+            pass
+        healthy.acquire()
+        healthy.acquire()  # asked for the second time when the first was taken for an answer
+        return cut_off(server, body)
+
+    fake.answer = counted
+    fake.faults += [after_a_while] * 100
+    with pytest.raises(UserError, match=rf"lost {LOSSES} times over .* at {fake.url}.* proxy that gives up"):
+        rollout(engine, prompts(1), 1, seed=1)
 
 
 def test_ctrl_c_in_a_rollout_breaks_off_what_is_asked_and_the_engine_can_go_on(open_engine):

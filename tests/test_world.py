@@ -16,6 +16,7 @@ from grpo.launcher import launched, leave_variables, take_own_gpu
 from grpo.packing import build_packer, share_of
 from grpo.ranks import Ranks
 from grpo.types import Completion, Group, Prompt
+from grpo.verbs.together import same_command
 from grpo.world import ALONE, World, deal
 
 
@@ -168,3 +169,14 @@ def test_a_base_that_is_rounded_otherwise_on_another_rank_is_told():
         Ranks.require_same(several, lambda: [[], False], rounded_otherwise)
     several.gather = lambda mine: [mine, mine]
     Ranks.require_same(several, lambda: [[], False], rounded_otherwise)
+
+
+@pytest.mark.parametrize("name", ["Python", "torch", "transformers", "the SHA-256 of this package's code", "--seed"])
+def test_a_process_that_runs_something_else_is_told(name):
+    """Another version computes another adapter, or the same until it does not."""
+    resolved = SimpleNamespace(config=Config(model="embedded", device="cpu"), task_sha256="1")
+    several = SimpleNamespace(gather=lambda mine: [mine, mine, mine | {name: "another"}])
+    with pytest.raises(UserError, match=rf"Rank 2 is not like the others: {name} is another there"):
+        same_command(several, resolved, None)
+    several.gather = lambda mine: [mine, mine]
+    same_command(several, resolved, None)

@@ -91,6 +91,8 @@ class Line:
             connection.request(method, self.address.path + path, data, self._headers())
             answer = connection.getresponse()
             said = answer.read(most + 1)
+            if answer.length and len(said) <= most:
+                raise http.client.IncompleteRead(said, answer.length)
         except (OSError, http.client.HTTPException) as error:
             raise Fault(self._in_words(error, call)) from error
         finally:

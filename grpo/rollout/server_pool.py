@@ -31,7 +31,9 @@ from grpo.rollout.server_station import Station
 AT_ONCE = 256  # completions that a server is given; more would wait there, and could not go to another one
 OTHER_FILES = 256  # that the process has open
 TRIES = 6  # of a task that servers answer, but not with what is asked for
+LOSSES = 10  # of a task at work: whatever cuts it off will do so again
 RELAPSES = 10  # of a server that is well when it is looked at, and answers nothing when it is at work
+CUT_OFF = (408, 502, 504)  # of a proxy that has waited for long enough, or lost the server
 HEALTHY = range(400, 500)  # a proxy may know no /health
 
 
@@ -55,7 +57,8 @@ class Task:
     group: int  # tasks of a group that follow each other go to one server
     tokens: int  # that it may take, prompt and completion
     ask: Callable[[Station, Call], Any]  # in a thread; raises Fault
-    tries: int = 0
+    tries: int = 0  # that were answered wrongly
+    losses: int = 0  # that were not answered, though a server was at work at it
 
 
 Done = Callable[[int, Any], object]  # is told of the answer to the task of that index
@@ -204,6 +207,14 @@ class Pool:
             raise UserError(
                 f"The server at {station} {fault}. That was the answer to one completion, {TRIES} times over, though "
                 "servers were there. Look into the server's log."
+            )
+        task.losses += not fault.is_answer or fault.status in CUT_OFF
+        if task.losses == LOSSES:
+            raise UserError(
+                f"One completion was lost {LOSSES} times over while servers wrote it, the last time at {station}, "
+                f"which {fault}. A proxy that gives up on long answers does that: let it wait for longer than a "
+                "completion takes, or name the servers themselves. So does a completion that ends a server: look into "
+                "its log."
             )
         self.fail(station, fault)
         if self.waiting and self.tasks[self.waiting[0][0]].group == task.group:

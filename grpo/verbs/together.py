@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -31,7 +34,11 @@ def same_command(world: World, resolved: Resolved, checkpoint: Path | None) -> N
     mine = {
         "the task file's SHA-256": resolved.task_sha256,
         "the device": choose_device(resolved.config).type,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
         "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        **({"vLLM": _version("vllm")} if resolved.config.engine == "vllm" else {}),
+        "the SHA-256 of this package's code": _code(),
         "the checkpoint to go on from": str(checkpoint and (checkpoint.name, read_state(checkpoint)[1])),
         **{f"--{name.replace('_', '-')}": repr(value) for name, value in config.items()},
     }
@@ -46,6 +53,25 @@ def same_command(world: World, resolved: Resolved, checkpoint: Path | None) -> N
 
 def _differences(mine: dict[str, str], other: dict[str, str]) -> Iterator[tuple[str, str]]:
     return ((name, value) for name, value in other.items() if mine.get(name) != value)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not known"
+
+
+def _code() -> str:
+    """The SHA-256 of what is run here: a version does not tell one checkout from another."""
+    digest = hashlib.sha256()
+    for package in ("grpo", "grpo_kernels"):
+        spec = find_spec(package)
+        assert spec and spec.submodule_search_locations
+        folder = Path(next(iter(spec.submodule_search_locations)))
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def same_questions(world: World, questions: Questions) -> None:

@@ -4,13 +4,17 @@ what is learnt from completions of an older policy, against transformers and PEF
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
 from collections import Counter
 
 import pytest
 import torch
 from peft import PeftModel
-from real_server import KEY
-from relay import Relay
+from real_server import AS_IT_MUST_BE, KEY, PROCESSED
+from relay import LOAD, RESTART, Passed, Relay
 from test_ranks import LETTERS, REWARDS, adapter, lines
 from toy_task import SMALL, TASK
 from transformers import AutoModelForCausalLM
@@ -18,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from grpo.policy.load import model_source
 from grpo.run import main
 
-STEPS = 4
+STEPS = 5
 # Some ratios of a step of this size are above the cap of the correction.
 AHEAD = [*SMALL, "--steps", str(STEPS), "--save-every", "1", "--keep", "9", "--eval-every", "2", "--staleness", "1",
          "--learning-rate", "1e-2", "--engine", "server"]  # fmt: skip
@@ -174,3 +178,56 @@ def test_other_updates_say_how_old_their_completions_are(more, relay, tmp_path):
     assert [record["rollout/age"] for record in metrics] == ages
     assert ages[1] == 1 + ("--mini-batches" in more)
     assert metrics[0]["mismatch/kl"] < NUMERICS < metrics[1]["mismatch/kl"]
+
+
+def test_what_is_asked_for_beside_them_is_of_the_present_policy(relay, tmp_path):
+    more, folder = ["--dynamic-sampling", "--max-refills", "2", "--steps", "3"], tmp_path / "run"
+    task = write_task(tmp_path, "{seldom: 1.0, says: 1.0}")
+    assert main([task, *AHEAD, *more, "--servers", relay.url, "--run-dir", str(folder)]) == 0
+    ages = [told["rollout/age"] for told in check_steps(folder, [relay]).values()]
+    assert any(0 < age < 1 for age in ages)
+
+
+def test_two_processes_sample_ahead_what_one_does(whole, relay, tmp_path):
+    """Each with adapters of its own, on a server that holds two at a time."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    flags = [write_task(tmp_path), *AHEAD, "--servers", relay.url, "--run-dir", "run"]
+    done = subprocess.run([*torchrun, "grpo.run", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check_same(whole[0], tmp_path / "run")
+    check_who_wrote_what(tmp_path / "run", [relay])
+    assert len({each.model.split("-")[1] for each in relay.rollouts()}) == 2
+
+
+def test_one_of_two_servers_dies_while_the_update_runs_and_comes_back(whole, relay, serve, tmp_path):
+    """The second by kill -9, at the first completion that it is asked for beside an update. It is started again while
+    the first holds an answer back, until it has the present adapter."""
+    server = serve(*AS_IT_MUST_BE, *PROCESSED)
+    other, is_back = Relay(server.url), threading.Event()
+    death, return_ = iter([True]), iter([True])  # once each, whichever request is the first
+
+    def is_rollout(body, version):
+        return version in body.get("model", "") and "stop_token_ids" in body
+
+    def dies(method, path, body):
+        if is_rollout(body, "-v1-") and next(death, False):
+            server.signal(signal.SIGKILL)
+            server.process.wait()
+            other.note(Passed(RESTART, {}, 0, b""))
+        if path == LOAD and "-v3-" in body["lora_name"]:
+            is_back.set()
+
+    def waits(method, path, body):
+        if is_rollout(body, "-v3-") and next(return_, False):
+            server.start()
+            server.wait()
+            assert is_back.wait(120)
+
+    other.before, relay.before = dies, waits
+    flags = [write_task(tmp_path), *AHEAD, "--servers", relay.url, other.url]
+    assert main([*flags, "--run-dir", str(tmp_path / "run")]) == 0
+    check_same(whole[0], tmp_path / "run")
+    check_who_wrote_what(tmp_path / "run", [relay, other])
+    versions = {each.version for each in other.rollouts()}
+    assert versions >= {0, 4} and not versions & {1, 2}
+    other.close()
