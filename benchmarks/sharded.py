@@ -83,8 +83,9 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 
     from grpo.build import plan_memory, settle_memory
     from grpo.config import Config
+    from grpo.fitting import Fitting
     from grpo.objectives import OBJECTIVES
-    from grpo.packing import PACKERS
+    from grpo.packing import PACKERS, batch_limit
     from grpo.policy import Policy
     from grpo.rollout.idle import Idle
 
@@ -102,7 +103,10 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         if plan := plan_memory(config, policy, arguments.tokens, 0, told.append):
             plan = settle_memory(plan, config, policy, Idle(), told.append)
             config = replace(config, tokens_per_batch=plan.tokens_per_batch)
-    policy.fit.limit.lower(config.tokens_per_batch or arguments.tokens)
+    policy.fit = Fitting(batch_limit(config))
+    if on_gpu:  # the plan's trial is no part of a step
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     pack, loss = PACKERS["sft"](config, policy.device, policy.fit.limit, world), OBJECTIVES["sft"](config)
     loaded_s, seconds, waited, losses = time.perf_counter() - began, [], [], []
     for step in range(arguments.steps):

@@ -254,8 +254,10 @@ def test_what_cannot_be_in_parts_is_refused(fields, told, model, checkpoint):
 
 
 def test_one_process_by_itself_has_the_whole_base(model):
-    sharded, whole = (load_model(config_of(model, shard_base=on), CPU, 64, note=print) for on in (True, False))
+    told = []
+    sharded, whole = (load_model(config_of(model, shard_base=on), CPU, 64, note=told.append) for on in (True, False))
     assert sharded.store.shared_by == 1
+    assert [each for each in told if "--shard-base" in each] == [told[0]]
     for one, other in zip(sharded.store.projections.values(), whole.store.projections.values(), strict=True):
         assert all(map(torch.equal, tensors_of(one.base), tensors_of(other.base)))
 

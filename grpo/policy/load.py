@@ -154,7 +154,7 @@ def load_model(
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
     """
-    shards = Shards(world) if is_sharded(config, world) else None
+    shards = Shards(world) if is_sharded(config, world, note) else None
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype, note, progressed)
     model.eval().requires_grad_(False)

@@ -211,13 +211,16 @@ class Shards:
             self.arrived[index % BUFFERS] = self.world.collect(layer.part, layer.whole)
 
 
-def is_sharded(config: Config, world: World) -> bool:
-    """Whether the base is to be in parts: that is asked for, and there is somebody to share it with.
+def is_sharded(config: Config, world: World, note: Callable[[str], object]) -> bool:
+    """Whether the base is to be in parts: that is asked for, and there is somebody to share it with; else it is noted.
 
     Raises:
         UserError: it cannot be.
     """
-    if not config.shard_base or world.size == 1:
+    if not config.shard_base:
+        return False
+    if world.size == 1:
+        note("note: --shard-base is of several processes (torchrun), and this is one: it has all of the base.")
         return False
     if config.engine not in ("server", "none"):
         raise UserError(
