@@ -14,6 +14,10 @@ KERNEL_DTYPES = (
 
 MAY_BE_HELD = 2**30  # bytes of a GPU's memory
 
+# Which functions `with torch.device(...)` means is looked up once a process. If that were while torch.empty is another
+# (below), models "on meta" would take real memory in every test after it: one of 8B took 20 GB.
+torch.utils._device._device_constructors()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Triton's interpreter computes in numpy, which warns where a GPU's exp overflows to infinity in silence.

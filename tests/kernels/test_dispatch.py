@@ -61,3 +61,9 @@ def test_without_triton_the_twins_run():
 def test_whole_numbers():
     assert [cdiv(number, 4) for number in (0, 1, 4, 5)] == [0, 1, 1, 2]
     assert [next_power_of_2(number) for number in (1, 2, 3, 1024, 1025)] == [1, 2, 4, 1024, 2048]
+
+
+def test_a_device_is_meant_while_empty_memory_is_poisoned():
+    """Else a model that a later test makes on "meta" takes real memory (conftest.py)."""
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.nn.Linear(2, 2).weight.is_meta
