@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,10 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
-    except (KeyboardInterrupt, SystemExit) as error:  # Ray's handler of Ctrl-C ends the program with code 0
-        if isinstance(error, SystemExit) and error.code:
-            raise
-        print("Stopped. What is left is the last checkpoint, with which --resume goes on.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Stopped. --resume goes on from the last checkpoint, where there is one.", file=sys.stderr)
         return STOPPED
 
 
@@ -116,10 +115,19 @@ def _run_once(ray: Any, given: argparse.Namespace) -> list[Ended]:
         scaling_config=ScalingConfig(num_workers=given.workers, use_gpu=given.gpu, resources_per_worker=each),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=0)),
     )
-    try:
-        return [Ended(*of_rank) for of_rank in trainer.fit().return_value]
-    except TrainingFailedError as error:
-        return [lost(error)]
+    ended: list[Ended] = []
+
+    def fit() -> None:
+        try:
+            ended.extend(Ended(*of_rank) for of_rank in trainer.fit().return_value)
+        except TrainingFailedError as error:
+            ended.append(lost(error))
+
+    # In the main thread Ray would take Ctrl-C for itself, and end this process with exit code 1 and no word.
+    fitting = threading.Thread(target=fit, daemon=True)
+    fitting.start()
+    fitting.join()
+    return ended or [Ended(1, "Ray did not say how the run has ended.")]
 
 
 def lost(error: Any) -> Ended:

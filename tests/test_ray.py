@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -51,6 +53,23 @@ def test_what_ray_has_lost_is_told_in_a_line():
 def test_what_makes_no_sense_is_refused(argv, capsys):
     assert main(argv) == 2
     assert "give 1 or more" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_run_with_a_sentence(tmp_path):
+    """Ray, which would take the signal for itself, ends with 1 and no word."""
+    pytest.importorskip("ray.train.torch")
+    command = [sys.executable, "-m", "grpo.ray", "--workers", "1", "-m", "grpo.run", write_task(tmp_path), *SMALL]
+    there = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
+    there["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [*command, "--steps", "100000", "--run-dir", "run"], cwd=tmp_path, env=os.environ | there, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    ) as started:  # fmt: skip
+        assert started.stdout is not None
+        assert any("3/100000" in line for line in started.stdout)
+        started.send_signal(signal.SIGINT)
+        said = started.stdout.read()
+    assert started.returncode == 130 and "Stopped. --resume goes on" in said
 
 
 @pytest.fixture(scope="module")
