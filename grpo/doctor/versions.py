@@ -43,6 +43,15 @@ TESTED: tuple[dict[str, str], ...] = (
         "peft": "0.21.2",
         "triton": "3.9.0",
     },
+    {
+        "on": "a CPU",
+        "python": "3.11",
+        "torch": "2.13.0",
+        "transformers": "5.24.0",
+        "bitsandbytes": "0.50.2",
+        "peft": "0.21.2",
+        "triton": "3.9.0",
+    },
 )
 PROGRAM = "grpo"
 NEEDED = ("torch", "transformers")  # imported here, because without them nothing else can be found out
