@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ class Tried:
             group.parts = {"random": group.rewards}
         assign_advantages(groups, ESTIMATORS["grpo"], {"random": 1.0})
 
-    def stale(self, steps: int, rate: float) -> Any:
+    def stale(self, steps: int, rate: float) -> Iterator[None]:
         """The policy goes on learning from random rewards on what an old engine sampled; only the canary is asked."""
         canary = self.engine.canary
         right, groups = canary.logprobs, self.sampled()
@@ -191,7 +191,7 @@ class Tried:
         finally:
             canary.logprobs = right
 
-    def wrong_draws(self, **change: Any) -> Any:
+    def wrong_draws(self, **change: Any) -> Iterator[None]:
         """Tokens that vLLM draws otherwise than the policy would."""
         from grpo.rollout.audit import Audit
 
@@ -212,7 +212,7 @@ class Tried:
         finally:
             self.engine._params = right
 
-    def until_found(self, steps: Any) -> cases.Record:
+    def until_found(self, steps: Iterator[None]) -> cases.Record:
         """How many steps it took until a sentence came, and the sentence; steps 0: none came."""
         begun = 0
 

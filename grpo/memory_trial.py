@@ -43,9 +43,7 @@ class Sizes:
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
     shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
-    met: float = (
-        1.0  # the share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
-    )
+    met: float = 1.0  # share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
 
     def with_double_quant(self) -> Sizes:
         """The same with these scales in 8 bits."""

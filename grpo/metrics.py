@@ -17,9 +17,9 @@ TIMING_PREFIXES = ("time/", "speed/", "memory/")
 
 # Which held-out score says how good a policy is: the first that has an interval. The others have no column.
 HEADLINES = ("eval/pass@1", "eval/reward", "eval/accuracy", "eval/logprob")
-# The ways of teaching (`Config.algorithm`) whose step line may have a column, and those whose answers are sampled.
-METHODS = ("grpo", "ppo", "sft", "dpo")
-SAMPLED = METHODS[:2]
+# The ways of teaching (`Config.algorithm`) whose step line may have a column: those whose answers are sampled, and all.
+SAMPLED = ("grpo", "ppo")
+METHODS = (*SAMPLED, "sft", "dpo")
 
 _STANDS_FOR = {"<reward>": "[^/]+", "<part>": ".+", "<name>": ".+", "<stage>": ".+", "<k>": r"\d+"}
 

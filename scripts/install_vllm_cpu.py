@@ -3,8 +3,9 @@ vLLM engine. Silent unless it fails.
 
 Its wheel also asks for torchvision, torchaudio and torchcodec. Text generation needs none of them, and beside a CPU
 build of torch they break every model import of transformers. So its other needs are read from its own metadata and
-installed by name. Run it after `pip install -e ".[test]"`. That brings the newest transformers, and this takes it back to
-the newest that vLLM allows: the one that pip chooses for `grpo[gpu]`, so that vLLM is tried with what it is used with.
+installed by name. Run it after `pip install -e ".[test]"`. That brings the newest transformers, and this takes it back
+to the newest that vLLM allows: the one that pip chooses for `grpo[gpu]`, so that vLLM is tried with what it is used
+with.
 """
 
 from __future__ import annotations

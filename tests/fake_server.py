@@ -10,6 +10,7 @@ import ssl
 import struct
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +18,7 @@ from typing import ClassVar
 from tiny_engines import Letters
 from tiny_models import build_policy, randomise
 
+from grpo.config import Config
 from grpo.policy.adapter import load_adapter
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.types import Request
@@ -265,3 +267,12 @@ def _as_sent(said):
     if isinstance(said, str):
         return ("text/html" if said.startswith("<") else "text/plain"), said.encode()
     return "application/json", json.dumps(said).encode()
+
+
+@contextmanager
+def embedded_server(base):
+    """One of the embedded model, over this base, for as long as it is wanted."""
+    config = Config(model="embedded", base=base, device="cpu", lora_rank=4, max_completion_tokens=7)
+    fake = FakeServer(config, max_model_len=2048)
+    yield fake
+    fake.die()

@@ -5,12 +5,11 @@ import json
 
 import pytest
 import torch
-from fake_server import FakeServer
+from fake_server import embedded_server
 from several import ended, launch, run_ranks, told
 from test_ranks import RATE, adapter, check_same_run, lines, write_task
 from toy_task import SMALL
 
-from grpo.config import Config
 from grpo.run import main
 
 pytestmark = pytest.mark.slow
@@ -126,10 +125,8 @@ def test_a_run_goes_on_in_another_number_of_parts(tmp_path):
 @pytest.fixture
 def server():
     """A fake server of the embedded model over a base in NF4."""
-    config = Config(model="embedded", base="nf4", device="cpu", lora_rank=4, max_completion_tokens=7)
-    fake = FakeServer(config, max_model_len=2048)
-    yield fake
-    fake.die()
+    with embedded_server("nf4") as fake:
+        yield fake
 
 
 @pytest.mark.parametrize(

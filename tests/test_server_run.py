@@ -6,10 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from fake_server import FakeServer
+from fake_server import embedded_server
 from toy_task import SMALL, TASK
 
-from grpo.config import Config
 from grpo.doctor.__main__ import main as doctor
 from grpo.run import main
 
@@ -24,10 +23,8 @@ def toy(tmp_path):
 @pytest.fixture
 def server():
     """A fake server of the embedded model."""
-    config = Config(model="embedded", base="float32", device="cpu", lora_rank=4, max_completion_tokens=7)
-    fake = FakeServer(config, max_model_len=2048)
-    yield fake
-    fake.die()
+    with embedded_server("float32") as fake:
+        yield fake
 
 
 def said(folder):
