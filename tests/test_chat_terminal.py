@@ -48,10 +48,19 @@ class Terminal:
         os.write(self.descriptor, keys.encode())
 
     def interrupt(self):
-        """Ctrl-C, once a key is shown: before a line is read, behind its prompt, a signal waits for the next key."""
+        """Ctrl-C once a key is shown and the next one is waited for: a signal before that would wait for it too."""
         self.type("x")
         self.until("x")
+        end = time.monotonic() + LONGEST
+        while self.state() != "S":  # between showing a key and waiting for another, readline looks for no signal
+            assert time.monotonic() < end, "it never waited for a key"
+            os.sched_yield()
         self.type("\x03")
+
+    def state(self):
+        """R, S, D ...: what its main thread does now (proc(5))."""
+        with open(f"/proc/{self.process}/task/{self.process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
 
     def end(self):
         """The exit code, when it has ended."""
