@@ -161,7 +161,7 @@ def pass_on(process: subprocess.Popen[str], results: list[str]) -> None:
 
 
 class GpuMemory:
-    """Looks, while it is open, at what the first GPU has given out to all processes together; nothing without one."""
+    """Looks, while it is open, at what our GPU has given out to all processes together; nothing without one."""
 
     def __init__(self) -> None:
         self.before: float | None = None
@@ -171,8 +171,8 @@ class GpuMemory:
     def __enter__(self) -> Self:
         if shutil.which("nvidia-smi"):
             self.before = float(ask_gpu("memory.used"))
-            query = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-            self.watching = subprocess.Popen([*query, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
+            query = [*about_gpu("memory.used"), "-lms", str(SAMPLE_MS)]
+            self.watching = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
             self.reader = threading.Thread(target=self._watch, daemon=True)
             self.reader.start()
         return self
@@ -197,9 +197,14 @@ class GpuMemory:
 
 
 def ask_gpu(what: str) -> str:
-    """A property of the first GPU, as nvidia-smi calls it."""
-    query = ["nvidia-smi", "-i", "0", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
-    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    """A property of our GPU, as nvidia-smi calls it."""
+    return subprocess.run(about_gpu(what), check=True, capture_output=True, text=True).stdout.strip()
+
+
+def about_gpu(what: str) -> list[str]:
+    """The command that prints it, of the first GPU that CUDA shows to processes here: nvidia-smi knows all of them."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    return ["nvidia-smi", "-i", ours, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
 
 
 def device_name(device: str) -> str:
