@@ -49,6 +49,7 @@ def main() -> None:
     records = {str(ranks): launch(ranks, arguments) for ranks in arguments.ranks}
     add_ratios(records)
     path = cases.results_path(arguments.out, "scaling", device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"command": "python benchmarks/scaling.py " + " ".join(sys.argv[1:]), "device": device}
     path.write_text(json.dumps(about | {"shape": arguments.shape, "ranks": records}, indent=2) + "\n")
     print(json.dumps(records, indent=2))

@@ -14,6 +14,7 @@ activations as the memory plan has them. The first step is not timed. Of each sh
     waiting               share of a step that rank 0's computation waited for the next layer to arrive
     allocated_gib         of rank 0's card once the model stands; peak_gib: the most that torch held; part_gib: of the
                           base, its part
+    made_s, built_s       from the start of the measurement until the model stood, and until it was planned for too
     plan                  the memory plan, as it was told
 """
 
@@ -92,12 +93,13 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     began, on_gpu, told = time.perf_counter(), arguments.device == "cuda", []
     config = Config(
         model=arguments.shape, base="nf4", device=arguments.device, lora_rank=RANK, method="sft", engine="none",
-        shard_base=True, double_quant="off", threads=1, prompts_per_step=arguments.answers, group_size=2,
+        shard_base=True, double_quant="off", threads=1, prompts_per_step=arguments.answers, group_size=1,
         max_completion_tokens=arguments.tokens, max_grad_norm=1.0,
     )  # fmt: skip
     waits = Waits(world, on_gpu)
     with tempfile.TemporaryDirectory() as folder:
         policy = Policy(random_model(config, world, arguments, folder), config, world)
+        made_s = time.perf_counter() - began
         allocated = torch.cuda.memory_allocated() if on_gpu else 0
         world.prepare(policy.masters())
         if plan := plan_memory(config, policy, arguments.tokens, 0, told.append):
@@ -129,6 +131,7 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         "allocated_gib": round(allocated / 2**30, 2),
         "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else 0.0,
         "part_gib": round(sum(t.nbytes for t in waits.parts.values()) / 2**30, 3),
+        "made_s": round(made_s, 1),
         "built_s": round(loaded_s, 1),
         "tokens_per_batch": policy.fit.limit.tokens,
         "plan": "\n".join(map(str, told)).splitlines(),
@@ -152,7 +155,9 @@ def random_model(config: Any, world: Any, arguments: argparse.Namespace, folder:
     layers = arguments.layers or settings.num_hidden_layers
     one = transformers.AutoConfig.for_model(**SHAPES[config.model] | {"num_hidden_layers": 1})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(one, dtype=dtype).eval().requires_grad_(False)
+    with device:  # a CPU draws billions of numbers for a minute; it is on a CPU that models are recognised
+        model = transformers.AutoModelForCausalLM.from_config(one, dtype=dtype)
+    model = model.to("cpu").eval().requires_grad_(False)
     form = recognise(model, arguments.tokens)
     form = replace(form, layers=form.layers * layers)
     body = model.get_submodule(form.body)

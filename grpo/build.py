@@ -259,7 +259,7 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
         longest_completion=config.max_completion_tokens,
         tokens_per_step=math.ceil(config.prompts_per_step / config.mini_batches) * of_group,
         sequences=sequences_at_once(config),
-        kv_bytes_per_token=0 if config.engine == "server" else per_token,
+        kv_bytes_per_token=0 if config.engine in ("server", "none") else per_token,
         bytes_per_parameter=STATE_BYTES[config.optimizer],
         gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,

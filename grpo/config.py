@@ -519,7 +519,7 @@ class Config(RunConfig, EvalConfig, UpdateConfig, TeachingConfig, LossConfig, Ro
                 "engine is none, and GRPO learns from what is sampled. Use engine auto, vllm or torch.",
             ),
             (
-                self.group_size < 2 and not self.has_values,
+                self.group_size < 2 and self.method == "grpo" and not self.has_values,
                 f"group_size is {self.group_size}, so every advantage would be 0. Use 2 or more.",
             ),
             (

@@ -131,6 +131,12 @@ class Plan:
         held = 0 if self.gives_cache_back else self.kv_cache
         return self.standing + self.kv_cache, self.standing + held + self.update
 
+    def fits(self, usable: int) -> bool:
+        """Whether both peaks do. Of a rollout whose cache stands nothing is left to foresee: it may take what was kept
+        to spare."""
+        rollout, update = self.peaks
+        return update <= usable and rollout <= (self.limit if self.need.cache_stands else usable)
+
     def settled(self, config: Config) -> Config:
         """The same with the cache, and the batches' size, as planned."""
         return replace(
@@ -247,7 +253,7 @@ def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Itera
     splits = _splits(plan.sizes.layers, asked.recompute)
     for tokens in batches:
         of = partial(_with, plan, tokens)
-        first = bisect_left(splits, True, key=lambda split: max(of(*split).peaks) <= usable)
+        first = bisect_left(splits, True, key=lambda split: of(*split).fits(usable))
         yield from (of(*split) for split in splits[first : first + 1])
 
 
@@ -305,6 +311,8 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
     of_update = (left - fixed - CACHE_TO_SPARE * held) / (per_token + held)
     of_cache = left / max(1, need.kv_bytes_per_token) - CACHE_TO_SPARE
     fits, prompts = math.floor(min(of_update, of_cache)), need.longest - need.longest_completion
+    if fits >= need.longest and not flags:
+        return f"{told} beside a KV cache of {need.cache_stands / GIB:.1f} GiB. Give it less with --kv-cache-gib."
     if fits >= need.longest:
         return f"{told}. It does where that is left to the plan: without {' and '.join(flags)}."
     if fits > prompts:

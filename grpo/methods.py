@@ -100,7 +100,8 @@ def planned_for(config: Config, questions: Questions) -> Config:
     if not (questions.lessons and questions.held_out):
         return config
     longest = max(questions.lessons.longest_completion, questions.held_out.longest_completion)
-    return replace(config, group_size=2, max_completion_tokens=max(longest, questions.max_completion_tokens))
+    answers = {"sft": 1, "dpo": 2}[config.method]  # that a prompt has
+    return replace(config, group_size=answers, max_completion_tokens=max(longest, questions.max_completion_tokens))
 
 
 def headline_of(task: Task, config: Config) -> str:
