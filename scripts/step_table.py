@@ -1,5 +1,5 @@
-"""Whole steps and peaks of memory as README and docs/figures.md show them, from results of benchmarks/step.py and
-benchmarks/memory.py. Knows nothing of how they were made.
+"""Whole steps, of SFT and DPO too, and peaks of memory as README and docs/figures.md show them, from results of
+benchmarks/step.py, sft.py and memory.py. Knows nothing of how they were made.
 
 `write_readme_table.py` puts it between its markers. A GPU that was not measured has no table.
 """
@@ -84,7 +84,7 @@ def origin_of_steps(result: Record) -> str:
         f"{about['lora_rank']}, random weights and rewards, each in a process of its own (`{about['command']}`). "
         "Medians without the first two steps. Peak: of the whole GPU; TRL and Unsloth give vLLM a fixed share of it. "
         "First step: done so long after the process began, with nothing compiled yet where nothing else is said. Cases "
-        "of one run followed each other on one machine."
+        f"of one run followed each other on one machine.{company(records)}"
     )
 
 
@@ -137,7 +137,7 @@ def memory_of(result: Record) -> str:
     origin = (
         f"Peaks of whole runs of ours on one {about['device']}, {dates(cases.values())}{packages(cases.values())}: NF4 "
         f"base, LoRA rank {about['lora_rank']}, vLLM in the same process; the tokens are prompt and "
-        f"completion (`{about['command']}`). Peak: of the whole GPU, as seen from outside."
+        f"completion (`{about['command']}`). Peak: of the whole GPU, as seen from outside.{company(cases.values())}"
     )
     return "\n".join([origin, "", header, *(memory_line(name, record) for name, record in cases.items())])
 
@@ -152,6 +152,42 @@ def memory_line(name: str, record: Record) -> str:
     exceeded = "" if record.get("within_limit", True) else ", more than allowed"
     numbers = f"{gib(record.get('device_peak_gib'))}{exceeded} | {gib(record.get('predicted_gib'))}"
     return f"| {shape} | {work} | {allowed} | {numbers} | {record['update_s']:.2f} |"
+
+
+# ---- answers and pairs
+
+
+def lessons(results: Path) -> str:
+    """Steps of SFT and DPO."""
+    return "\n\n".join(lessons_of(result) for result in read(results, "sft"))
+
+
+def lessons_of(result: Record) -> str:
+    about, cases = result["about"], result["cases"]
+    header = (
+        "| shape | | | sequences x tokens | step, s | × ours in NF4 | tokens/s | peak, GiB | run |\n"
+        "|---|---|---|---|---:|---:|---:|---:|---:|"
+    )
+    origin = (
+        f"Steps of SFT and DPO on one {about['device']}, {dates(cases.values())}{packages(cases.values())}: LoRA rank "
+        f"{about['lora_rank']}, random weights, each in a process of its own (`{about['command']}`). Medians without "
+        f"the first two steps. Peak: of the whole GPU, the rehearsal before the first step included; without a limit "
+        f"the plan of ours takes what memory there is.{company(cases.values())}"
+    )
+    return "\n".join([origin, "", header, *(lesson_line(*case) for case in cases.items())])
+
+
+def lesson_line(name: str, record: Record) -> str:
+    shape, rest, *variant = name.split("/")
+    method, _, who = rest.partition("-")
+    title = contender("/".join([shape, who, *variant]), record).replace(", no pass for old log-probabilities", "")
+    work = f"{record['sequences']} x {record['sequence_tokens']:,}"
+    if "failed" in record:
+        return f"| {shape} | {method.upper()} | {title} | {work} | {reason(record)} | | | | {record['run']} |"
+    ratio = f"{record['over_ours']:.2f}" if "over_ours" in record else ""
+    numbers = f"{record['step_s']:.2f} | {ratio} | {record['tokens_per_second']:,}"
+    peak = gib(record.get("device_peak_gib"))
+    return f"| {shape} | {method.upper()} | {title} | {work} | {numbers} | {peak} | {record['run']} |"
 
 
 # ---- words
@@ -170,6 +206,18 @@ def dates(records: Any) -> str:
     """When it was measured: a day, or the first and the last."""
     days = sorted({record["date"] for record in records})
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
+def company(records: Any) -> str:
+    """What was busy meanwhile, and beside which runs."""
+    runs: dict[str, set[int]] = {}
+    for record in records:
+        if "beside" in record:
+            runs.setdefault(record["beside"], set()).add(record["run"])
+    told = (
+        f"Beside run{'s' * (len(of) > 1)} {' and '.join(map(str, sorted(of)))}: {what}." for what, of in runs.items()
+    )
+    return "".join(f" {sentence}" for sentence in told)
 
 
 def packages(records: Any) -> str:

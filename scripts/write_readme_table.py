@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from learning_table import learning, learning_in_short, percent
-from step_table import memory, steps, steps_in_short, whole_steps
+from step_table import company, lessons, memory, steps, steps_in_short, whole_steps
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -91,6 +91,7 @@ def everything() -> str:
     """docs/figures.md."""
     sections = {
         "Whole steps": steps(RESULTS),
+        "SFT and DPO": lessons(RESULTS),
         "Memory": memory(RESULTS),
         "The default run": embedded(),
         "Learning on a GPU": learning(RESULTS),
@@ -150,7 +151,7 @@ def canary_on(result: dict[str, Any]) -> str:
         f"then the canary was answered by an engine that stood still while the policy learned at "
         f"{shown['stale_rate']:g}, and the audit was given tokens drawn greedily, or from the 20 likeliest: steps "
         "until each was found. Noise and gap in nats; rank 0.5 is right; seconds of a step, of them sync with canary, "
-        "and audit.\n\n"
+        f"and audit.{company(result['cases'].values())}\n\n"
         "| case | completions | noise | rate | honest steps | alarm | largest gap | mean rank | stale found | "
         "greedy found | top 20 found | step | sync | audit |\n"
         "|---|---|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|\n" + "\n".join(lines)
@@ -237,6 +238,8 @@ def kernels(in_short: bool) -> str:
     for path in sorted(RESULTS.glob("kernels-*.json")):
         result = json.loads(path.read_text())
         rows = [row for row in result["rows"] if (row["operation"], row["shape"]) in HEADLINES and not row["skipped"]]
+        if not rows:
+            continue
         if in_short:  # variants of ours are told apart by a comma
             rows = [row for row in rows if not row["entry"].startswith("ours,")]
         lines = "\n".join(map(kernel_line, rows))
