@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, Protocol
@@ -32,7 +31,7 @@ STOPPING = system.signals("SIGINT", "SIGTERM", "SIGHUP")
 class Stoppable(Protocol):
     """What a signal is told to: a run."""
 
-    stop_requested: bool
+    stop_requested: int  # the number of the signal; 0: nobody has asked
 
 
 # ---- signals
@@ -46,25 +45,12 @@ def stopped_by_signals() -> Iterator[None]:
         yield
 
 
-@dataclass
-class Asked:
-    """Which signal has asked a run to stop."""
-
-    number: int = signal.SIGINT
-
-    @property
-    def exit_code(self) -> int:
-        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
-        return 128 + self.number
-
-
 @contextmanager
-def stops_gently(run: Stoppable, tell: Callable[[str], object]) -> Iterator[Asked]:
+def stops_gently(run: Stoppable, tell: Callable[[str], object]) -> Iterator[None]:
     """The first Ctrl-C, SIGTERM or SIGHUP lets the step finish, the second one does not."""
-    asked = Asked()
 
     def request(number: int, frame: FrameType | None) -> None:
-        asked.number, run.stop_requested = number, True
+        run.stop_requested = number
         for each in STOPPING:
             if signal.getsignal(each) is request:
                 signal.signal(each, _stop)
@@ -73,7 +59,7 @@ def stops_gently(run: Stoppable, tell: Callable[[str], object]) -> Iterator[Aske
             tell("Stopping after this step. Ctrl-C again to stop at once (the last checkpoint stays).")
 
     with _on_signals(request):
-        yield asked
+        yield
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

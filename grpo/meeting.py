@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from grpo.errors import Stopped, UserError, in_words
+from grpo.errors import UserError, in_words
 from grpo.launcher import Place
-from grpo.pulse import BEAT, HOST, SILENCE, SILENT, Store
+from grpo.pulse import BEAT, HOST, SILENCE, SILENT, Store, sentence_of
 
 distributed: Any = torch.distributed  # its stores are classes of C, without types
 
@@ -73,15 +73,6 @@ def connect(place: Place, is_host: bool) -> Store:
         _wait_for_a_listener(place, NEIGHBOUR if is_near else ARRIVAL)
     wait = timedelta(seconds=TO_CONNECT)
     return distributed.TCPStore(place.host, place.port, None, is_host, wait, wait_for_workers=False, multi_tenant=True)
-
-
-def sentence_of(error: BaseException) -> str:
-    """What others are told of how a process ends."""
-    if isinstance(error, Stopped):
-        return f"It was stopped by signal {error.number}."
-    if isinstance(error, KeyboardInterrupt):
-        return "It was stopped at once."
-    return str(error) if isinstance(error, UserError) else f"It failed with {in_words(error)}."
 
 
 def _wait_for_a_listener(place: Place, seconds: float) -> None:

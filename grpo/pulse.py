@@ -5,6 +5,8 @@ Who waits for a rank that is gone waits for ever: in C, on a GPU, where no excep
 fork of it from before there was a GPU or a thread, that looks every BEAT seconds:
 
     is my rank there, and not stopped?   then it says so in the store that all ranks meet at; if it is gone, that
+    is its launcher there?               one that was killed leaves its ranks behind, which would go on for nobody: its
+                                         torchrun cannot start them again, and that of another host waits for it
     has any rank ended?                  then its own is rung: SIGNAL raises RankLost there, with the sentence of the
                                          rank that ended first, so that rank 0 saves and all end; after GRACE it is
                                          killed
@@ -22,6 +24,7 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import socket
 import struct
@@ -32,7 +35,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
-from grpo.errors import Stopped, UserError
+from grpo.errors import Stopped, UserError, in_words
 
 BEAT = 0.5  # seconds
 SILENCE = 20.0  # seconds
@@ -46,7 +49,7 @@ ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"
 # Of the real-time signals that of the watchdog is the last but one; where there are none (macOS), the first for users.
 SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGUSR1", 0)
 
-_SIZE, _HEAD = 1 << 16, struct.Struct("dI")  # when to stop at the latest (monotonic; 0: no), bytes of the text
+_SIZE, _HEAD = 1 << 16, struct.Struct("dII")  # when to stop at the latest (monotonic; 0: no), by which signal, bytes
 _TEXT = 60_000  # bytes of a sentence at most
 
 Store = Any  # torch.distributed's; typed by torch as a class of C
@@ -60,8 +63,9 @@ class RankLost(UserError):
 class Pulse:
     """The child of this process, and what the two tell each other."""
 
-    def __init__(self, rank: int, size: int, connect: Connect, keeps_store: bool = False):
-        """connect: makes a connection to the store; called in the child. keeps_store: it is this process's."""
+    def __init__(self, rank: int, size: int, connect: Connect, keeps_store: bool = False, launcher: int = 0):
+        """connect: makes a connection to the store; called in the child. keeps_store: it is this process's. launcher:
+        the process that has started this one and stays as long; 0: not known."""
         self.rank = rank
         self.shared = mmap.mmap(-1, _SIZE)
         self.lost = ""
@@ -69,16 +73,16 @@ class Pulse:
         parent = os.getpid()
         self.child = os.fork()
         if self.child == 0:
-            _live(_Watch(parent, rank, size, self.shared), connect, keeps_store)
+            _live(_Watch(parent, rank, size, self.shared, launcher), connect, keeps_store)
 
     def check(self) -> None:
         """Raises RankLost where another rank has ended, or Stopped where it is time to."""
         if self.lost:
             raise RankLost(self.lost)
 
-    def hurry(self) -> None:
-        """Raise Stopped in a while, if this has not ended by then."""
-        struct.pack_into("d", self.shared, 0, time.monotonic() + HURRY)
+    def hurry(self, number: int) -> None:
+        """Raise Stopped, by that signal, in a while, if this has not ended by then."""
+        struct.pack_into("dI", self.shared, 0, time.monotonic() + HURRY, number)
 
     def ignore(self) -> None:
         """From now on nothing that others do interrupts this rank."""
@@ -93,9 +97,9 @@ class Pulse:
         signal.signal(SIGNAL, self.before)
 
     def _ring(self, number: int, frame: FrameType | None) -> None:
-        _, length = _HEAD.unpack_from(self.shared)
+        _, asked, length = _HEAD.unpack_from(self.shared)
         if not length:
-            raise Stopped(signal.SIGTERM)
+            raise Stopped(asked)
         if not self.lost:
             self.lost = self.shared[_HEAD.size : _HEAD.size + length].decode(errors="replace")
             raise RankLost(self.lost)
@@ -106,6 +110,21 @@ def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
     host = store.get(HOST.format(rank)).decode() if store.check([HOST.format(rank)]) else "of unknown host"
     told = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
     return store.compare_set(ENDED, "", told).decode() == told
+
+
+def sentence_of(error: BaseException) -> str:
+    """What others are told of how a process ends."""
+    if isinstance(error, Stopped):
+        return STOPPED_BY.format(error.number)
+    if isinstance(error, KeyboardInterrupt):
+        return "It was stopped at once."
+    return str(error) if isinstance(error, UserError) else f"It failed with {in_words(error)}."
+
+
+def stopped_by(sentence: str) -> int:
+    """The signal that has stopped the rank that a RankLost tells of; 0: it ended otherwise."""
+    found = re.search(STOPPED_BY.format(r"(\d+)") + "$", sentence)
+    return int(found[1]) if found else 0
 
 
 def only_others_can_say(sentence: str) -> bool:
@@ -146,8 +165,8 @@ def _live(watch: _Watch, connect: Connect, keeps_store: bool) -> None:
 class _Watch:
     """What the child knows."""
 
-    def __init__(self, parent: int, rank: int, size: int, shared: mmap.mmap):
-        self.parent, self.rank, self.shared = parent, rank, shared
+    def __init__(self, parent: int, rank: int, size: int, shared: mmap.mmap, launcher: int = 0):
+        self.parent, self.rank, self.shared, self.launcher = parent, rank, shared, launcher
         self.others = [other for other in range(size) if other != rank]
         self.answered = time.monotonic()
         self.beats: dict[int, tuple[bytes, float]] = dict.fromkeys(self.others, (b"", self.answered))
@@ -164,6 +183,8 @@ class _Watch:
                 was_away, self.answered = now - self.answered > 5 * BEAT, now
                 if not _is_stopped(self.parent):
                     store.add(BEATS.format(self.rank), 1)
+                if self.launcher and _state(self.parent)[1] not in (self.launcher, 0):
+                    tell_the_end(store, self.rank, _ORPHANED)
                 self._hear(store, now, was_away)
                 self._look_at_the_end(store, now)
                 time.sleep(BEAT)
@@ -174,7 +195,7 @@ class _Watch:
         self.rung_at, self.text = time.monotonic(), text
         encoded = text.encode(errors="replace")[:_TEXT]
         self.shared[_HEAD.size : _HEAD.size + len(encoded)] = encoded
-        _HEAD.pack_into(self.shared, 0, 0.0, len(encoded))
+        _HEAD.pack_into(self.shared, 0, 0.0, 0, len(encoded))
         with suppress(ProcessLookupError):
             os.kill(self.parent, SIGNAL)
 
@@ -203,7 +224,7 @@ class _Watch:
                 tell_the_end(store, other, SILENT)
 
     def _look_at_the_end(self, store: Store, now: float) -> None:
-        deadline, _ = _HEAD.unpack_from(self.shared)
+        deadline, _, _ = _HEAD.unpack_from(self.shared)
         if self.rung_at:
             return
         if store.check([ENDED]):
@@ -212,6 +233,8 @@ class _Watch:
                 self.ring(f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}")
             elif told["sentence"] == SILENT:
                 self.ring(f"The other ranks have ended the run: nothing was heard of rank {self.rank} for a while.")
+            elif told["sentence"] == _ORPHANED:
+                self.ring(f"Rank {self.rank} ({told['host']}) ends: {_ORPHANED}")
             self.rung_at = now
             store.set(HEARD.format(self.rank), "")
         elif deadline and now > deadline:
@@ -220,6 +243,8 @@ class _Watch:
                 os.kill(self.parent, SIGNAL)
 
 
+STOPPED_BY = "It was stopped by signal {}."
+_ORPHANED = "The launcher that has started it (torchrun) was killed or crashed: start it again on all hosts."
 _WITHOUT_A_WORD = (
     "It ended without a word: it crashed, or was killed from outside, as the system does when memory runs out."
 )
@@ -232,6 +257,12 @@ _NO_ANSWER = "the store that all ranks meet at does not answer. Its host, its la
 
 def _is_stopped(process: int) -> bool:
     """By a signal, or by a debugger. Where the system does not say it (macOS), it is not."""
+    return _state(process)[0] in (b"T", b"t")
+
+
+def _state(process: int) -> tuple[bytes, int]:
+    """What it does, as a letter, and its parent; neither where the system does not say it (macOS)."""
     with suppress(OSError), open(f"/proc/{process}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
-    return False
+        letter, parent = file.read().rpartition(b")")[2].split()[:2]
+        return letter, int(parent)
+    return b"", 0

@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.errors import ToldElsewhere, UserError, in_words
+from grpo.errors import Stopped, ToldElsewhere, UserError, in_words
 from grpo.launcher import Place
-from grpo.meeting import connect, meet, sentence_of
-from grpo.pulse import HEARD, Pulse, RankLost, Store, only_others_can_say, tell_the_end
+from grpo.meeting import connect, meet
+from grpo.pulse import HEARD, Pulse, RankLost, Store, only_others_can_say, sentence_of, stopped_by, tell_the_end
 from grpo.types import Completion
 from grpo.world import World
 
@@ -119,9 +119,9 @@ class Ranks(World):
         with self._explained():
             return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
 
-    def hurry(self) -> None:
+    def hurry(self, number: int) -> None:
         """See World.hurry."""
-        self.pulse.hurry()
+        self.pulse.hurry(number)
 
     def leave(self) -> None:
         """All went well: wait for all, so that nobody takes an end for a loss. Twice, so that nobody listens any more
@@ -223,6 +223,7 @@ def joined(place: Place) -> Iterator[Ranks]:
     Raises:
         UserError: the others did not come, or one of them has ended.
         ToldElsewhere: instead of that, where this is not the rank to say so.
+        Stopped: likewise, where a signal has stopped one of them at once.
     """
     world = join(place)
     try:
@@ -236,6 +237,10 @@ def joined(place: Place) -> Iterator[Ranks]:
         lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
         is_first = not lost and world.tell(error, place.by_agent)
         world.abandon()
+        if number := stopped_by(lost):  # no failure: all were asked to stop, whoever it was that said so first
+            stopped = Stopped(number)
+            stopped.add_note(str(error))
+            raise stopped from error
         if only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0):
             raise
         if world.rank > 0 and not is_first:
@@ -254,9 +259,12 @@ def join(place: Place) -> Ranks:
     root, members = meet(place)
     store = distributed.PrefixStore(members, root)
     keeps_store = place.rank == 0 and not place.by_agent
-    pulse = Pulse(
-        place.rank, place.size, lambda: distributed.PrefixStore(members, connect(place, is_host=False)), keeps_store
-    )
+
+    def to_members() -> Store:
+        return distributed.PrefixStore(members, connect(place, is_host=False))
+
+    launcher = place.launcher if place.by_agent else 0
+    pulse = Pulse(place.rank, place.size, to_members, keeps_store, launcher)
     return Ranks(place, root, store, pulse)
 
 

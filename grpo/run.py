@@ -22,7 +22,7 @@ from contextlib import suppress
 from grpo.command import Options
 from grpo.errors import Stopped, ToldElsewhere, UserError, exits_in_words
 from grpo.guards import no_happy_exit, stopped_by_signals
-from grpo.launcher import Place, launched, leave_variables, take_own_gpu
+from grpo.launcher import Place, launched, launcher_told, leave_variables, take_own_gpu
 from grpo.recipes import Method
 from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
@@ -79,13 +79,14 @@ def _tell(error: str) -> int:
 
 def _with_others(place: Place, argv: list[str], method: Method | None) -> int:
     """As one of several processes, of which rank 0 speaks for all."""
-    take_own_gpu(place)
-    from grpo.ranks import joined  # which needs PyTorch, and a process by itself does not
+    with launcher_told(place, plain):
+        take_own_gpu(place)
+        from grpo.ranks import joined  # which needs PyTorch, and a process by itself does not
 
-    leave_variables()
-    with joined(place) as world:
-        console.quiet = world.rank > 0
-        return _dispatch(argv, world, method)
+        leave_variables()
+        with joined(place) as world:
+            console.quiet = world.rank > 0
+            return _dispatch(argv, world, method)
 
 
 def _dispatch(argv: list[str], world: World, method: Method | None) -> int:

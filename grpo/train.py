@@ -88,7 +88,7 @@ class Run:
     generators_now: Callable[[], Generators]
     generators: Generators  # as they were when `progress` was
     progress: Progress = field(default_factory=Progress)
-    stop_requested: bool = False
+    stop_requested: int = 0  # by the signal of this number, here or at another rank; 0: by none
     saved: tuple[int, int] = (0, -1)  # (steps done, of them at the last held-out score), as the last checkpoint has it
 
 
@@ -113,8 +113,8 @@ def train(run: Run) -> None:
 
         remember(run, step=step + 1, version=run.policy.version)
         finish_step(run)
-        run.stop_requested = any(run.world.gather(run.stop_requested))
-        if run.stop_requested:
+        if asked := max(run.world.gather(run.stop_requested)):
+            run.stop_requested = asked
             break
 
 

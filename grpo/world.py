@@ -83,8 +83,8 @@ class World:
     def before_meeting(self, ready: Callable[[], None]) -> None:
         """Call this whenever this rank is about to gather, and so to wait for what all others do before that."""
 
-    def hurry(self) -> None:
-        """This process was asked to stop, and will not be waited for without end."""
+    def hurry(self, number: int) -> None:
+        """This process was asked to stop by the signal of this number, and will not be waited for without end."""
 
 
 ALONE = World()

@@ -118,20 +118,34 @@ def test_a_rank_that_is_stopped_or_cut_off_ends_all(untroubled, tmp_path):
     check_same_run(untroubled, resumed(tmp_path, []), step=6)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_step_finish_and_saves_once(number, untroubled, tmp_path):
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])])
+def test_a_signal_lets_the_step_finish_and_saves_once(number, at, untroubled, tmp_path):
+    """To all, or to one of them: all end alike."""
     argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--save-every", "50", "--run-dir", "run"]
     processes = launch(2, tmp_path, argv)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
         assert processes[0].is_alive()
-    for process in processes:
-        os.kill(process.pid, number)
+    for rank in at:
+        os.kill(processes[rank].pid, number)
     assert ended(processes) == [128 + number] * 2
     [checkpoint] = saved(tmp_path / "run")
     assert "step-000001" <= checkpoint < "step-000006"
-    assert told(tmp_path, 0).count("Stopping after this step") == 1
+    assert told(tmp_path, 0).count("Stopping after this step") == (0 in at)
     check_same_run(untroubled, resumed(tmp_path, []), step=6)
+
+
+def test_a_second_signal_to_one_rank_stops_all_at_once(tmp_path):
+    argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--save-every", "50", "--steps", "1000", "--run-dir", "run"]
+    processes = launch(2, tmp_path, argv)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
+        assert processes[0].is_alive()
+    for _ in range(2):
+        os.kill(processes[1].pid, signal.SIGTERM)
+    assert ended(processes) == [143, 143]
+    assert len(saved(tmp_path / "run")) == 1
+    assert "go on with" in told(tmp_path, 0)
 
 
 @pytest.mark.parametrize("size", [1, 3])

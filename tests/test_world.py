@@ -7,14 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from grpo.build import rounded_otherwise
 from grpo.config import Config
-from grpo.errors import UserError
+from grpo.errors import Stopped, ToldElsewhere, UserError
 from grpo.exchange import Share, means, sums
-from grpo.launcher import launched, leave_variables, take_own_gpu
+from grpo.launcher import launched, launcher_told, leave_variables, take_own_gpu
 from grpo.packing import build_packer, share_of
+from grpo.pulse import RankLost
 from grpo.ranks import Ranks
+from grpo.terminal import plain
 from grpo.types import Completion, Group, Prompt
 from grpo.verbs.together import same_command
 from grpo.world import ALONE, World, deal
@@ -139,12 +142,60 @@ def test_what_the_launcher_says_is_read_and_taken_away(environment):
 
 @pytest.mark.parametrize(
     ("changed", "told"),
-    [({"MASTER_PORT": ""}, "not MASTER_PORT"), ({"RANK": "4"}, "Ranks are 0 to"), ({"RANK": "one"}, "whole numbers")],
+    [
+        ({"MASTER_PORT": ""}, "not MASTER_PORT"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000. Ports are 1 to 65535"),
+        ({"LOCAL_RANK": ""}, "but not LOCAL_RANK. torchrun sets them all"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK 4. There are"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK -1. There are"),
+        ({"LOCAL_WORLD_SIZE": "5"}, "LOCAL_WORLD_SIZE 5 and"),
+        ({"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE 1 and LOCAL_RANK 1"),
+        ({"WORLD_SIZE": "1000000"}, "at most 10,000 processes"),
+        ({"RANK": "4"}, "Ranks are 0 to"),
+        ({"RANK": "one"}, "whole numbers"),
+    ],
 )
 def test_half_a_launcher_is_told(environment, changed, told):
     environment(**(PLACE | changed))
     with pytest.raises(UserError, match=told):
         launched()
+
+
+def in_trouble(path, error):
+    """A process that the launcher has given this file ends by an error."""
+    place = SimpleNamespace(error_file=str(path))
+    with pytest.raises(type(error)), launcher_told(place, plain):
+        raise error
+
+
+def because_of(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+def test_torchrun_calls_who_failed_first_the_root_cause_in_its_own_words(tmp_path):
+    """As torch itself reads what is written, where all ended in one second."""
+    first = UserError("Reward `judge` raised ValueError (\x1b[31mred) on row 17.")
+    lost = RankLost(f"Rank 1 (b) has ended the run: {first}")
+    ends = [because_of(UserError(f"{lost} Go on."), lost), first, because_of(ToldElsewhere(), lost), Stopped(15)]
+    for rank, error in enumerate(ends):
+        in_trouble(tmp_path / f"{rank}.json", error)
+    failures = {rank: ProcessFailure(rank, 100 + rank, 2, str(tmp_path / f"{rank}.json")) for rank in range(3)}
+    said = ChildFailedError("grpo.run", failures)
+    assert said.get_first_failure()[0] == 1
+    root = str(said).partition("Root Cause")[2]
+    assert "rank      : 1" in root and r"raised ValueError (\x1b[31mred) on row 17." in root and "\x1b" not in root
+    assert (
+        "Rank 1 (b) has ended the run: Reward `judge`"
+        in ProcessFailure(2, 1, 2, str(tmp_path / "2.json")).message["message"]
+    )
+    assert "It was stopped by signal 15." in ProcessFailure(3, 1, 143, str(tmp_path / "3.json")).message["message"]
+
+
+def test_a_launcher_that_wants_to_know_nothing_and_a_disk_that_is_full(tmp_path):
+    in_trouble("", ValueError("a"))
+    in_trouble(tmp_path / "gone" / "error.json", ValueError("a"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import signal
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ class Trained:
     live: Live
     folder: Path
     is_done: bool  # every step was done
-    exit_code: int
+    exit_code: int  # as shells have it: 0, or 128 + 2 after Ctrl-C, 128 + 15 after SIGTERM, on every rank
 
 
 def start(
@@ -128,9 +129,10 @@ def start(
             run.progress.placed = staff.placed
             how = {"command": command, "changed": saved.changes_to(resolved.config) if saved else {}}
             world.first(_record_start, run, resolved, as_saved, asked_by, how)
-            with run.recorder, stops_gently(run, partial(_told_to_stop, run)) as asked:
+            with run.recorder, stops_gently(run, partial(_told_to_stop, run)):
+                stop = partial(setattr, run, "stop_requested", signal.SIGINT)
                 for sink in sinks:
-                    run.recorder.add(Theirs(sink, run.recorder.message, partial(setattr, run, "stop_requested", True)))
+                    run.recorder.add(Theirs(sink, run.recorder.message, stop))
                 _score_anew(run, resolved.task)
                 _train_and_keep(run)
         threads = torch.get_num_threads()
@@ -138,7 +140,7 @@ def start(
     last = list_checkpoints(folder)[-1:] if run.progress.step else []
     live = Live(run.config, run.policy, run.engine, questions, threads, next(iter(last), None), world)
     is_done = run.progress.step == run.config.steps
-    return Trained(live, folder, is_done, 0 if is_done else asked.exit_code)
+    return Trained(live, folder, is_done, 0 if is_done else 128 + run.stop_requested)
 
 
 def _questions(resolved: Resolved) -> tuple[Questions, str]:
@@ -176,7 +178,7 @@ def _new_folder(resolved: Resolved, world: World) -> Path:
 
 
 def _told_to_stop(run: Run, sentence: str) -> None:
-    run.world.hurry()
+    run.world.hurry(run.stop_requested)
     run.world.first(run.recorder.message, sentence)
 
 
