@@ -66,6 +66,29 @@ def test_two_hosts_train_what_one_process_trains_and_go_on_after_one_was_killed(
     assert len(lines(run, "starts.jsonl")) == 2
 
 
+def test_a_torchrun_that_is_killed_leaves_neither_its_ranks_nor_the_other_host_waiting(tmp_path):
+    """Torch's own would wait for 300 s for it, after ranks that had trained to their end for nobody."""
+    argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--steps", "100000", "--run-dir", "run", "--resume-or-start"]
+    meeting = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "17"]
+    meeting += ["--rdzv-endpoint", f"localhost:{free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "grpo.run", *argv]
+    hosts = []
+    for name in ("first", "second"):
+        with (tmp_path / name).open("w") as log:
+            hosts.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                          stdout=log, stderr=log))  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
+        assert not any(host.poll() for host in hosts)
+    hosts[1].kill()
+    assert hosts[0].wait(60) == 1
+    told = "The launcher that has started it (torchrun) was killed or crashed: start it again on all hosts."
+    both = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    assert told in both or "the store that all ranks meet at does not answer" in both  # where that was the second's
+    stayed = ["pgrep", "-f", f"grpo.run {argv[0]}"]
+    assert subprocess.run(stayed, capture_output=True, text=True).stdout == ""
+
+
 def test_a_host_whose_task_file_is_another_is_told(tmp_path):
     other = tmp_path / "other"
     other.mkdir()

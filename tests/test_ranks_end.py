@@ -37,6 +37,9 @@ def trouble(completions, trainer_state):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "stopped twice":
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         if kind == "hang":
             re.match("(a+)+$", "a" * 60 + "b")
         if kind == "full disk":
@@ -136,16 +139,11 @@ def test_a_signal_lets_the_step_finish_and_saves_once(number, at, untroubled, tm
 
 
 def test_a_second_signal_to_one_rank_stops_all_at_once(tmp_path):
-    argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--save-every", "50", "--steps", "1000", "--run-dir", "run"]
-    processes = launch(2, tmp_path, argv)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
-        assert processes[0].is_alive()
-    for _ in range(2):
-        os.kill(processes[1].pid, signal.SIGTERM)
-    assert ended(processes) == [143, 143]
-    assert len(saved(tmp_path / "run")) == 1
-    assert "go on with" in told(tmp_path, 0)
+    argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--run-dir", "run"]
+    codes, logs = run_ranks(2, tmp_path, argv, TROUBLE="stopped twice", ON="1")
+    assert codes == [143, 143], logs
+    assert saved(tmp_path / "run")[-1] == "step-000003"
+    assert "Stopped at once. Rank 1 (" in logs[0] and "It was stopped by signal 15. The last checkpoint is" in logs[0]
 
 
 @pytest.mark.parametrize("size", [1, 3])
