@@ -36,6 +36,7 @@ from grpo.types import Completion, Group, Message, Prompt, Span
 
 NAMED = 4  # rows that cannot be taught, in a sentence
 ROWS_BETWEEN_NOTES = 50_000
+SAID = ("content", "reasoning_content", "reasoning", "thinking")  # the fields of a message that templates read
 
 Answer = str | list[Message]  # what comes behind a prompt
 Note = Callable[[str], object]
@@ -69,7 +70,7 @@ class Teacher:
 
     def after(self, prompt: Prompt, answer: Answer) -> tuple[Prompt, Completion]:
         """An answer in tokens, and the prompt that it follows: the given one, or its beginning where the assistant's
-        messages in it are taught too."""
+        messages in it are taught too, or more than it where the answer begins with the words of others."""
         if isinstance(answer, str) and not (self.every and prompt.messages):
             return prompt, self._completion([*self._tokens_after(prompt, answer), self.end], ())
         if prompt.messages is None:
@@ -83,7 +84,7 @@ class Teacher:
         tokens, spans = self._rendered(prompt, messages, taught)
         start = spans[0].start
         others = tuple(Span(a.end - start, b.start - start) for a, b in pairwise(spans) if a.end < b.start)
-        if taught[0] < len(prompt.messages):
+        if taught[0] != len(prompt.messages):
             prompt = replace(prompt, tokens=tokens[:start], messages=messages[: taught[0]])
         return prompt, self._completion(tokens[start : spans[-1].end], others)
 
@@ -116,7 +117,8 @@ class Teacher:
             behind = whole if is_last else render(prompt.index, messages[: i + 1], given, closed=True)
             if not (begins_with(whole, before) and begins_with(whole, behind) and len(before) <= len(behind)):
                 raise UserError(self._rewritten(prompt, i))
-            if isinstance(whole, str) and lost(messages[i].get("content") or "", whole[len(before) : len(behind)]):
+            written = whole[len(before) : len(behind)]
+            if isinstance(written, str) and any(lost(said, written) for said in said_in(messages[i])):
                 raise UserError(self._left_out(prompt, i))
             edges += [len(before), len(behind)]
         if edges != sorted(edges):
@@ -160,8 +162,9 @@ class Teacher:
     def _left_out(self, prompt: Prompt, place: int) -> str:
         return (
             f"The model's chat template leaves out, or changes, what the assistant says in message {place} of row "
-            f"{prompt.index}, as templates do with thinking: it would not be taught. Give prompt and completion as "
-            "texts, or the thinking in the field that the template reads (`reasoning_content`, say)."
+            f"{prompt.index}, as templates do with thinking or calls of tools: it would not be taught. Give "
+            "prompt and completion as texts, or the thinking in the field that the template reads "
+            "(`reasoning_content`, say), or leave out what this model cannot be shown."
         )
 
     def _rewritten(self, prompt: Prompt, place: int) -> str:
@@ -171,6 +174,13 @@ class Teacher:
             "thinking: what would be taught is not what the model reads later. Teach the last answer alone "
             "(--train-on answer), or give prompt and completion as texts."
         )
+
+
+def said_in(message: Message) -> list[str]:
+    """What the assistant says in a message, in parts: its words, its thinking, the names of the tools that it calls."""
+    calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
+    parts = [message.get(name) for name in SAID] + [call.get("name") for call in calls if isinstance(call, dict)]
+    return [part for part in parts if isinstance(part, str)]
 
 
 def lost(content: str, written: str) -> bool:
@@ -189,6 +199,12 @@ def begins_with(whole: Rendered, part: Rendered) -> bool:
 def answer_of(teacher: Teacher, prompt: Prompt) -> Group:
     """The lesson of SFT: one completion, of advantage 1."""
     answer = given_answer(teacher.asker, prompt)
+    if answer == [] and prompt.messages:
+        role = prompt.messages[-1].get("role")
+        raise UserError(
+            f"row {prompt.index}: the conversation ends with a message of the role {role!r}, and not with "
+            "the assistant's answer"
+        )
     if fault := fault_of_answer(answer):
         raise UserError(f"row {prompt.index}: the answer {fault}")
     prompt, completion = teacher.after(prompt, answer)
@@ -197,16 +213,21 @@ def answer_of(teacher: Teacher, prompt: Prompt) -> Group:
 
 def pair_of(teacher: Teacher, prompt: Prompt) -> Group:
     """The lesson of DPO: two completions, the better one first, of advantages 1 and -1."""
-    completions = []
+    sides = []
     for side in ("chosen", "rejected"):
         answer = behind(prompt, prompt.fields.get(side))
         if fault := fault_of_answer(answer):
             raise UserError(f"row {prompt.index}: `{side}` {fault}")
-        completions.append(teacher.after(prompt, answer)[1])
-    chosen, rejected = completions
+        sides.append(teacher.after(prompt, answer))
+    prompts, (chosen, rejected) = [asked for asked, _ in sides], [said for _, said in sides]
+    if prompts[0].tokens != prompts[1].tokens:
+        raise UserError(
+            f"row {prompt.index}: `chosen` and `rejected` answer different messages. Whatever comes before the first "
+            "message of the assistant that differs must be the same in both"
+        )
     if chosen.tokens == rejected.tokens:
         raise UserError(f"row {prompt.index}: `chosen` and `rejected` are the same, {chosen.text[:60]!r}")
-    return _group(prompt, completions, [1.0, -1.0])
+    return _group(prompts[0], [chosen, rejected], [1.0, -1.0])
 
 
 def _group(prompt: Prompt, completions: list[Completion], advantages: list[float]) -> Group:
@@ -327,7 +348,9 @@ def build_lessons(teacher: Teacher, prompts: Sequence[Prompt], source: str, skip
     if bad and not (skip_bad_rows and lessons.places):
         raise UserError(_in_words(num_bad, len(prompts), source, bad))
     if bad:
-        note(f"note: {_named(num_bad, bad)} of {source} left out, which cannot be taught: {'; '.join(bad)}.")
+        note(
+            f"note: {_named(num_bad, bad)} of {source} left out, which cannot be taught: {'; '.join(bad).rstrip('.')}."
+        )
     if long:
         told = (
             f"{_named(num_long, long)} of {source} left out, longer than {teacher.longest:,} tokens with the answer: "
@@ -345,8 +368,8 @@ def _named(count: int, told: list[str]) -> str:
 
 
 def _in_words(count: int, of: int, source: str, bad: list[str]) -> str:
-    more = "; ..." * (count > len(bad))
+    told = "; ".join(bad).rstrip(".") + "; ..." * (count > len(bad))
     return (
-        f"{count:,} of {of:,} rows of {source} cannot be taught: {'; '.join(bad)}{more}. Mend the data, or leave such "
-        "rows out (--skip-bad-rows)."
+        f"{count:,} of {of:,} rows of {source} cannot be taught: {told}. Mend the data, or leave such rows out "
+        "(--skip-bad-rows)."
     )

@@ -165,7 +165,7 @@ METRICS = (
            "task says of no answer that it is right.", "reward", "rises", interval=True,
            column=Column("held-out reward", ".3f", 7, 1)),
     Metric("eval/accuracy", "Held-out: share of pairs whose chosen answer has gained on the rejected one, from the "
-           "reference policy on.", "share", "rises", interval=True, optional=True,
+           "reference policy on; a tie is a half.", "share", "rises above 50%", interval=True, optional=True,
            column=Column("held-out accuracy", ".1%", 8, 1, ("dpo",))),
     Metric("eval/margin", "Held-out: how much more the chosen answer has gained than the rejected one: the difference "
            "of their implicit rewards.", "reward", "rises", interval=True, optional=True),
@@ -189,7 +189,7 @@ METRICS = (
            "groups"),
     Metric("lessons/epoch", "How often the given answers or pairs were gone through.", "epochs", optional=True),
     Metric("dpo/accuracy", "Share of the step's pairs whose chosen answer has gained on the rejected one, from the "
-           "reference policy on.", "share", "rises above 50%", optional=True,
+           "reference policy on; a tie is a half.", "share", "rises above 50%", optional=True,
            column=Column("pairs right", ".0%", 5, 3, ("dpo",))),
     Metric("dpo/margin", "How much more the chosen answer has gained than the rejected one: the difference of their "
            "implicit rewards.", "reward", "rises", optional=True, column=Column("margin", ".3f", 7, 4, ("dpo",))),

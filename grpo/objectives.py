@@ -127,7 +127,7 @@ class Preference:
                 "pairs": torch.ones_like(margins).sum(),
                 "tokens": mask.sum(),
                 "policy/entropy": (entropy * mask).sum(),
-                "dpo/accuracy": (margins > 0).float().sum(),
+                "dpo/accuracy": preferred(margins).sum(),
                 "dpo/margin": self.beta * margins.sum(),
                 "dpo/chosen": self.beta * chosen.sum(),
                 "dpo/rejected": self.beta * rejected.sum(),
@@ -154,6 +154,12 @@ def by_pair(values: Tensor, batch: Batch) -> Tensor:
     """The sums of per-token values [N] over each answer, by pairs: [pairs, 2], chosen and rejected."""
     sums = torch.zeros(batch.num_sequences, dtype=values.dtype, device=values.device)
     return sums.index_add(0, batch.sequence, values * batch.mask).view(-1, 2)
+
+
+def preferred(margins: Tensor) -> Tensor:
+    """1 where the better answer has gained on the other, 0 where it has lost, and a half where neither has: a policy
+    that has not moved prefers neither, and one that moves at random stays at a half of all pairs."""
+    return (margins.sign() + 1) / 2
 
 
 def summed(lengths: Tensor) -> Tensor:

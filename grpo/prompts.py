@@ -66,7 +66,10 @@ class Asker:
                 f"{', '.join(map(str, row)) or 'none'}."
             )
         ):
-            content = self.task.prompt(dict(row))  # what it takes out of its row the rewards may still want
+            try:
+                content = self.task.prompt(dict(row))  # what it takes out of its row the rewards may still want
+            except UserError as error:
+                raise UserError(f"row {index}: {error}") from error
         if fault := fault_of_text(content) if isinstance(content, str) else self._fault_of_messages(content):
             raise UserError(
                 f"`prompt` of task {self.task.name} gave {fault} for row {index}. It must return chat messages, a list "

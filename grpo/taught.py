@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo.checkpoint import Progress
 from grpo.clock import Clock
 from grpo.evaluate import Z_95, Evaluator, interval, normal_interval
-from grpo.objectives import Preference
+from grpo.objectives import Preference, preferred
 from grpo.packing import BatchLimit, fill_whole, lay_out
 from grpo.policy import Policy
 from grpo.rollout import Engine
@@ -155,18 +155,18 @@ def read_pairs(policy: Policy, batch: Batch) -> Tensor:
 
 
 def mark_pairs(preference: Preference, groups: list[Group], sums: list[Tensor]) -> None:
-    """Both answers of a pair have reward 1 where the better one has gained on the other; their implicit rewards are
-    beside it."""
+    """Both answers of a pair have reward 1 where the better one has gained on the other, and a half where neither has;
+    their implicit rewards are beside it."""
     lengths = torch.stack([_lengths(group) for group in groups])
     margins, chosen, rejected = preference.margins(torch.stack(sums), lengths)
     for group, margin, *both in zip(groups, margins, chosen, rejected, strict=True):
-        group.rewards = (margin > 0).double().repeat(2)
+        group.rewards = preferred(margin).repeat(2)
         group.parts = {"implicit": preference.beta * torch.stack(both)}
 
 
 def measure_preference(preference: Preference, groups: list[Group]) -> dict[str, float]:
-    """eval/accuracy: the share of pairs whose better answer has gained on the other from the reference policy on;
-    eval/margin: by how much, in implicit rewards; eval/loss: the mean loss of a pair."""
+    """eval/accuracy: the share of pairs whose better answer has gained on the other from the reference policy on,
+    ties as a half; eval/margin: by how much, in implicit rewards; eval/loss: the mean loss of a pair."""
     rewards = torch.stack([group.parts["implicit"] for group in groups])
     margins = rewards[:, 0] - rewards[:, 1]
     return {

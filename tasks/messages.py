@@ -5,8 +5,9 @@ messages; and `tools` and `chat_template_kwargs` where the chat template reads t
 """
 
 import json
+import reprlib
 
-from grpo import Config, Task
+from grpo import Config, Task, UserError
 from grpo.data import read_rows
 
 
@@ -16,11 +17,20 @@ def rows(split, data):
 
 def prompt(row):
     """All before the last message, which is what is taught."""
-    if "messages" not in row:
+    if "prompt" in row and "completion" in row:
         is_chat = isinstance(row["completion"], list) and isinstance(row["prompt"], str)
         return [{"role": "user", "content": row["prompt"]}] if is_chat else row["prompt"]
-    *before, last = row["messages"]
-    return before if last["role"] == "assistant" else row["messages"]
+    if "messages" not in row or "completion" in row:
+        raise UserError(
+            "Rows to learn from have `messages`, chats such as "
+            '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], or `prompt` and '
+            f"`completion`; these have {', '.join(row)}. --columns prompt=NAME,completion=NAME says which columns are "
+            "meant."
+        )
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(f"`messages` must be a list of chat messages, not {reprlib.repr(messages)}")
+    return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
 
 
 def tools(row):

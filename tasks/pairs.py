@@ -3,7 +3,7 @@
 Each is a text or chat messages. The prompt is the column `prompt`, or what both begin with.
 """
 
-from grpo import Config, Task
+from grpo import Config, Task, UserError
 from grpo.data import read_rows
 from grpo.pairs import common_prompt
 
@@ -13,9 +13,19 @@ def rows(split, data):
 
 
 def prompt(row):
-    """Some sets have the question as a text beside whole chats: there the chats say it."""
-    is_apart = row.get("prompt") and not (isinstance(row["prompt"], str) and isinstance(row["chosen"], list))
-    return row["prompt"] if is_apart else common_prompt(row["chosen"], row["rejected"])
+    """A question that is a text may stand beside whole chats, which say it themselves, or beside the answers alone."""
+    if lacking := [name for name in ("chosen", "rejected") if name not in row]:
+        raise UserError(
+            f"Rows of pairs have `chosen` and `rejected`, and `prompt` or not; these have {', '.join(row)}. "
+            f"--columns {lacking[0]}=NAME says which column is meant."
+        )
+    asked, sides = row.get("prompt"), (row["chosen"], row["rejected"])
+    if not asked:
+        return common_prompt(*sides)
+    if isinstance(asked, str) and all(isinstance(side, list) for side in sides):
+        answers_alone = all(side and side[0].get("role") == "assistant" for side in sides)
+        return [{"role": "user", "content": asked}] if answers_alone else common_prompt(*sides)
+    return asked
 
 
 task = Task(

@@ -14,6 +14,11 @@ from grpo.policy.stop import end_of_turn, stop_tokens
 
 ASSISTANT = {"role": "assistant", "content": "It is 2."}
 AGAIN = {"role": "user", "content": "And 2 + 2?"}
+CALLS = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}],
+}
 FOUR = {"role": "assistant", "content": "That is\nfour, 4."}
 # What is not cut for its thinking: plain ChatML, with the marks of transformers.
 MARKED = """{%- for m in messages %}<|im_start|>{{ m.role }}
@@ -110,9 +115,7 @@ def test_the_turns_of_others_are_read_and_not_taught():
 
 
 def test_a_call_of_a_tool_is_taught():
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
-    messages = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    group = lesson(teacher_of("qwen3"), {"messages": messages})
+    group = lesson(teacher_of("qwen3"), {"messages": [*CHAT, CALLS]})
     assert '"name": "add"' in group.completions[0].text
 
 
@@ -120,6 +123,20 @@ def test_a_completion_in_messages_may_have_rounds():
     rounds = [ASSISTANT, AGAIN, FOUR]
     group = lesson(teacher_of(template=MARKED), {"messages": None, "completion": rounds})
     assert len(group.completions[0].others) == 1 and group.prompt.messages == CHAT
+
+
+def test_an_answer_may_begin_with_the_words_of_others():
+    system = [{"role": "system", "content": "Sum."}]
+    group = lesson(teacher_of(template=MARKED), {"prompt": system, "completion": [AGAIN, FOUR]})
+    assert group.prompt.messages == [*system, AGAIN]
+    whole = shown(teacher_of(template=MARKED), mask_of(group)[0])
+    assert "And 2 + 2?" in whole and whole.endswith("That is\nfour, 4.<|im_end|>")
+    teacher = teacher_of(template=MARKED, method="dpo")
+    sides = {"prompt": system, "chosen": [AGAIN, FOUR], "rejected": [AGAIN, ASSISTANT]}
+    of_pair = lesson(teacher, sides)
+    assert of_pair.prompt.tokens == group.prompt.tokens and of_pair.completions[0].tokens == group.completions[0].tokens
+    with pytest.raises(UserError, match="answer different messages"):
+        lesson(teacher, sides | {"rejected": [*CHAT, ASSISTANT]})
 
 
 def test_a_prompt_that_is_a_text():
@@ -140,7 +157,9 @@ def test_a_prompt_that_is_a_text():
         ("qwen3", "answer", [*CHAT, ASSISTANT, AGAIN], "ends with a message of the role 'user'"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": " \n"}], "empty message of the assistant"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": 2}], "empty message of the assistant, 2"),
-        ("qwen3", "answer", CHAT, "nothing comes behind the prompt"),
+        ("qwen3", "answer", CHAT, "ends with a message of the role 'user', and not"),
+        ("llama3", "answer", [*CHAT, CALLS], "leaves out, or changes"),
+        ("llama3", "answer", [*CHAT, ASSISTANT | {"reasoning_content": "One and one."}], "leaves out, or changes"),
         ("qwen3", "answer", "hello", "1 of 1 rows"),
         ("qwen3", "answer", None, "It must be a text or chat messages"),
         ("qwen3", "answer", [*CHAT, 3], "It must be a text or chat messages"),

@@ -11,7 +11,7 @@ from tiny_models import CPU, build_policy, randomise, reference_logprobs
 
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.objectives import OBJECTIVES
+from grpo.objectives import OBJECTIVES, preferred
 from grpo.packing import PACKERS, fill_whole, halve
 from grpo.types import Span
 
@@ -132,6 +132,14 @@ def test_the_preference_is_its_formula(reference, settings, tiny_config, pairs, 
 def test_a_policy_that_has_not_moved_has_no_margin(tiny_config, pairs):
     metrics = update(build_policy(tiny_config(method="dpo", tokens_per_batch=30)), pairs)
     assert metrics["policy/loss"] == pytest.approx(math.log(2)) and metrics["dpo/margin"] == 0
+    assert metrics["dpo/accuracy"] == 0.5  # a tie is no defeat
+
+
+def test_pairs_that_moved_at_random_are_no_gain():
+    """Held-out accuracy begins where chance ends: a policy that gained on half of the pairs has learnt nothing."""
+    assert preferred(torch.tensor([-2.0, 0.0, 1e-30])).tolist() == [0.0, 0.5, 1.0]
+    moved = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    assert float(preferred(moved).mean()) == pytest.approx(float(preferred(0 * moved).mean()), abs=0.02)
 
 
 def test_the_gradient_is_the_same_however_pairs_are_packed(tiny_config, pairs):

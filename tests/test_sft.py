@@ -87,7 +87,7 @@ def test_a_run_of_pairs_prefers_the_better_answers(of_pairs):
     assert len(steps) == 7  # 7 pairs twice, 2 a step
     assert steps[0]["dpo/margin"] == 0 and steps[-1]["dpo/margin"] > 0.1 and steps[-1]["dpo/accuracy"] == 1
     scores = [line for line in lines(of_pairs) if "eval/accuracy" in line]
-    assert scores[0]["eval/accuracy"] == 0 and scores[-1]["eval/accuracy"] == 1
+    assert scores[0]["eval/accuracy"] == 0.5 and scores[-1]["eval/accuracy"] == 1
     assert scores[-1]["eval/loss"] < scores[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-5)
     held_out = lines(of_pairs, "held_out.jsonl")
     assert {"implicit"} == set(held_out[-1]["parts"]) and held_out[-1]["reward"] == 1

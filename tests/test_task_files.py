@@ -315,3 +315,41 @@ def test_reverse_pays_for_the_letters_before_the_first_mistake():
     assert marks(task, answered("d c a b"), row) == {"reversed_letters": 0.0, "right_start": 0.25, "soft_xml": 0.5}
     assert marks(task, answered("d c b a a a a a"), row)["right_start"] == 0.25
     assert marks(task, "d c b a", row) == {"reversed_letters": 0.0, "right_start": 0.0, "soft_xml": 0.0}
+
+
+USER, SAID, SAID_TOO = (
+    {"role": role, "content": text} for role, text in (("user", "q"), *[("assistant", t) for t in "ab"])
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "asked"),
+    [
+        ("messages", {"messages": [USER, SAID], "prompt": "another"}, [USER]),
+        ("messages", {"messages": [USER, SAID], "prompt": "whose", "completion": "own"}, "whose"),
+        ("messages", {"prompt": "q", "completion": [SAID]}, [USER]),
+        ("messages", {"messages": [USER]}, [USER]),  # there is no answer: it is told of as such
+        ("pairs", {"chosen": [USER, SAID], "rejected": [USER, SAID_TOO]}, [USER]),
+        ("pairs", {"prompt": "q", "chosen": [USER, SAID], "rejected": [USER, SAID_TOO]}, [USER]),
+        ("pairs", {"prompt": "q", "chosen": [SAID], "rejected": [SAID_TOO]}, [USER]),
+        ("pairs", {"prompt": "q", "chosen": "a", "rejected": "b"}, "q"),
+    ],
+)
+def test_what_rows_to_learn_from_ask(name, row, asked):
+    assert load_task(TASKS / f"{name}.py").prompt(row) == asked
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("messages", {"conversations": []}, "have `messages`.*these have conversations"),
+        ("messages", {"messages": [USER, SAID], "completion": "c"}, "these have messages, completion"),
+        ("messages", {"messages": "[]"}, "must be a list of chat messages"),
+        ("messages", {"messages": [3]}, "must be a list of chat messages"),
+        ("pairs", {"messages": [USER, SAID]}, "these have messages. --columns chosen=NAME"),
+        ("pairs", {"chosen": "a", "rejected": "b"}, "there is no `prompt`"),
+    ],
+)
+def test_rows_of_other_columns_are_told_what_is_wanted(name, row, told):
+    with pytest.raises(UserError, match=told):
+        load_task(TASKS / f"{name}.py").prompt(row)
