@@ -94,8 +94,9 @@ def scored_as(bring, order):
     told, groups = [], a_few_groups()
     random.seed(5)
     seen.clear()
-    with staffed([replace(each) for each in rewards], 2, 12, None, lambda note: None) as at_work:
-        at_work = [rewards[-1] if each.name == "here" else each for each in at_work]
+    # Without `here`, whose module every worker would import: torch, for seconds.
+    with staffed([replace(each) for each in rewards[:-1]], 2, 12, None, lambda note: None) as moved:
+        at_work = [*moved, rewards[-1]]
         tolerance = Tolerance(1.0, told.append)
         with Scorer(at_work, tolerance, steps=9).begun(3) as scoring:
             for number in order:
