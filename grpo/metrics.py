@@ -198,8 +198,9 @@ METRICS = (
     Metric("dpo/rejected", "The same of the rejected answer.", "reward", "falls", optional=True),
     Metric("policy/entropy", "Mean entropy of the policy where it sampled, at the sampling temperature.",
            "nats a token", "falls slowly, stays above 0", column=Column("entropy nats", ".3f", 6, 23)),
-    Metric("policy/loss", "The loss of the step's update. Of GRPO its size says nothing: the gradient does; of sft it "
-           "is the mean -log p of a token that is taught.", "1", column=Column("loss", ".3f", 7, 0, ("sft", "dpo"))),
+    Metric("policy/loss", "The loss of the step's update, mean of its optimizer steps. Of GRPO its size says nothing: "
+           "the gradient does; of sft it is the mean -log p of a token that is taught.", "1",
+           column=Column("loss", ".3f", 7, 0, ("sft", "dpo"))),
     Metric("value/loss", "`--advantage gae`: half the squared error of the value head, mean of the sampled tokens.",
            "reward squared", "falls", optional=True),
     Metric("value/explained_variance", "`--advantage gae`: share of the returns' variance that the value head knew "

@@ -264,3 +264,18 @@ def test_a_terminal_gets_its_sentences_by_words(monkeypatch):
     ends = {line.split()[-1] for line in out.getvalue().splitlines()}
     assert ends <= {"words", "of", "a", "sentence", "\\x1b[31m"} and len(out.getvalue().splitlines()) > 5
     assert "\x1b[31m" not in out.getvalue()
+
+
+def test_what_a_sample_says_of_an_answer_is_of_its_method():
+    """A given answer earned nothing and did not stop by itself; with a value head every token has its own advantage."""
+
+    def shown(method):
+        out = io.StringIO()
+        Console(10, 0, "toy", NAMES, file=out, method=method).sample(0, group_of(0))
+        return out.getvalue()
+
+    assert "a completion of step" in shown("grpo") and "advantage" in shown("grpo")
+    assert "reward" in shown("ppo") and "advantage" not in shown("ppo")
+    for method in ("sft", "dpo"):
+        assert "an answer of step" in shown(method) and "tokens taught]" in shown(method)
+        assert not any(word in shown(method) for word in ("advantage", "scored", "stopped by itself"))

@@ -236,7 +236,6 @@ def test_a_checkpoint_has_the_head_and_its_moments(optimizer, tiny_config, earni
         ({"advantage": "gae", "value_lr": -1.0}, "value_lr is -1.0. Use 0 or more"),
         ({"advantage": "gae", "value_clip": math.nan}, "value_clip is nan"),
         ({"group_size": 1}, "group_size is 1, so every advantage would be 0. Use 2 or more"),
-        ({"advantage": "gae", "method": "sft", "group_size": 1}, "group_size is 1"),
     ],
 )
 def test_what_makes_no_sense_is_told(fields, told):

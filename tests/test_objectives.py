@@ -135,6 +135,16 @@ def test_a_policy_that_has_not_moved_has_no_margin(tiny_config, pairs):
     assert metrics["dpo/accuracy"] == 0.5  # a tie is no defeat
 
 
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_loss_of_several_optimizer_steps_is_their_mean(method, tiny_config, taught, pairs):
+    groups, found = {"sft": taught, "dpo": pairs}[method], []
+    for steps, epochs in ((1, 1), (2, 1), (1, 3)):
+        policy = build_policy(tiny_config(method=method))
+        [batches] = PACKERS[method](policy.config, CPU)(groups)
+        found.append(policy.update([batches] * steps, OBJECTIVES[method](policy.config), 0.0, epochs)["policy/loss"])
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6) and found[0] > 0
+
+
 def test_pairs_that_moved_at_random_are_no_gain():
     """Held-out accuracy begins where chance ends: a policy that gained on half of the pairs has learnt nothing."""
     assert preferred(torch.tensor([-2.0, 0.0, 1e-30])).tolist() == [0.0, 0.5, 1.0]

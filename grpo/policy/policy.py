@@ -113,7 +113,8 @@ class Policy:
 
     def update(self, optimizer_steps: list[list[Batch]], loss: Loss, rate: float, epochs: int = 1) -> dict[str, float]:
         """One optimizer step at learning rate `rate` for each list of batches that is not empty on all ranks, `epochs`
-        times over. Returns the metrics, which are those of the batches of all ranks.
+        times over. Returns the metrics, which are those of the batches of all ranks; the loss is the mean of the
+        optimizer steps', each of which has its own denominator.
 
         Where all lists are empty nothing is trained, and the adapter stays as it is.
         """
@@ -131,7 +132,9 @@ class Policy:
             norms.append(self._optimizer_step())
         on_cpu = [{name: value.cpu() for name, value in part.items()} for part in sums]
         all_sums, split = zip(*self.world.gather((on_cpu, self.fit.count())), strict=True)
-        return loss.summarize(list(chain.from_iterable(all_sums))) | {
+        told = loss.summarize(list(chain.from_iterable(all_sums)))
+        return told | {
+            "policy/loss": told["policy/loss"] / max(1, len(norms)),
             "policy/split_batches": sum(split),
             "optim/grad_norm": max(norms, default=0.0),
             "optim/learning_rate": rate,

@@ -10,8 +10,9 @@ import sys
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from typing import IO
 
@@ -136,6 +137,7 @@ class Console(Sink):
         method: str = METHODS[0],
     ):
         self._terminal = Terminal(file=file or sys.stdout)
+        self._method = method
         self._broken = between_words if self._terminal.is_terminal else unbroken
         # With a terminal the bar says how long it will take.
         self._columns = columns_for(reward_names, headline, method) + [TIME_LEFT] * (not self._terminal.is_interactive)
@@ -210,7 +212,7 @@ class Console(Sink):
 
     def sample(self, step: int, group: Group, index: int = 0) -> None:
         """One completion of a group in a frame, with what it earned."""
-        frame = show_sample(step, group, index, self._terminal.encoding)
+        frame = show_sample(step, group, index, self._terminal.encoding, self._method)
         self._terminal.print(frame, width=min(_width(), _WIDEST_SAMPLE))
         self._lines = 0  # so that the header follows
 
@@ -230,37 +232,63 @@ class Console(Sink):
         self._terminal.print(Text(line, style=style, no_wrap=True), soft_wrap=True)
 
 
-def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8") -> Panel:
-    """A frame with the end of the prompt, the completion, and what each reward said of it."""
-    prompt, completion = group.prompt, group.completions[index]
+def show_sample(step: int, group: Group, index: int, encoding: str = "utf-8", method: str = METHODS[0]) -> Panel:
+    """A frame with the end of the prompt, the completion, and what each reward said of it; of a given answer, how much
+    of it is taught."""
+    prompt, completion, sample = group.prompt, group.completions[index], SAMPLES[method]
     asked = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-    parts = [(shortened(plain(name), _WIDEST_PART), values[index].item()) for name, values in group.parts.items()]
-    earned = "   ".join(f"{name} {value:g}" for name, value in parts)
-    reward, advantage = group.rewards[index].item(), group.advantages[index].item()
-    total = _EARNED[math.isnan(reward)].format(reward, advantage)
 
     def shown(lines: list[str], style: str = "") -> Text:
         return Text(_encodable("\n".join(lines), encoding), style=style)
 
     said = shown(plain(completion.text[:_COMPLETION_HEAD])[:_COMPLETION_HEAD].split("\n")[:_SAMPLE_LINES])
-    said.append(f"  [{len(completion.tokens)} tokens, {_FINISHES[completion.finish]}]", style="dim")
+    count, taught, finish = len(completion.tokens), completion.num_sampled, _FINISHES[completion.finish]
+    said.append(f"  [{sample.size.format(count=count, taught=taught, finish=finish)}]", style="dim")
+    lines = zip(sample.earned(group, index), ("", "cyan", "bold"), strict=False)
     return Panel(
         Stack(
             shown(plain(asked[-_PROMPT_TAIL:])[-_PROMPT_TAIL:].split("\n")[-_SAMPLE_LINES:], style="dim"),
             "",
             said,
-            "",
-            shown([earned], style="cyan"),
-            Text(total, style="bold"),
+            *[shown([line], style) for line, style in lines],
         ),
-        title=Text(f"a completion of step {step + 1}, row {prompt.index}"),
+        title=Text(f"{sample.what} of step {step + 1}, row {prompt.index}"),
         title_align="left",
         border_style="dim",
     )
 
 
-# Whether a reward failed on it, or it was given and nobody scored it.
-_EARNED = {False: "reward {0:.3f}   advantage {1:+.3f}", True: "not scored   advantage {1:+.3f}"}
+def _earned(group: Group, index: int, *, total: dict[bool, str]) -> list[str]:
+    """Lines of what each reward paid, and all together. total: by whether a reward failed on it."""
+    parts = [(shortened(plain(name), _WIDEST_PART), values[index].item()) for name, values in group.parts.items()]
+    reward, advantage = group.rewards[index].item(), group.advantages[index].item()
+    earned = "   ".join(f"{name} {value:g}" for name, value in parts)
+    return ["", earned, total[math.isnan(reward)].format(reward, advantage)]
+
+
+def _nothing(group: Group, index: int) -> list[str]:
+    """A given answer earns nothing."""
+    return []
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How one completion is shown: what it is called, its size in words, and the lines of what it earned."""
+
+    what: str
+    size: str
+    earned: Callable[[Group, int], list[str]]
+
+
+_AT_ONCE = {False: "reward {0:.3f}   advantage {1:+.3f}", True: "not scored   advantage {1:+.3f}"}
+_BY_TOKEN = {False: "reward {0:.3f}", True: "not scored"}  # with a value head each has an advantage of its own
+_SAID, _GIVEN = "{count} tokens, {finish}", "{taught} of {count} tokens taught"
+SAMPLES = {
+    "grpo": Sample("a completion", _SAID, partial(_earned, total=_AT_ONCE)),
+    "ppo": Sample("a completion", _SAID, partial(_earned, total=_BY_TOKEN)),
+    "sft": Sample("an answer", _GIVEN, _nothing),
+    "dpo": Sample("an answer", _GIVEN, _nothing),
+}
 _FINISHES = {"stop": "stopped by itself", "length": "cut off"}
 
 
