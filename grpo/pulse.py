@@ -204,7 +204,8 @@ class _Watch:
         if self.rung_at and time.monotonic() > self.rung_at + GRACE:
             with suppress(ProcessLookupError):
                 os.kill(self.parent, signal.SIGKILL)
-                self._say(f"{self.text} Rank {self.rank} did not come to its end in {GRACE:g} s, and was killed.")
+                if self.text:  # else it has told the reason itself, and a word after that would be taken for another
+                    self._say(f"{self.text} Rank {self.rank} did not come to its end in {GRACE:g} s, and was killed.")
             self.rung_at = math.inf
 
     def _say(self, sentence: str) -> None:
