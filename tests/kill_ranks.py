@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="after which no further rank is killed")
-    parser.add_argument("--phases", nargs="*", help="moments, as several.kill_at has them; all where none is given")
+    parser.add_argument("--phases", nargs="*", help="moments, as several.signal_at has them; all where none is given")
     arguments = parser.parse_args()
     if arguments.phases is not None:
         for moment in arguments.phases or PHASES:

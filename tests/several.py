@@ -48,8 +48,9 @@ def told(folder, rank):
     return (Path(folder) / f"rank-{rank}.log").read_text()
 
 
-def kill_at(moment):
-    """End this process as by kill -9 at a moment, "grpo.train.evaluate:call" or ":return"; ":call:3" is the third."""
+def signal_at(moment, number):
+    """This process gets a signal, kill -9 or one that stops it, at a moment: "grpo.train.evaluate:call", or ":return";
+    ":call:3" is the third."""
     name, event, count = (*moment.split(":"), "1")[:3]
     left = [int(count)]
 
@@ -57,7 +58,7 @@ def kill_at(moment):
         if happened == event and f"{frame.f_globals.get('__name__')}.{frame.f_code.co_qualname}" == name:
             left[0] -= 1
             if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
     sys.setprofile(look)
 
@@ -71,7 +72,12 @@ def _run(folder, argv, variables):
     os.environ["OMP_NUM_THREADS"] = "1"
     from grpo.run import main
 
-    rank, _, moment = variables.get("KILL", "").partition(":")
-    if rank == variables["RANK"]:
-        kill_at(moment)
+    for name, number in (("KILL", signal.SIGKILL), ("STOP", signal.SIGSTOP)):
+        rank, _, moment = variables.get(name, "").partition(":")
+        if rank == variables["RANK"]:
+            signal_at(moment, number)
+    if "REHEARSE" in variables:  # as on a GPU
+        import grpo.build
+
+        grpo.build.REHEARSED = ("cpu",)
     sys.exit(main(argv))

@@ -2,12 +2,16 @@
 do, and a base that goes on in another number of parts."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from fake_server import embedded_server
 from several import ended, launch, run_ranks, told
 from test_ranks import RATE, adapter, check_same_run, lines, write_task
+from test_ranks_end import write_trouble
 from toy_task import SMALL
 
 from grpo.run import main
@@ -157,6 +161,23 @@ def test_a_rank_that_is_killed_between_two_layers_ends_all(rank, moment, tmp_pat
     assert codes[rank] == -9 and codes[1 - rank] == 2
     expected = "It ended without a word" if rank else "the store that all ranks meet at does not answer"
     assert expected in told(tmp_path, 1 - rank)
+
+
+def test_a_hung_reward_over_parts_ends_all_and_torchrun_starts_again_by_itself(server, tmp_path):
+    """torchrun --max-restarts goes on from the last checkpoint, to the adapter of ranks that nobody has troubled."""
+    argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--base", "nf4", "--save-every", "2", "--reward-timeout", "1"]
+    argv += ["--max-reward-failures", "0", "--shard-base", "--engine", "server", "--servers", server.url]
+    codes, logs = run_ranks(2, tmp_path, [*argv, "--run-dir", "untroubled"], seconds=300)
+    assert codes == [0, 0], logs
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    variables = os.environ | {"TROUBLE": "hang", "ON": "0", "ONCE": str(tmp_path / "once"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, "-m", "grpo.run", *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no result in 1 s" in done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    assert len(lines(run, "starts.jsonl")) == 2
+    check_same_run(tmp_path / "untroubled", run)
 
 
 def test_who_samples_in_the_process_is_refused_before_anything_is_loaded(tmp_path):

@@ -19,7 +19,7 @@ from grpo.pulse import RankLost
 from grpo.ranks import Ranks
 from grpo.terminal import plain
 from grpo.types import Completion, Group, Prompt
-from grpo.verbs.together import same_command
+from grpo.verbs.together import same_command, same_questions
 from grpo.world import ALONE, World, deal
 
 
@@ -231,3 +231,42 @@ def test_a_process_that_runs_something_else_is_told(name):
         same_command(several, resolved, None)
     several.gather = lambda mine: [mine, mine]
     same_command(several, resolved, None)
+
+
+class Beside:
+    """A world of rank 0 and another one, whose values come from elsewhere."""
+
+    def __init__(self, others):
+        self.others = iter(others)
+
+    def require_same(self, value, told):
+        Ranks.require_same(SimpleNamespace(gather=lambda mine: [mine, next(self.others)]), value, told)
+
+
+def asked(**fields):
+    rows = [Prompt(i, "", [i, 7], {"question": "?", "answer": str(i), **fields}) for i in range(3)]
+    return SimpleNamespace(train=rows, test=rows[:1])
+
+
+def collected(questions):
+    """What a rank tells the others of these questions."""
+    told = []
+    same_questions(SimpleNamespace(require_same=lambda value, _: told.append(value())), questions)
+    return told
+
+
+class Image:
+    """Something that a column may hold; its repr differs from process to process."""
+
+
+def test_other_prompts_and_other_answers_to_the_same_prompts_are_told():
+    holds_itself = []
+    holds_itself.append(holds_itself)
+    odd = dict(image=Image(), names={"a", "b"}, nested={"x": [Image(), 1.5], (1, 2): 3}, loop=holds_itself, none=None)
+    same_questions(Beside(collected(asked(**odd))), asked(**(odd | {"image": Image()})))
+    with pytest.raises(UserError, match=r"ranks 1 have other columns in their rows than rank 0, such as other answers"):
+        same_questions(Beside(collected(asked(answer="4"))), asked())
+    fewer = asked()
+    fewer.train = fewer.train[:2]
+    with pytest.raises(UserError, match=r"The prompts of ranks 1 are not those of rank 0"):
+        same_questions(Beside(collected(fewer)), asked())

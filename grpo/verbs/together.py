@@ -88,12 +88,33 @@ def same_questions(world: World, questions: Questions) -> None:
             "drawn, and give all hosts the same data."
         ),
     )
+    world.require_same(
+        lambda: [_digest_of_columns(questions.train), _digest_of_columns(questions.test)],
+        lambda others: (
+            f"The prompts are the same on all ranks, but ranks {', '.join(map(str, others))} have other columns in "
+            "their rows than rank 0, such as other answers, and would score what they sample by them. The task's "
+            "`rows` must give the same rows in every process: give all hosts the same data, and seed what is drawn."
+        ),
+    )
 
 
 def _digest(prompts: Sequence[Prompt]) -> str:
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.index, prompt.tokens]).encode())
+    return digest.hexdigest()
+
+
+def _digest_of_columns(prompts: Sequence[Prompt]) -> str:
+    """Of what rewards are given, and lessons made of. What is no text, number, list or dictionary: its class."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        for name, value in sorted(prompt.fields.items()):
+            try:
+                written = json.dumps(value, skipkeys=True, default=lambda each: type(each).__qualname__)
+            except (ValueError, RecursionError):  # it holds itself
+                written = type(value).__qualname__
+            digest.update(f"{name}\n{written}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 
