@@ -11,7 +11,7 @@ from tiny_models import CPU, NO_HEAD_SIZE, build_policy, one_batch, randomise, w
 from grpo.config import Config
 from grpo.policy import load_model
 from grpo.policy.generic import last_hidden
-from grpo.policy.packed_attention import NAME, NotPackedError, find
+from grpo.policy.packed_attention import LAYOUT, NAME, NotPackedError, find
 
 CASES = ["qwen3-moe", "gpt-oss", "deepseek-v2"]  # plain; windows and sinks; values smaller than keys
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("olmoe", "qwen2-moe", "mixtral", "starcoder2", "gpt2")]
@@ -104,7 +104,17 @@ def say_more(model, monkeypatch):
     monkeypatch.setattr(attention, "forward", lambda *a, **n: forward(*a, slope=torch.ones(1), **n))
 
 
+def hand_nothing_down(model, monkeypatch):
+    """As Nemotron's layers."""
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(
+        attention, "forward", lambda *a, **n: forward(*a, **{k: v for k, v in n.items() if k != LAYOUT})
+    )
+
+
 @pytest.mark.parametrize(("change", "why"), [
+    (hand_nothing_down, "^its layers do not hand down"),
     (mix_tokens, "computes something else|see each other"),
     (say_no_window, "does not say its window"),
     (say_chunks, "layers of chunked_attention"),

@@ -204,6 +204,8 @@ class _Call(NamedTuple):
 
 
 def _watched(calls: list[_Call], module: Any, *arguments: Any, **named: Any) -> tuple[Tensor, Any]:
+    if LAYOUT not in named:
+        raise NotPackedError("its layers do not hand down to their attention what they are given")
     known = {"scaling", "sliding_window", "softcap", "s_aux", LAYOUT} | HARMLESS
     said = {name for name, value in named.items() if value is not None and value is not False}
     calls.append(_Call(module.layer_idx, named.get("sliding_window"), said - known))
