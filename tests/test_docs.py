@@ -43,7 +43,7 @@ OTHER_PROGRAMS |= {
     "--gpu-memory-utilization",
 }  # vLLM's server's
 OTHER_PROGRAMS |= {
-    *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"),
+    *("--nproc-per-node", "--nnodes", "--standalone", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rdzv-conf"),
     *("--max-restarts", "--shutdown-timeout", "--requeue"),
     *("--workers", "--gpu", "--cpus"),
     *("--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"),
