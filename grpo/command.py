@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import partial
 from io import StringIO
 from typing import Annotated, Any, NoReturn, TypedDict, get_type_hints
 
@@ -26,11 +27,11 @@ from grpo.config import (
     TeachingConfig,
     UpdateConfig,
     field_names,
+    fields_of_part,
 )
 from grpo.errors import UserError, nearest
-from grpo.recipes import Recipe
+from grpo.recipes import METHODS, Method, Recipe
 
-PROGRAM = "python -m grpo.run"
 HELP = ("-h", "--help")
 _MARKS = (tyro.conf.DisallowNone,)  # None means that a flag is not given, and is no word to give
 _WRITTEN_SO = {"True": True, "False": False, "None": None}  # beside JSON's true, false, null
@@ -113,20 +114,70 @@ class Options:
     the values."""
 
 
-@dataclass(frozen=True)
-class _Help(Options):
-    """All that --help shows, the fields of Config by its parts."""
-
-    model: tyro.conf.OmitArgPrefixes[ModelConfig] = field(default_factory=ModelConfig)
-    rollout: tyro.conf.OmitArgPrefixes[RolloutConfig] = field(default_factory=RolloutConfig)
-    loss: tyro.conf.OmitArgPrefixes[LossConfig] = field(default_factory=LossConfig)
-    teaching: tyro.conf.OmitArgPrefixes[TeachingConfig] = field(default_factory=TeachingConfig)
-    update: tyro.conf.OmitArgPrefixes[UpdateConfig] = field(default_factory=UpdateConfig)
-    held_out: tyro.conf.OmitArgPrefixes[EvalConfig] = field(default_factory=EvalConfig)
-    run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+# Which methods alone have a use for a field; of the others all have.
+_OF_SAMPLED = ("group_size", "staleness", "dynamic_sampling", "max_refills", *fields_of_part(LossConfig))
+_OF_PAIRS = ("dpo_loss", "dpo_beta", "label_smoothing", "sft_coef")
+_OWNERS: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(_OF_SAMPLED, ("grpo",)),
+    **dict.fromkeys(_OF_PAIRS, ("dpo",)),
+    "train_on": ("sft",),
+    "reference": ("grpo", "dpo"),
+}
 
 
-_Help.__doc__ = Options.__doc__
+def owner_of(field: str, method: Method) -> Method | None:
+    """Whose a field of Config is that a method has no use for; None where it has."""
+    owners = _OWNERS.get(field, (method,))
+    return None if method in owners else owners[0]
+
+
+# The titles that --help has, each over a part of Config.
+_TITLES: dict[str, type] = {
+    "model": ModelConfig,
+    "rollout": RolloutConfig,
+    "loss": LossConfig,
+    "teaching": TeachingConfig,
+    "update": UpdateConfig,
+    "held_out": EvalConfig,
+    "run": RunConfig,
+}
+_WHAT_FOR: dict[Method | None, str] = {
+    None: Options.__doc__ or "",
+    "sft": "Fine-tune a language model on given answers: of a task's `gold`, or of rows (docs/sft.md).",
+    "dpo": "Teach a language model by pairs of a better and a worse answer (docs/sft.md).",
+}
+
+
+def _program(method: Method | None) -> str:
+    return f"python -m grpo.{method or 'run'}"
+
+
+def _help(method: Method | None) -> type:
+    """All that --help shows, the fields of Config by its parts. Of a command that says what teaches, what that has a
+    use for, with its values."""
+    own = METHODS[method] if method else {}
+    parts = []
+    for title, part in _TITLES.items():
+        names = [each.name for each in fields(part)]
+        hidden = [name for name in names if method and (owner_of(name, method) or name in ("method", "temperature"))]
+        if len(hidden) < len(names):
+            shown = _hiding(part, hidden)
+            values = {name: value for name, value in own.items() if name in names}
+            parts.append((title, tyro.conf.OmitArgPrefixes[shown], field(default_factory=partial(shown, **values))))
+    options = _hiding(Options, ["recipe"] if method else [])
+    made = make_dataclass("Help", parts, bases=(options,), frozen=True)
+    made.__doc__ = _WHAT_FOR[method]
+    return made
+
+
+def _hiding(part: type, names: list[str]) -> type:
+    """A dataclass of the same fields, of which --help shows all but these."""
+    kinds = get_type_hints(part, include_extras=True)
+    hidden = [(each.name, Annotated[kinds[each.name], tyro.conf.Suppress], each.default) for each in fields(part)]
+    made = make_dataclass(part.__name__, [each for each in hidden if each[0] in names], bases=(part,), frozen=True)
+    made.__doc__ = part.__doc__
+    return made
+
 
 _Flags = TypedDict("_Flags", {n: h for n, h in get_type_hints(Config).items() if n in field_names()}, total=False)  # pyright: ignore
 
@@ -164,8 +215,9 @@ def _pair(word: str) -> tuple[str, Any]:
         return name, value
 
 
-def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
-    """The options, and the fields of Config that are given, each with its value.
+def parse(argv: list[str], method: Method | None = None) -> tuple[Options, dict[str, Any]]:
+    """The options, and the fields of Config that are given, each with its value. method: what teaches, where the
+    command says it: its own --help is shown.
 
     Raises:
         UserError: a flag that does not exist, or a word that is none.
@@ -176,25 +228,25 @@ def parse(argv: list[str]) -> tuple[Options, dict[str, Any]]:
             given, unknown = tyro.cli(
                 _Given,
                 args=argv,
-                prog=PROGRAM,
+                prog=_program(method),
                 return_unknown_args=True,
                 add_help=False,
                 config=_MARKS,
                 registry=_REGISTRY,
             )
     except SystemExit:
-        _show_help(argv)
+        _show_help(argv, method)
     if set(HELP) & set(unknown):
-        _show_help(["--help"])
+        _show_help(["--help"], method)
     if unknown:
         raise UserError(_unknown(unknown))
     options = {name: getattr(given, name) for name in Options.__dataclass_fields__}
     return Options(**options), dict(given.flags)
 
 
-def _show_help(argv: list[str]) -> NoReturn:
+def _show_help(argv: list[str], method: Method | None) -> NoReturn:
     """Help, or what is wrong with a value beside the help of its flag."""
-    tyro.cli(_Help, args=argv, prog=PROGRAM, config=_MARKS, registry=_REGISTRY)
+    tyro.cli(_help(method), args=argv, prog=_program(method), config=_MARKS, registry=_REGISTRY)
     sys.exit(2)
 
 

@@ -485,9 +485,6 @@ def named(words: tuple[str, ...]) -> dict[str, str]:
     return {new.strip(): old.strip() for new, _, old in pairs}
 
 
-# Which method of teaching alone has a use for a field.
-OF_METHOD = {"train_on": "sft"} | dict.fromkeys(("dpo_loss", "dpo_beta", "label_smoothing", "sft_coef"), "dpo")
-
 # In the order in which --help shows them. (Fields of a dataclass begin with those of its last base.)
 PARTS = (ModelConfig, RolloutConfig, LossConfig, TeachingConfig, UpdateConfig, EvalConfig, RunConfig)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.command import Options, parse
-from grpo.config import OF_METHOD, Config, LossConfig, field_names, fields_of_part
+from grpo.command import Options, owner_of, parse
+from grpo.config import Config, field_names
 from grpo.errors import UserError
 from grpo.folder import CONFIG_FILE, Origin, Saved, fingerprint_of, is_run, read_json, run_of, saved_run
 from grpo.recipes import METHODS, RECIPES, Method
@@ -53,7 +53,7 @@ def resolve(argv: list[str], before: str = "", method: Method | None = None) -> 
     Raises:
         UserError: they do not go together, or something that they name is not there.
     """
-    return resolve_given(*parse(argv), before=before, method=method)
+    return resolve_given(*parse(argv, method), before=before, method=method)
 
 
 def resolve_given(
@@ -133,10 +133,9 @@ def _method(of_command: Method | None, options: Options, flags: dict[str, Any]) 
         raise UserError(f"--method is {method}, and the command is `python -m grpo.{of_command}`. Leave --method out.")
     if method in OF_ROWS and options.recipe:
         raise UserError(f"--recipe is of GRPO's objective, and {method} has another. Leave it out.")
-    of_others = dict.fromkeys(fields_of_part(LossConfig), "grpo") | OF_METHOD
     for name in flags:
-        owner = of_others.get(name)
-        if owner and not (options.resume or options.eval) and owner != (method or "grpo"):
+        owner = owner_of(name, method or "grpo")
+        if owner and not (options.resume or options.eval):
             raise UserError(
                 f"--{name.replace('_', '-')} is of `python -m grpo.{'run' if owner == 'grpo' else owner}`, and "
                 f"{(method or 'grpo')} has no use for it. Leave it out."

@@ -15,7 +15,7 @@ from grpo.command import ALIASES, Options, parse
 from grpo.config import PARTS, Config, field_names
 from grpo.errors import UserError
 from grpo.folder import new_run_folder, saved_run
-from grpo.recipes import RECIPES
+from grpo.recipes import METHODS, RECIPES
 from grpo.resolve import resolve
 from grpo.run import main
 from grpo.terminal import plain
@@ -55,6 +55,7 @@ def started(task_file, folder, **changes):
 def test_help_and_wrong_command_lines_need_no_torch(words):
     code = f"""
 import sys
+from grpo.recipes import METHODS
 from grpo.run import main
 try:
     code = main({words!r})
@@ -82,6 +83,28 @@ def test_help_shows_the_parts_of_a_config_and_every_flag(capsys):
         assert title in text
     listed = re.findall(r"--[a-z0-9-]+", text)
     assert {"--" + name.replace("_", "-") for name in field_names()} <= set(listed)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_help_of_a_method_shows_what_has_a_use_there(method, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["--help"], method)
+    text = capsys.readouterr().out
+    listed = set(re.findall(r"^\W*--(?:no-)?([a-z0-9-]+)|\W{3,}--([a-z0-9-]+)", text, re.M))
+    names = {(a or b).replace("-", "_") for a, b in listed}
+    assert f"python -m grpo.{method}" in text and f"(default: {METHODS[method]['learning_rate']})" in text
+    assert {"steps", "epochs", "data", "adapter", "max_completion_tokens"} <= names
+    assert ("train_on" in names, "dpo_beta" in names, "reference" in names) == (
+        (True, False, False) if method == "sft" else (False, True, True)
+    )
+    assert not names & {"group_size", "kl_coef", "advantage", "recipe", "method", "temperature"}
+
+
+@pytest.mark.parametrize("flag", [["--group-size", "4"], ["--kl-coef", "0.1"], ["--reference", "start"]])
+def test_a_flag_that_has_no_use_is_refused(flag, capsys):
+    assert main(["gsm8k", "--model", "embedded", *flag], "sft") == 2
+    assert "is of `python -m grpo.run`, and sft has no use for it" in capsys.readouterr().err
 
 
 def test_a_config_is_each_of_its_parts():
