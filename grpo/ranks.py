@@ -241,13 +241,20 @@ def joined(place: Place) -> Iterator[Ranks]:
             stopped = Stopped(number)
             stopped.add_note(str(error))
             raise stopped from error
-        if only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0):
-            raise
+        if lost and (world.rank == 0 or (only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0))):
+            raise as_told(lost, error) from error
         if world.rank > 0 and not is_first:
             raise ToldElsewhere from error
         if is_first and isinstance(error, UserError) and world.rank > 0:
             raise UserError(f"Rank {world.rank} ({socket.gethostname()}): {error}") from error
         raise
+
+
+def as_told(lost: str, error: BaseException) -> UserError:
+    """Why another rank has ended the run, and what this one says of how to go on. Whatever that has interrupted here (a
+    look at a server, a reward) may have put words of its own in front, or have come to another end."""
+    _, found, rest = str(error).partition(lost)
+    return UserError(lost + rest if found else f"{lost} Then this rank ended: {sentence_of(error)}")
 
 
 def join(place: Place) -> Ranks:

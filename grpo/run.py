@@ -28,6 +28,7 @@ from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 from grpo.world import ALONE, FOLDER, World
 
+NEEDS_SHARED = "Several hosts that resume need the run's folder on a file system that they share."
 BROKEN_PIPE = 141  # as shells have it: 128 and the number of SIGPIPE, which not every system has
 
 
@@ -90,7 +91,13 @@ def _with_others(place: Place, argv: list[str], method: Method | None) -> int:
 
 
 def _dispatch(argv: list[str], world: World, method: Method | None) -> int:
-    options, resolved = resolve(argv, world.recall(FOLDER), method)
+    remembered = world.recall(FOLDER)
+    try:
+        options, resolved = resolve(argv, remembered, method)
+    except UserError as error:
+        if world.rank > 0 and (remembered or any(word.startswith("--resume") for word in argv)):
+            raise UserError(f"{error} {NEEDS_SHARED}") from error
+        raise
     with exits_in_words():
         return _do(options, resolved, shlex.join(["python", "-m", f"grpo.{method or 'run'}", *argv]), world)
 

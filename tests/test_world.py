@@ -16,7 +16,7 @@ from grpo.exchange import Share, means, sums
 from grpo.launcher import launched, launcher_told, leave_variables, take_own_gpu
 from grpo.packing import build_packer, share_of
 from grpo.pulse import RankLost
-from grpo.ranks import Ranks
+from grpo.ranks import Ranks, as_told
 from grpo.terminal import plain
 from grpo.types import Completion, Group, Prompt
 from grpo.verbs.together import same_command, same_questions
@@ -270,3 +270,11 @@ def test_other_prompts_and_other_answers_to_the_same_prompts_are_told():
     fewer.train = fewer.train[:2]
     with pytest.raises(UserError, match=r"The prompts of ranks 1 are not those of rank 0"):
         same_questions(Beside(collected(fewer)), asked())
+
+
+def test_what_another_rank_has_ended_is_not_told_as_of_what_it_interrupted():
+    lost = "Rank 1 (b) has ended the run: The judge is out."
+    wrapped = UserError(f"The server at http://a: {lost} Go on with `x`.")
+    assert str(as_told(lost, wrapped)) == f"{lost} Go on with `x`."
+    assert str(as_told(lost, RankLost(lost))) == lost
+    assert str(as_told(lost, ValueError("a"))) == f"{lost} Then this rank ended: It failed with ValueError (a)."
