@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import io
 import pickle
+import signal
 import socket
 import threading
 import time
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo import system
 from grpo.errors import Stopped, ToldElsewhere, UserError, in_words
 from grpo.launcher import Place
 from grpo.meeting import connect, meet
@@ -234,6 +236,8 @@ def joined(place: Place) -> Iterator[Ranks]:
         raise
     except BaseException as error:  # the pulse stays: should this process not come to its end, it is ended
         world.pulse.ignore()
+        for number in system.signals("SIGINT", "SIGTERM", "SIGHUP"):  # torchrun's, when one has ended; it would be told
+            signal.signal(number, signal.SIG_IGN)
         lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
         is_first = not lost and world.tell(error, place.by_agent)
         world.abandon()
@@ -254,7 +258,11 @@ def as_told(lost: str, error: BaseException) -> UserError:
     """Why another rank has ended the run, and what this one says of how to go on. Whatever that has interrupted here (a
     look at a server, a reward) may have put words of its own in front, or have come to another end."""
     _, found, rest = str(error).partition(lost)
-    return UserError(lost + rest if found else f"{lost} Then this rank ended: {sentence_of(error)}")
+    if found:
+        return UserError(lost + rest)
+    if isinstance(error, KeyboardInterrupt):  # torchrun stops all that are left when one has ended
+        return UserError(" ".join([lost, *getattr(error, "__notes__", [])]))
+    return UserError(f"{lost} Then this rank ended: {sentence_of(error)}")
 
 
 def join(place: Place) -> Ranks:

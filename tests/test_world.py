@@ -277,4 +277,7 @@ def test_what_another_rank_has_ended_is_not_told_as_of_what_it_interrupted():
     wrapped = UserError(f"The server at http://a: {lost} Go on with `x`.")
     assert str(as_told(lost, wrapped)) == f"{lost} Go on with `x`."
     assert str(as_told(lost, RankLost(lost))) == lost
+    stopped = Stopped(15)
+    stopped.add_note("Go on with `x`.")
+    assert str(as_told(lost, stopped)) == f"{lost} Go on with `x`."
     assert str(as_told(lost, ValueError("a"))) == f"{lost} Then this rank ended: It failed with ValueError (a)."
