@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n: as many processes as cores
 import gc
 import shutil
 import sys
+from collections import Counter
 
 import grpo_kernels.dispatch  # noqa: F401  # before another package imports Triton, which then could not interpret kernels
 import pytest
@@ -20,12 +21,29 @@ from grpo.config import Config
 from grpo.rewards.staff import num_cores
 from grpo.types import Completion, Group, Prompt
 
+# Files whose few tests take minutes. What begins last should be short, or one process works on alone.
+LONG = (
+    *("test_vllm_run", "test_vllm_process", "test_vllm_server"),
+    # Of several processes each, and others in between.
+    *("test_ranks_end", "test_notebook", "test_docs_code", "test_chat_terminal", "test_ranks_sharded", "test_wheel"),
+    *("test_ranks", "test_failures", "test_server_run", "test_guards", "test_hosts", "test_benchmarks"),
+)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """With `-n`, the tests of a file stay together: what they share is made once."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist = "loadfile"
+    if getattr(config.option, "numprocesses", None):
+        config.option.dist = "loadfile" if config.option.dist == "no" else config.option.dist
+        config.option.loadscopereorder = False  # the order is ours
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Whole files: the long ones, then those of many tests."""
+    counts = Counter(item.path.stem for item in items)
+    order = {stem: place for place, stem in enumerate(LONG)}
+    items.sort(key=lambda item: (order.get(item.path.stem, len(LONG)), -counts[item.path.stem], item.path))
 
 
 @pytest.hookimpl(optionalhook=True)
