@@ -21,6 +21,7 @@ import reprlib
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -72,7 +73,10 @@ class Teacher:
         """An answer in tokens, and the prompt that it follows: the given one, or its beginning where the assistant's
         messages in it are taught too, or more than it where the answer begins with the words of others."""
         if isinstance(answer, str) and not (self.every and prompt.messages):
-            return prompt, self._completion([*self._tokens_after(prompt, answer), self.end], ())
+            self._check_ends(prompt, answer)
+            tokens = self._tokens_after(prompt, answer)
+            first = next((place for place, token in enumerate(tokens) if token in self.stop), len(tokens))
+            return prompt, self._completion([*tokens[:first], *(tokens[first : first + 1] or [self.end])], ())
         if prompt.messages is None:
             raise UserError(
                 f"The prompt of row {prompt.index} is a text and its answer chat messages. Give both as the same kind."
@@ -81,12 +85,28 @@ class Teacher:
         messages = [*prompt.messages, *said]
         first = 0 if self.every else len(prompt.messages)
         taught = [i for i, message in enumerate(messages) if i >= first and message.get("role") == "assistant"]
+        for i in taught:
+            self._check_ends(prompt, messages[i].get("content") or "")
         tokens, spans = self._rendered(prompt, messages, taught)
         start = spans[0].start
         others = tuple(Span(a.end - start, b.start - start) for a, b in pairwise(spans) if a.end < b.start)
         if taught[0] != len(prompt.messages):
             prompt = replace(prompt, tokens=tokens[:start], messages=messages[: taught[0]])
         return prompt, self._completion(tokens[start : spans[-1].end], others)
+
+    def _check_ends(self, prompt: Prompt, said: str) -> None:
+        """Raises UserError where a turn ends in the middle of what is said: behind that nothing would be taught."""
+        for end in self.ends:
+            if end in said.rstrip().removesuffix(end):
+                raise UserError(
+                    f"row {prompt.index}: the answer has {end} in its text, the token that ends a turn. What comes "
+                    "behind it would never be said. Give turns as messages, and no tokens of the template"
+                )
+
+    @cached_property
+    def ends(self) -> list[str]:
+        """How the tokens that end a completion are written."""
+        return [text for token in self.stop if (text := self._text([token]).strip())]
 
     def _completion(self, tokens: list[int], others: tuple[Span, ...]) -> Completion:
         shown = tokens[:-1] if tokens[-1] in self.stop else tokens
@@ -241,13 +261,14 @@ def given_answer(asker: Asker, prompt: Prompt) -> Any:
     task, row = asker.task, prompt.fields
     if task.gold is not None:
         return task.gold_text(row)
-    if "completion" in row:
+    if row.get("completion") is not None:
         return behind(prompt, row["completion"]) if isinstance(row["completion"], list) else row["completion"]
-    if "messages" in row:
+    if row.get("messages") is not None:
         return behind(prompt, row["messages"])
+    there = [name for name, value in row.items() if value is not None]
     raise UserError(
         f"row {prompt.index}: there is no answer to learn from. Task {task.name} has no `gold`, and the row has "
-        f"neither `completion` nor `messages`, but {', '.join(map(str, row)) or 'nothing'}"
+        f"neither `completion` nor `messages`, but {', '.join(map(str, there)) or 'nothing'}"
     )
 
 

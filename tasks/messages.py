@@ -17,6 +17,7 @@ def rows(split, data):
 
 def prompt(row):
     """All before the last message, which is what is taught."""
+    row = {name: value for name, value in row.items() if value is not None}  # a column that other rows have
     if "prompt" in row and "completion" in row:
         is_chat = isinstance(row["completion"], list) and isinstance(row["prompt"], str)
         return [{"role": "user", "content": row["prompt"]}] if is_chat else row["prompt"]
@@ -24,7 +25,7 @@ def prompt(row):
         raise UserError(
             "Rows to learn from have `messages`, chats such as "
             '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], or `prompt` and '
-            f"`completion`; these have {', '.join(row)}. --columns prompt=NAME,completion=NAME says which columns are "
+            f"`completion`; these have {', '.join(row)}. --columns prompt=NAME completion=NAME says which columns are "
             "meant."
         )
     messages = row["messages"]

@@ -14,7 +14,7 @@ def rows(split, data):
 
 def prompt(row):
     """A question that is a text may stand beside whole chats, which say it themselves, or beside the answers alone."""
-    if lacking := [name for name in ("chosen", "rejected") if name not in row]:
+    if lacking := [name for name in ("chosen", "rejected") if row.get(name) is None]:
         raise UserError(
             f"Rows of pairs have `chosen` and `rejected`, and `prompt` or not; these have {', '.join(row)}. "
             f"--columns {lacking[0]}=NAME says which column is meant."

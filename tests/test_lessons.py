@@ -139,6 +139,17 @@ def test_an_answer_may_begin_with_the_words_of_others():
         lesson(teacher, sides | {"rejected": [*CHAT, ASSISTANT]})
 
 
+def test_an_end_that_the_data_write_themselves_is_the_end():
+    teacher = teacher_of("qwen3")
+    bare, written, lines = ({"completion": text} for text in ("It is 2.", "It is 2.<|im_end|>", "It is 2.<|im_end|>\n"))
+    of_messages = {"messages": [*CHAT, ASSISTANT | {"content": "It is 2.<|im_end|>"}]}
+    assert mask_of(lesson(teacher, written)) == mask_of(lesson(teacher, bare)) == mask_of(lesson(teacher, lines))
+    whole = [
+        shown(teacher, mask_of(lesson(teacher, row))[0]) for row in (of_messages, {"messages": [*CHAT, ASSISTANT]})
+    ]
+    assert whole[0] == whole[1] and whole[0].count("It is 2.<|im_end|>") == 1
+
+
 def test_a_prompt_that_is_a_text():
     teacher = teacher_of("qwen3")
     group = lesson(teacher, {"prompt": "1 + 1 =", "completion": " 2"})
@@ -161,7 +172,9 @@ def test_a_prompt_that_is_a_text():
         ("llama3", "answer", [*CHAT, CALLS], "leaves out, or changes"),
         ("llama3", "answer", [*CHAT, ASSISTANT | {"reasoning_content": "One and one."}], "leaves out, or changes"),
         ("qwen3", "answer", "hello", "1 of 1 rows"),
-        ("qwen3", "answer", None, "It must be a text or chat messages"),
+        ("qwen3", "answer", None, "there is no answer to learn from"),
+        ("qwen3", "answer", "2<|im_end|>\n3", r"has <\|im_end\|> in its text"),
+        ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": "2<|im_end|>3"}], r"has <\|im_end\|> in its text"),
         ("qwen3", "answer", [*CHAT, 3], "It must be a text or chat messages"),
     ],
 )

@@ -328,6 +328,8 @@ USER, SAID, SAID_TOO = (
         ("messages", {"messages": [USER, SAID], "prompt": "another"}, [USER]),
         ("messages", {"messages": [USER, SAID], "prompt": "whose", "completion": "own"}, "whose"),
         ("messages", {"prompt": "q", "completion": [SAID]}, [USER]),
+        ("messages", {"messages": [USER, SAID], "prompt": None, "completion": None}, [USER]),
+        ("messages", {"messages": None, "prompt": "q", "completion": "c"}, "q"),
         ("messages", {"messages": [USER]}, [USER]),  # there is no answer: it is told of as such
         ("pairs", {"chosen": [USER, SAID], "rejected": [USER, SAID_TOO]}, [USER]),
         ("pairs", {"prompt": "q", "chosen": [USER, SAID], "rejected": [USER, SAID_TOO]}, [USER]),
