@@ -91,6 +91,9 @@ def test_a_run_of_pairs_prefers_the_better_answers(of_pairs):
     assert scores[-1]["eval/loss"] < scores[0]["eval/loss"] == pytest.approx(0.693147, abs=1e-5)
     held_out = lines(of_pairs, "held_out.jsonl")
     assert {"implicit"} == set(held_out[-1]["parts"]) and held_out[-1]["reward"] == 1
+    page = (of_pairs / "report.html").read_text()
+    assert '<dd>7 <span class="dim">of 7</span>' in page and "tokens taught" in page
+    assert "<b>chosen</b>" in page and "<b>rejected</b>" in page and "advantage +" not in page
 
 
 @pytest.mark.slow

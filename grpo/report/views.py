@@ -117,6 +117,16 @@ class RunView:
         return self.reading.starts[-1] if self.reading.starts else start_of({})
 
     @property
+    def method(self) -> str:
+        """What it learns from."""
+        return str(_dict(self.reading.config.get("config")).get("method", "grpo"))
+
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has an advantage of its own, and a completion none."""
+        return _dict(self.reading.config.get("config")).get("advantage") == "gae"
+
+    @property
     def is_done(self) -> bool:
         return self.steps_done >= self.steps_asked
 
@@ -139,7 +149,10 @@ def run_view(index: int, reading: Reading, budget: float = 1.0) -> RunView:
     config, origins = (_dict(reading.config.get(name)) for name in ("config", "origins"))
     # Where it lies is of this machine alone, and a page is passed on.
     config = {name: value for name, value in config.items() if name != "run_dir"}
-    done = 1 + max((step for step in reading.metrics.get("reward/mean", {})), default=-1)
+    of_steps = (
+        reading.metrics.get(name, {}) for name in ("reward/mean", "lessons/epoch")
+    )  # of what is taught, the latter
+    done = 1 + max((step for steps in of_steps for step in steps), default=-1)
     changed = {name: str(origin) for name, origin in origins.items() if origin != "default" and name != "run_dir"}
     return RunView(
         index=index,
@@ -183,7 +196,8 @@ def facts(reading: Reading) -> list[tuple[str, str]]:
     seconds = sum(value for value in metrics.get("time/step", {}).values() if math.isfinite(value))
     peak = max((value for value in metrics.get("memory/peak_gib", {}).values() if math.isfinite(value)), default=None)
     card = reading.starts[-1]["memory_gib"] if reading.starts else math.nan
-    found = [("time in steps", in_time(seconds)), ("tokens sampled", in_count(tokens))]
+    what = "tokens taught" if "lessons/epoch" in metrics else "tokens sampled"
+    found = [("time in steps", in_time(seconds)), (what, in_count(tokens))]
     if peak is not None:
         of_card = f" of {card:.0f}" if math.isfinite(card) else ""
         found.append(("peak memory", f"{peak:.1f}{of_card} GiB"))
