@@ -70,7 +70,8 @@ def launch(given: argparse.Namespace) -> int:
             return 0
         told = what_they_say(ended)
         if restarts_left:
-            say(f"note: {told} All processes are started again, {restarts_left} more times at most.")
+            restart = given.max_restarts - restarts_left + 1
+            say(f"note: {told} All processes are started again (restart {restart} of at most {given.max_restarts}).")
     print(f"error: {plain(told)}", file=sys.stderr)
     return next((each.code for each in ended if each.code > 0), 1)
 

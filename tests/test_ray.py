@@ -112,6 +112,6 @@ def test_a_reward_that_fails_in_one_process_is_told_by_the_driver(cluster, tmp_p
     (tmp_path / "claimed").unlink()
     assert main(["--workers", "2", "--max-restarts", "1", "-m", "grpo.run", *argv]) == 0
     told = capsys.readouterr().out
-    assert "note: Rank" in told and "the judge is out" in told and "started again, 0 more times" in told
+    assert "note: Rank" in told and "the judge is out" in told and "started again (restart 1 of at most 1)" in told
     assert (checkpoints / "step-000005").is_dir()
     assert len((tmp_path / "run" / "starts.jsonl").read_text().splitlines()) == 3
