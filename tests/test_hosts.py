@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,15 @@ def test_a_torchrun_that_is_killed_leaves_neither_its_ranks_nor_the_other_host_w
     while not metrics.exists() or '"reward/mean"' not in metrics.read_text():
         assert not any(host.poll() for host in hosts)
     hosts[1].kill()
+    end = time.monotonic() + 60
     assert hosts[0].wait(60) == 1
+    ranks = ["pgrep", "-f", f"grpo.run {argv[0]}"]
+    while subprocess.run(ranks, capture_output=True, text=True).stdout:
+        assert time.monotonic() < end
+        time.sleep(0.2)
     told = "The launcher that has started it (torchrun) was killed or crashed: start it again on all hosts."
     both = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
     assert told in both or "the store that all ranks meet at does not answer" in both  # where that was the second's
-    stayed = ["pgrep", "-f", f"grpo.run {argv[0]}"]
-    assert subprocess.run(stayed, capture_output=True, text=True).stdout == ""
 
 
 def test_a_host_whose_task_file_is_another_is_told(tmp_path):
