@@ -47,6 +47,10 @@ LONGEST_PAUSE = 0.005  # seconds between two looks at whether an exchange is ove
 BROKEN = 5.0  # seconds after which a broken connection has no better reason than itself
 
 
+class Left:
+    """What a rank gives that comes to no meeting any more."""
+
+
 class Ranks(World):
     """One of several processes."""
 
@@ -60,7 +64,20 @@ class Ranks(World):
         self.ready: Callable[[], None] = _nothing
 
     def gather(self, value: Any) -> list[Any]:
-        """See World.gather."""
+        """See World.gather.
+
+        Raises:
+            UserError: a rank has left, after help that it was asked for alone, say.
+        """
+        values = self._exchange(value)
+        if left := [rank for rank, each in enumerate(values) if isinstance(each, Left)]:
+            raise UserError(
+                f"Ranks {', '.join(map(str, left))} have shown help, or what is wrong with a value of their command "
+                "line, and ended. All processes need the same command."
+            )
+        return values
+
+    def _exchange(self, value: Any) -> list[Any]:
         self.ready()
         content = torch.frombuffer(bytearray(_pickled(value)), dtype=torch.uint8)
         sizes = [int(size) for size in self._all(torch.tensor([len(content)]))]
@@ -128,10 +145,10 @@ class Ranks(World):
     def leave(self) -> None:
         """All went well: wait for all, so that nobody takes an end for a loss. Twice, so that nobody listens any more
         when the first one goes. One that is killed in between takes nothing along: all is done."""
-        self.gather(None)
+        self._exchange(Left())
         self.pulse.ignore()
         with suppress(RankLost):
-            self.gather(None)
+            self._exchange(Left())
         self.pulse.close()
         if self.gpu_group is not None:
             self.gpu_group.shutdown()

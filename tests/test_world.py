@@ -16,7 +16,7 @@ from grpo.exchange import Share, means, sums
 from grpo.launcher import launched, launcher_told, leave_variables, take_own_gpu
 from grpo.packing import build_packer, share_of
 from grpo.pulse import RankLost
-from grpo.ranks import Ranks, as_told
+from grpo.ranks import Left, Ranks, as_told
 from grpo.terminal import plain
 from grpo.types import Completion, Group, Prompt
 from grpo.verbs.together import same_command, same_questions
@@ -281,3 +281,9 @@ def test_what_another_rank_has_ended_is_not_told_as_of_what_it_interrupted():
     stopped.add_note("Go on with `x`.")
     assert str(as_told(lost, stopped)) == f"{lost} Go on with `x`."
     assert str(as_told(lost, ValueError("a"))) == f"{lost} Then this rank ended: It failed with ValueError (a)."
+
+
+def test_a_rank_that_shows_help_alone_is_told():
+    with pytest.raises(UserError, match=r"Ranks 1, 2 have shown help, or .* All processes need the same command\."):
+        Ranks.gather(SimpleNamespace(_exchange=lambda mine: [mine, Left(), Left()]), 1)
+    assert Ranks.gather(SimpleNamespace(_exchange=lambda mine: [mine, 2]), 1) == [1, 2]
