@@ -47,9 +47,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """`-n auto`: a process a core, of 2 GiB each; what is made once a process makes more than these few slow."""
-    return min(8, num_cores())
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`: a process a core, of 2 GiB each; what is made once a process makes more than these few slow. The slow
+    tests wait for other processes as often as they compute: one more."""
+    return min(8, num_cores()) + (config.option.markexpr == "slow")
 
 
 @pytest.fixture(autouse=True, scope="module")

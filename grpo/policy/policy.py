@@ -30,6 +30,7 @@ from grpo.world import ALONE, World
 
 # Rows whose distributions over the whole vocabulary exist at once: 78 MB of float32 at 152,000 tokens.
 ROWS_AT_ONCE = 128
+OF_OPTIMIZER_STEPS = {"policy/loss"}  # metrics that a loss sums over them, where it has these
 
 
 class Policy:
@@ -133,8 +134,8 @@ class Policy:
         on_cpu = [{name: value.cpu() for name, value in part.items()} for part in sums]
         all_sums, split = zip(*self.world.gather((on_cpu, self.fit.count())), strict=True)
         told = loss.summarize(list(chain.from_iterable(all_sums)))
+        told |= {name: told[name] / max(1, len(norms)) for name in OF_OPTIMIZER_STEPS & told.keys()}
         return told | {
-            "policy/loss": told["policy/loss"] / max(1, len(norms)),
             "policy/split_batches": sum(split),
             "optim/grad_norm": max(norms, default=0.0),
             "optim/learning_rate": rate,
