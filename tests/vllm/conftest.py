@@ -33,6 +33,16 @@ def vllm_config(tmp_path_factory):
     return build
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_groups_are_left():
+    """An engine that nobody closed leaves vLLM's process groups, and a next one takes them: one with experts then lacks
+    those that an engine without does not make."""
+    yield
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
 @pytest.fixture(scope="module")
 def open_engine():
     """config -> a policy with a random adapter and a VllmEngine on it. One engine at a time: the last one is closed."""

@@ -43,6 +43,7 @@ def exported(request, tmp_path_factory):
 def written_by_vllm(model, adapter=None):
     """Groups that stock vLLM writes, with its log p of each token."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
     lora = dict(enable_lora=True, max_lora_rank=RANK) if adapter else {}
@@ -57,6 +58,8 @@ def written_by_vllm(model, adapter=None):
         )
     finally:
         llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()  # a next engine would take its process groups
     return [Group(prompt, list(map(completion_of, one.outputs))) for prompt, one in zip(asked, found, strict=True)]
 
 
