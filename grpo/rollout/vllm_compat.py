@@ -350,14 +350,20 @@ def has_graphs(llm: Any) -> bool:
 
 def shut_down(llm: Any) -> None:
     """End an engine that nobody else holds on to: its worker, its process groups, its memory."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
     _forget_compiled(inner_model(llm))
     llm.llm_engine.engine_core.shutdown()
     # The clean-up collects garbage: with sleep mode a next engine refuses to start while anything of this one is there.
     del llm
-    cleanup_dist_env_and_memory()
+    clean_up()
     _forget_graph_pool()
+
+
+def clean_up() -> None:
+    """Give up the process groups of an engine that is gone, or that came to nothing: a next one would take them, and
+    one with experts needs groups that one without does not make."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 def _forget_graph_pool() -> None:

@@ -148,6 +148,7 @@ class VllmEngine:
                 vllm_compat.load_model_class(self.policy.source)
                 return vllm.LLM(**link.arguments, **self._arguments(longest)), ""
         except NotShareableError as why:
+            vllm_compat.clean_up()
             return None, str(why)
 
     def sample(self, requests: list[Request], finished: Finished = nobody) -> list[Completion]:

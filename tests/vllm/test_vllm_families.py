@@ -100,6 +100,8 @@ def test_what_cannot_be_shared_is_sampled_by_an_adapter_or_refused_with_the_reas
     policy = build_policy(config)
     with pytest.raises(UnsuitedEngine, match=r"cannot share the layers of \S+ \(this is a test\), so .* --base nf4 is"):
         VllmEngine(policy, Letters(), contexts(prompts()), config, 160)
+    # A next engine would take its process groups: one with experts needs others.
+    assert not torch.distributed.is_initialized()
 
 
 # ---- which rows a layer holds
