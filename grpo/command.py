@@ -30,7 +30,7 @@ from grpo.config import (
     fields_of_part,
 )
 from grpo.errors import UserError, nearest
-from grpo.recipes import METHODS, Method, Recipe
+from grpo.recipes import METHODS, Method, Recipe, module_of
 
 HELP = ("-h", "--help")
 _MARKS = (tyro.conf.DisallowNone,)  # None means that a flag is not given, and is no word to give
@@ -149,7 +149,7 @@ _WHAT_FOR: dict[Method | None, str] = {
 
 
 def _program(method: Method | None) -> str:
-    return f"python -m grpo.{method or 'run'}"
+    return f"python -m {module_of(method)}"
 
 
 def _help(method: Method | None) -> type:

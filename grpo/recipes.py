@@ -50,3 +50,8 @@ METHODS: dict[Method, dict[str, Any]] = {
     # Rafailov et al. 2023, appendix B: beta 0.1 and 1e-6 in full training.
     "dpo": _TAUGHT | dict(method="dpo", learning_rate=1e-5),
 }
+
+
+def module_of(method: Method | None) -> str:
+    """What `python -m` starts for it; for GRPO too where nobody has said."""
+    return "grpo.run" if method in (None, "grpo") else f"grpo.{method}"

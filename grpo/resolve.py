@@ -17,7 +17,7 @@ from grpo.command import Options, owner_of, parse
 from grpo.config import Config, field_names
 from grpo.errors import UserError
 from grpo.folder import CONFIG_FILE, Origin, Saved, fingerprint_of, is_run, read_json, run_of, saved_run
-from grpo.recipes import METHODS, RECIPES, Method
+from grpo.recipes import METHODS, RECIPES, Method, module_of
 from grpo.sources import hub_name, is_local, whole_path
 from grpo.task import Task, load_task, shipped_tasks, task_file
 
@@ -137,7 +137,7 @@ def _method(of_command: Method | None, options: Options, flags: dict[str, Any]) 
         owner = owner_of(name, method or "grpo")
         if owner and not (options.resume or options.eval):
             raise UserError(
-                f"--{name.replace('_', '-')} is of `python -m grpo.{'run' if owner == 'grpo' else owner}`, and "
+                f"--{name.replace('_', '-')} is of `python -m {module_of(owner)}`, and "
                 f"{(method or 'grpo')} has no use for it. Leave it out."
             )
     return method

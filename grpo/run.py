@@ -23,7 +23,7 @@ from grpo.command import Options
 from grpo.errors import Stopped, ToldElsewhere, UserError, exits_in_words
 from grpo.guards import no_happy_exit, stopped_by_signals
 from grpo.launcher import Place, launched, launcher_told, leave_variables, take_own_gpu
-from grpo.recipes import Method
+from grpo.recipes import Method, module_of
 from grpo.resolve import Resolved, resolve
 from grpo.terminal import console, leave_a_broken_pipe, plain, plain_logs, say
 from grpo.world import ALONE, FOLDER, World
@@ -99,7 +99,7 @@ def _dispatch(argv: list[str], world: World, method: Method | None) -> int:
             raise UserError(f"{error} {NEEDS_SHARED}") from error
         raise
     with exits_in_words():
-        return _do(options, resolved, shlex.join(["python", "-m", f"grpo.{method or 'run'}", *argv]), world)
+        return _do(options, resolved, shlex.join(["python", "-m", module_of(method), *argv]), world)
 
 
 def _do(options: Options, resolved: Resolved, command: str, world: World) -> int:

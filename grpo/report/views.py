@@ -149,9 +149,8 @@ def run_view(index: int, reading: Reading, budget: float = 1.0) -> RunView:
     config, origins = (_dict(reading.config.get(name)) for name in ("config", "origins"))
     # Where it lies is of this machine alone, and a page is passed on.
     config = {name: value for name, value in config.items() if name != "run_dir"}
-    of_steps = (
-        reading.metrics.get(name, {}) for name in ("reward/mean", "lessons/epoch")
-    )  # of what is taught, the latter
+    # Steps of what is taught have no reward.
+    of_steps = (reading.metrics.get(name, {}) for name in ("reward/mean", "lessons/epoch"))
     done = 1 + max((step for steps in of_steps for step in steps), default=-1)
     changed = {name: str(origin) for name, origin in origins.items() if origin != "default" and name != "run_dir"}
     return RunView(

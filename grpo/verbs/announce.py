@@ -9,6 +9,7 @@ from rich.table import Table
 
 from grpo.config import field_names
 from grpo.folder import CONFIG_FILE, Origin
+from grpo.recipes import module_of
 from grpo.resolve import Resolved
 from grpo.start import fields_of
 from grpo.terminal import console, plain, say
@@ -41,9 +42,6 @@ def announce(resolved: Resolved) -> None:
         )
 
 
-_VERBS = {"grpo": "run", "sft": "sft", "dpo": "dpo"}  # by what teaches
-
-
 def banner(resolved: Resolved) -> Panel:
     """One visible notice that this is not the real thing, and how to get it."""
     task, missing = resolved.task, "\n".join(f"  - {what}" for what in resolved.missing)
@@ -53,7 +51,7 @@ def banner(resolved: Resolved) -> Panel:
             "So this run uses what ships with the package: a tiny model and "
             f"{'its generated problems' if resolved.config.data == 'embedded' else resolved.config.data}.\n"
             f"The real thing, on a machine with a GPU and the hub (or with local copies):\n"
-            f"  python -m grpo.{_VERBS[resolved.config.method]} {resolved.task_path} --model {task.config.model} "
+            f"  python -m {module_of(resolved.config.method)} {resolved.task_path} --model {task.config.model} "
             f"--base {task.config.base} --data {task.data}"
         ),
         title="EMBEDDED DEFAULT",
