@@ -159,11 +159,13 @@ def questions(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
         chat = [{"role": "user", "content": text}]
         return len(tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False))
 
+    most = len(max(words, key=len))  # tokens of a word: one a byte
+
     def one() -> str:
         text = str(draw.randrange(10**6))
-        while length - size(text) > len(max(words, key=len)):
-            text += f" {draw.choice(words)}"
-        text += " a" * (length - size(text))
+        while (left := length - size(text)) > most:  # as many as are sure not to be too many: the size is dear to ask
+            text += "".join(f" {draw.choice(words)}" for _ in range(left // (most + 1) or 1))
+        text += " a" * left
         assert size(text) == length, f"{length} tokens are too few for a question"
         return text
 

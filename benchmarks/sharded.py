@@ -144,11 +144,14 @@ def random_model(config: Any, world: Any, arguments: argparse.Namespace, folder:
     import transformers
 
     from grpo.policy import fused
+    from grpo.policy.allocator import grow_segments
     from grpo.policy.load import Loaded, choose_device
     from grpo.policy.recognition import recognise
     from grpo.policy.shards import Shards
 
     device = choose_device(config)
+    if device.type == "cuda":
+        grow_segments()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     settings = transformers.AutoConfig.for_model(**({"max_position_embeddings": 32768} | SHAPES[config.model]))
     settings.save_pretrained(folder)  # where the plan reads how large keys and values are

@@ -214,7 +214,7 @@ def plan_memory(
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
-    sizes = memory_trial.measure(policy, longest)
+    sizes = memory_trial.measure(policy, longest, limit if config.memory_gib else 0)
     plan = memory.foresee(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
     if plan.sizes.double_quantised:
         policy.store.double_quantize()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,7 @@ from grpo.errors import is_out_of_memory
 from grpo.fitting import forget
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
+from grpo.policy.allocator import hold_to
 from grpo.policy.experts import ExpertWeights
 from grpo.policy.projections import Projection
 from grpo.policy.routing import experts_in, watched
@@ -36,10 +38,12 @@ class Sizes:
     parameters: int  # numbers that are trained
     layers: int
     weights_per_layer: float  # numbers
-    fixed: int  # of a batch, whatever its size
-    recomputing: float  # a token, every layer recomputed
+    fixed: int  # of a batch in its backward pass, whatever its size
+    recomputing: float  # a token likewise, every layer recomputed
     keeping: float  # a token, for each layer that keeps its activations
     layer_input: int  # a token
+    head_fixed: int = 0  # of a batch while its head is at work, whatever its size
+    head: float = 0.0  # a token likewise, every layer to be recomputed
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
     shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
@@ -51,28 +55,43 @@ class Sizes:
 
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
-        per_token = self.recomputing + max(0, kept - 1) * self.keeping - max(0, offloaded - 2) * self.layer_input
+        parked = max(0, offloaded - 2) * self.layer_input
+        in_head = self.head_fixed + tokens * (self.head + kept * self.keeping - parked)
+        in_layers = self.fixed + tokens * (self.recomputing + max(0, kept - 1) * self.keeping - parked)
         gradients = 4 * self.parameters
         at_the_end = gradients + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
-        return int(gradients + max(self.fixed + tokens * per_token, at_the_end))  # those so far, and the batch's own
+        return int(gradients + max(in_head, in_layers, at_the_end))  # those so far, and the batch's own
 
 
-def measure(policy: Policy, longest: int) -> Sizes:
+def measure(policy: Policy, longest: int, limit: int = 0) -> Sizes:
     """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes.
 
     The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
-    of fewer where that does not fit.
+    of fewer where that does not fit. limit: bytes of the GPU, other processes' among them, that it keeps within; where
+    not even the smallest trial does, it goes beyond, or nobody would know by how much. 0: there is none.
     """
     parameters = sum(each.numel() for each in policy.masters())
     inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
     tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
+    if limit:
+        hold_to(limit - _others(policy.device), policy.device)
+        with suppress(RuntimeError):
+            return _largest(policy, longest, tokens)
+        hold_to(torch.cuda.get_device_properties(policy.device).total_memory, policy.device)
+    return _largest(policy, longest, tokens)
+
+
+def _largest(policy: Policy, longest: int, tokens: int) -> Sizes:
+    """By the largest trial that fits, of so many tokens or fewer."""
     while True:
         try:
             return _measured(policy, longest, tokens)
         except RuntimeError as error:
-            if not is_out_of_memory(error) or tokens < 2 * LEAST_TRIAL:
+            if not is_out_of_memory(error):
                 raise
             forget(error)
+            if tokens < 2 * LEAST_TRIAL:
+                raise
         tokens //= 2
 
 
@@ -80,29 +99,42 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     """The same of a trial of so many tokens, and of twice as many."""
     parameters, device, layers = policy.masters(), policy.device, len(policy.model.layers)
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
-    keeps = min(layers, TRIAL_KEPT)
-    kept = _peak(policy, few, keeps)
-    at_few, at_more = _peak(policy, few, 0), _peak(policy, more, 0)
-    in_use = taken(device)
     num_few, num_more = len(few.tokens), len(more.tokens)
-    recomputing = (at_more - at_few) / (num_more - num_few)
+    keeps = min(layers, TRIAL_KEPT)
+    keeping = _peaks(policy, few, keeps)[0]
+    at_few, at_more = _peaks(policy, few, 0), _peaks(policy, more, 0)
+    (head_fixed, head), (fixed, recomputing) = (
+        _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
+    )
     adapter = _adapter_bytes(policy)
-    allocated = torch.cuda.memory_allocated(device)
     return Sizes(
-        others=in_use - torch.cuda.memory_reserved(device),
-        weights=allocated - adapter,
+        others=_others(device),
+        weights=torch.cuda.memory_allocated(device) - adapter,
         adapter=adapter,
         parameters=sum(each.numel() for each in parameters),
         layers=layers,
         weights_per_layer=_base_weights(policy) / max(1, layers),
         met=_met(policy, _batch_of(policy, ROUTED, longest)),
-        fixed=max(0, int(at_few - recomputing * num_few)),
+        fixed=fixed,
         recomputing=recomputing,
-        keeping=max(0.0, (kept - at_few) / num_few / max(1, keeps - 1)),
+        keeping=max(0.0, (keeping - at_few[0]) / num_few / max(1, keeps)),
         layer_input=_layer_input(policy),
+        head_fixed=head_fixed,
+        head=head,
         shared_by=policy.store.shared_by,
         spared=policy.store.spared_by_double_quant if policy.config.double_quant == "auto" else 0,
     )
+
+
+def _line(num_few: int, at_few: int, num_more: int, at_more: int) -> tuple[int, float]:
+    """(bytes whatever the size, bytes a token) of what takes so much of so many tokens."""
+    per_token = (at_more - at_few) / (num_more - num_few)
+    return max(0, int(at_few - per_token * num_few)), per_token
+
+
+def _others(device: torch.device) -> int:
+    """Bytes of a GPU that are not PyTorch's: CUDA's own, and other processes'."""
+    return taken(device) - torch.cuda.memory_reserved(device)
 
 
 def taken(device: torch.device) -> int:
@@ -161,18 +193,20 @@ def _layer_input(policy: Policy) -> int:
     return policy.model.head.shape[1] * policy.store.compute_dtype.itemsize
 
 
-def _peak(policy: Policy, batch: Batch, kept: int) -> int:
-    """Bytes that a forward and backward pass takes at most, beside what is there before and after, where so many layers
-    keep their activations."""
+def _peaks(policy: Policy, batch: Batch, kept: int) -> tuple[int, int]:
+    """Bytes that a forward pass, which ends with the head, and then its backward pass take at most, beside what is
+    there before and after, where so many layers keep their activations."""
     layers = len(policy.model.layers)
     policy.model.treat(["keep" if index >= layers - kept else "recompute" for index in range(layers)])
-    peak = 0
+    forward = backward = 0
     for _ in range(2):  # the first time kernels are chosen, by running them in memory of their own
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(policy.device)
         torch.cuda.reset_peak_memory_stats(policy.device)
         logprobs, _, passed = policy.forward(batch)
+        forward = torch.cuda.max_memory_allocated(policy.device) - before
+        torch.cuda.reset_peak_memory_stats(policy.device)
         torch.autograd.grad(logprobs.sum() + passed.values.sum(), policy.masters(), allow_unused=True)
-        peak = torch.cuda.max_memory_allocated(policy.device) - before
+        backward = torch.cuda.max_memory_allocated(policy.device) - before
         del logprobs, passed
-    return peak
+    return forward, backward

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from grpo_kernels.logprob_head import ROUTE_CHUNK_BYTES  # noqa: E402
 from shapes import SHAPES  # noqa: E402
 
 from grpo.errors import UserError  # noqa: E402
@@ -46,9 +47,9 @@ MOST, GRAIN = 131072, 256  # tokens of a completion that are looked at
 OTHERS = int(0.8 * GIB)  # CUDA itself, on the H100
 BLOCK = 64  # weights that share a scale
 NESTED = 256  # scales that share another, where they are quantised too
-# What a layer keeps of a token, as counted below, is so much less than what the trial measured of an 8B: workspace, and
-# what kernels want whole. Only that one plan was looked at for it; the table of the others shows what it is worth.
-BESIDE = 1.18
+# Hidden states' worth that a token takes beside what layers keep: while the head is at work what the last norm gives
+# and the gradients of both, in the backward pass those of a layer's blocks. Of these two it was looked at what fits.
+IN_THE_HEAD, IN_A_LAYER = 3, 4
 
 
 # ---- a model's sizes, counted
@@ -120,7 +121,7 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
     of_weights = shape.weights // 2 + 4 * scales if base == "nf4" else 2 * shape.weights
     if ranks > 1:  # and two layers in the buffers
         of_weights = of_weights // ranks + 2 * of_weights // shape.layers
-    kept = BESIDE * shape.kept
+    inputs = 2 * shape.hidden * shape.layers
     unpacked = 2 * max(inputs * sum(outputs) for inputs, outputs in shape.linears) if base == "nf4" else 0
     return Sizes(
         others=OTHERS,
@@ -130,9 +131,11 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
         layers=shape.layers,
         weights_per_layer=shape.weights / shape.layers,
         fixed=unpacked,
-        recomputing=2 * shape.hidden * shape.layers + kept,
-        keeping=kept,
+        recomputing=inputs + shape.kept + IN_A_LAYER * 2 * shape.hidden,
+        keeping=shape.kept,
         layer_input=2 * shape.hidden,
+        head_fixed=ROUTE_CHUNK_BYTES,
+        head=inputs + IN_THE_HEAD * 2 * shape.hidden,
         spared=3 * scales - 8 * (scales // NESTED) if base == "nf4" and ranks == 1 else 0,
         shared_by=ranks,
     )
@@ -263,29 +266,41 @@ def what_parts_fit() -> str:
 
 
 UPDATE = re.compile(r"update, batches of ([\d,]+) tokens, layers: (.*) \(--recompute\) +([\d.]+)")
+ROW = re.compile(r"^  (.+?)  +([\d.]+)", re.M)
+STANDING = ("base", "adapter", "optimizer", "engine", "KV")  # how the rows begin of what is there during the update
 
 
 def what_it_is_worth() -> str:
-    """Plans that runs made on a GPU from what they measured, refusals among them, and the same from counted sizes."""
-    lines = ["| run | update planned on the GPU, GiB | counted, GiB | |", "|---|---:|---:|---:|"]
+    """What updates took on a GPU, as runs planned it and as it was, and the same from counted sizes; and refusals."""
+    lines = [
+        "| run | update planned, GiB | as it was | counted | counted, of what it was |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for case, row in measured():
-        shape = case.split("/")[0]
-        if found := UPDATE.search("\n".join(row.get("plan", []))):
-            tokens, kept = int(found[1].replace(",", "")), int((re.search(r"(\d+) kept", found[2]) or ["", "0"])[1])
-            counted, planned = sizes_of(shape_of(shape), "nf4").update(tokens, kept, 0) / GIB, float(found[3])
-            lines.append(f"| {case} | {planned:.1f} | {counted:.1f} | {100 * (counted / planned - 1):+.0f}% |")
+        shape, plan = case.split("/")[0], "\n".join(row.get("plan", []))
+        if found := UPDATE.search(plan):
+            tokens, (kept, parked) = (
+                int(found[1].replace(",", "")),
+                (int((re.search(rf"(\d+) {what}", found[2]) or ["", "0"])[1]) for what in ("kept", "recomputed from")),
+            )
+            beside = sum(float(size) for name, size in ROW.findall(plan) if name.startswith(STANDING))
+            was = row["allocated_peak_gib"] - beside
+            counted = sizes_of(shape_of(shape), row["ran"]["base"]).update(tokens, kept, parked) / GIB
+            told = f"{100 * (counted / was - 1):+.0f}%"
+            lines.append(f"| {case} | {found[3]} | {was:.1f} | {counted:.1f} | {told} |")
         elif "does not fit" in row.get("failed", ""):
             step = Step(row["completion_tokens"], row["prompt_tokens"], row["prompts"])
             told = "fits" if fits(shape, "nf4", row["limit_gib"], step) else "refused"
-            lines.append(f"| {case} in {row['limit_gib']} GiB | refused | {told} | |")
+            lines.append(f"| {case} in {row['limit_gib']} GiB | refused | | {told} | |")
     return "\n".join(lines)
 
 
 def measured() -> list[tuple[str, dict[str, Any]]]:
-    """Cases of dense models in NF4."""
+    """Cases of dense models, ours."""
     files = ("step-nvidia-h100-80gb-hbm3.json", "memory-nvidia-h100-80gb-hbm3.json")
     cases = [case for file in files for case in json.loads((RESULTS / file).read_text())["cases"].items()]
-    return [(name, row) for name, row in cases if name.split("/")[0] in MODELS.values()]
+    own = [(name, row) for name, row in cases if "ran" not in row or row["ran"].get("engine") == "VllmEngine"]
+    return [(name, row) for name, row in own if name.split("/")[0] in MODELS.values()]
 
 
 # ---- what more cards cost
@@ -299,7 +314,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 def what_more_cards_cost() -> str:
     """Weak scaling of an 8B: measured on two cards, by the model on more."""
-    ranks = json.loads((RESULTS / "scaling-nvidia-h200.json").read_text())["ranks"]
+    ranks = json.loads((RESULTS / "scaling-nvidia-h100-80gb-hbm3.json").read_text())["ranks"]
     two = ranks["2"]
     size, step = two["gradient_bytes"], two["step_s"]
     inside = size / two["all_reduce_s"] / 1e9  # GB/s, the factor of two ranks being 1

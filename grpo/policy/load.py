@@ -30,6 +30,7 @@ from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
+from grpo.policy.allocator import grow_segments
 from grpo.policy.building import build_experts, build_projection, compute_dtype, kept_dtype
 from grpo.policy.complete import check_complete
 from grpo.policy.form import LINEARS, ModelForm
@@ -154,6 +155,8 @@ def load_model(
     Raises:
         UserError: the checkpoint is not to be had, damaged, not complete, or quantised in a way that cannot be read.
     """
+    if device.type == "cuda":
+        grow_segments()
     shards = Shards(world) if is_sharded(config, world, note) else None
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype, note, progressed)

@@ -35,6 +35,7 @@ import torch
 from grpo import generators
 from grpo.config import ModelConfig
 from grpo.errors import UserError
+from grpo.policy.allocator import restore_options
 
 SUPPORTED = "vLLM 0.24 to 0.27 goes with torch 2.11, vLLM 0.28 to 0.32 with torch 2.13"
 INSTALL = 'pip install "grpo[gpu]"'
@@ -146,9 +147,7 @@ def _restore_gpu(stream: torch.cuda.Stream, cudnn: bool) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_stream(stream)
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
-    options = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF")
-    if options:  # vLLM's memory pool sets some of them, which resets the others
-        torch.cuda.memory._set_allocator_settings(options)
+    restore_options()
 
 
 def load_model_class(source: str) -> None:

@@ -31,3 +31,9 @@ def test_an_update_takes_what_was_predicted(base, tmp_path):
         del gradients
         predicted = sizes.update(len(batch.tokens), kept, offloaded) - 4 * sizes.parameters  # none are added up here
         assert predicted == pytest.approx(measured, rel=0.1), (kept, offloaded)
+
+
+def test_segments_grow_once_a_model_is_loaded(tmp_path):
+    folder = write_checkpoint(QWEN3, tmp_path)
+    load_model(Config(model=str(folder), base="bf16", device="cuda"), torch.device("cuda"), 64)
+    assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
