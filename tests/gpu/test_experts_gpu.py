@@ -38,7 +38,17 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_true_shapes_train_through_vllm(name, base, flags, tmp_path):
     model = write_checkpoint(SHAPES[name](), tmp_path / "model")
-    train(model, base, tmp_path, engine="vllm", flags=flags)
+    train(model, base, tmp_path, engine="vllm", flags=flags, largest_gap=own_gap(name, model, base, tmp_path))
+
+
+def own_gap(name, model, base, folder):
+    """What the sampler may differ by: of gpt-oss, whose four experts weigh a quarter each, so that a near tie that falls
+    the other way in 16 bits changes a token's distribution, little more than PyTorch's engine over the same modules."""
+    if not name.startswith("gpt-oss"):
+        return 0.1
+    (folder / "torch").mkdir()
+    steps = train(model, base, folder / "torch", engine="torch", largest_gap=0.2)
+    return 1.3 * max(step["mismatch/gap"] for step in steps)
 
 
 @pytest.mark.parametrize("base", ["float32", "bf16", "nf4"])

@@ -27,8 +27,9 @@ QWEN2_5_1_5B = transformers.Qwen2Config(
 )
 
 
-def train(model, base, folder, device="cuda", engine="torch", flags=()):
-    """Three steps of the toy task, whose rewards differ whatever the model writes; the metrics of each."""
+def train(model, base, folder, device="cuda", engine="torch", flags=(), largest_gap=0.1):
+    """Three steps of the toy task, whose rewards differ whatever the model writes; the metrics of each. largest_gap: of
+    bases in 16 and 4 bits."""
     task = folder / "toy.py"
     task.write_text(TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=""))
     what = [str(task), "--model", str(model), "--base", base, "--device", device, "--engine", engine]
@@ -40,7 +41,7 @@ def train(model, base, folder, device="cuda", engine="torch", flags=()):
     assert len(steps) == 3
     for step in steps:
         assert all(value is None or math.isfinite(value) for value in step.values())
-        assert step["mismatch/gap"] < (1e-3 if base == "float32" else 0.1)
+        assert step["mismatch/gap"] < (1e-3 if base == "float32" else largest_gap)
         assert step["optim/grad_norm"] > 0
         assert step["sync/moved"] > 0
     return steps
