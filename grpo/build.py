@@ -219,6 +219,7 @@ def plan_memory(
     if plan.sizes.double_quantised:
         policy.store.double_quantize()
         torch.cuda.empty_cache()
+    policy.head_rows = plan.sizes.head_rows or None
     if config.memory_gib:
         memory.keep_within(plan, policy.device)
     return plan
@@ -242,6 +243,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     )
     plan = memory.choose(plan.sizes, need, plan.limit, _asked(config))
     policy.model.treat(plan.treatments)
+    policy.head_rows = plan.sizes.head_rows or None
     note(plan.table())
     return plan
 

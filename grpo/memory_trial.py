@@ -27,6 +27,8 @@ from grpo.types import Batch, Completion, Group, Prompt
 TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
 ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 
+SMALL_HEAD = 256  # tokens whose logits there are at once, where memory is short
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,6 +46,8 @@ class Sizes:
     layer_input: int  # a token
     head_fixed: int = 0  # of a batch while its head is at work, whatever its size
     head: float = 0.0  # a token likewise, every layer to be recomputed
+    small_head: int = 0  # what `head_fixed` is with the logits of few tokens at once; 0: not measured
+    head_rows: int = 0  # such tokens at once, in `head_fixed`; 0: as many as the kernel likes
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
     shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
@@ -52,6 +56,12 @@ class Sizes:
     def with_double_quant(self) -> Sizes:
         """The same with these scales in 8 bits."""
         return replace(self, weights=self.weights - self.spared, spared=0, double_quantised=True)
+
+    def with_small_head(self) -> Sizes:
+        """The same with logits of few tokens at once, where that is less."""
+        if not 0 < self.small_head < self.head_fixed:
+            return self
+        return replace(self, head_fixed=self.small_head, head_rows=SMALL_HEAD)
 
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
@@ -66,9 +76,10 @@ class Sizes:
 def measure(policy: Policy, longest: int, limit: int = 0) -> Sizes:
     """What the policy takes on its GPU and, by a forward and backward pass over a few tokens, what a token takes.
 
-    The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients;
-    of fewer where that does not fit. limit: bytes of the GPU, other processes' among them, that it keeps within; where
-    not even the smallest trial does, it goes beyond, or nobody would know by how much. 0: there is none.
+    The trial is of so many tokens that the head works on whole chunks of rows, and that activations outweigh gradients.
+    Where that does not fit, the head has few rows at once, in the run too, and then the trial fewer tokens. limit:
+    bytes of the GPU, other processes' among them, that it keeps within; where not even the smallest trial does, it goes
+    beyond, or nobody would know by how much. 0: there is none.
     """
     parameters = sum(each.numel() for each in policy.masters())
     inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
@@ -83,6 +94,7 @@ def measure(policy: Policy, longest: int, limit: int = 0) -> Sizes:
 
 def _largest(policy: Policy, longest: int, tokens: int) -> Sizes:
     """By the largest trial that fits, of so many tokens or fewer."""
+    policy.head_rows = None
     while True:
         try:
             return _measured(policy, longest, tokens)
@@ -90,9 +102,10 @@ def _largest(policy: Policy, longest: int, tokens: int) -> Sizes:
             if not is_out_of_memory(error):
                 raise
             forget(error)
-            if tokens < 2 * LEAST_TRIAL:
+            if policy.head_rows and tokens < 2 * LEAST_TRIAL:
                 raise
-        tokens //= 2
+        tokens //= 2 if policy.head_rows else 1
+        policy.head_rows = SMALL_HEAD
 
 
 def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
@@ -101,7 +114,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     num_few, num_more = len(few.tokens), len(more.tokens)
     keeps = min(layers, TRIAL_KEPT)
-    keeping = _peaks(policy, few, keeps)[0]
+    _, kept = _peaks(policy, few, keeps)
     at_few, at_more = _peaks(policy, few, 0), _peaks(policy, more, 0)
     (head_fixed, head), (fixed, recomputing) = (
         _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
@@ -117,10 +130,12 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         met=_met(policy, _batch_of(policy, ROUTED, longest)),
         fixed=fixed,
         recomputing=recomputing,
-        keeping=max(0.0, (keeping - at_few[0]) / num_few / max(1, keeps)),
+        keeping=max(0.0, (kept - at_few[1]) / num_few / max(1, keeps - 1)),
         layer_input=_layer_input(policy),
         head_fixed=head_fixed,
         head=head,
+        small_head=_small_head(policy, few, head),
+        head_rows=policy.head_rows or 0,
         shared_by=policy.store.shared_by,
         spared=policy.store.spared_by_double_quant if policy.config.double_quant == "auto" else 0,
     )
@@ -130,6 +145,16 @@ def _line(num_few: int, at_few: int, num_more: int, at_more: int) -> tuple[int, 
     """(bytes whatever the size, bytes a token) of what takes so much of so many tokens."""
     per_token = (at_more - at_few) / (num_more - num_few)
     return max(0, int(at_few - per_token * num_few)), per_token
+
+
+def _small_head(policy: Policy, batch: Batch, per_token: float) -> int:
+    """Bytes of a batch while its head is at work with the logits of few tokens at once; 0 where it does so already."""
+    if policy.head_rows:
+        return 0
+    policy.head_rows = SMALL_HEAD
+    peak, _ = _peaks(policy, batch, 0)
+    policy.head_rows = None
+    return max(1, int(peak - per_token * len(batch.tokens)))
 
 
 def _others(device: torch.device) -> int:

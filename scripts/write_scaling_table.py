@@ -25,7 +25,7 @@ from shapes import SHAPES  # noqa: E402
 
 from grpo.errors import UserError  # noqa: E402
 from grpo.memory import CACHE_TO_SPARE, ENGINE_BYTES, GIB, Asked, Need, Plan, foresee  # noqa: E402
-from grpo.memory_trial import Sizes  # noqa: E402
+from grpo.memory_trial import SMALL_HEAD, Sizes  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -136,6 +136,7 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
         layer_input=2 * shape.hidden,
         head_fixed=ROUTE_CHUNK_BYTES,
         head=inputs + IN_THE_HEAD * 2 * shape.hidden,
+        small_head=SMALL_HEAD * 8 * shape.vocabulary,  # float32, and 16 bits twice; less on a Hopper
         spared=3 * scales - 8 * (scales // NESTED) if base == "nf4" and ranks == 1 else 0,
         shared_by=ranks,
     )

@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -29,6 +30,9 @@ SIZES = Sizes(
     recomputing=440.0 * KIB,
     keeping=102.0 * KIB,
     layer_input=8 * KIB,
+    head_fixed=int(0.75 * GIB),
+    head=290.0 * KIB,
+    small_head=int(0.25 * GIB),
 )
 NEED = Need(
     longest=768,
@@ -76,21 +80,21 @@ def test_more_memory_never_costs_time(longest):
 
 
 def test_with_plenty_everything_is_kept_and_the_whole_rollout_is_cached():
-    plan = plan_for(80)
+    plan = plan_for(96)
     assert set(plan.treatments) == {"keep"}
     assert plan.kv_cache >= NEED.sequences * NEED.longest * NEED.kv_bytes_per_token
 
 
 @pytest.mark.parametrize(("gib", "longest"), [(24, 768), (24, 5000), (16, 5000)])
 def test_no_other_plan_that_fits_is_faster(gib, longest):
-    """Against every split of the layers and every size of a batch."""
+    """Against every split of the layers and every size of a batch, with logits of few tokens at once too."""
     need = replace(NEED, longest=longest, sequences=8)
     plan = plan_for(gib, need)
     usable = gib * GIB * (1 - SPARE_SHARE) - SPARE_BYTES
     for tokens in range(longest, 33_000, 256):
         for kept in range(33):
-            for offloaded in range(min(32 - kept, 31) + 1):
-                other = replace(plan, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
+            for offloaded, sizes in product(range(min(32 - kept, 31) + 1), (SIZES, SIZES.with_small_head())):
+                other = replace(plan, sizes=sizes, tokens_per_batch=tokens, kept=kept, offloaded=offloaded)
                 if max(other.peaks) <= usable:
                     assert other.time() >= 0.98 * plan.time()  # sizes of batches are a few
 
@@ -192,11 +196,24 @@ def test_scales_are_quantised_too_where_nothing_fits_otherwise_and_only_there():
         middle = (low + smallest) / 2
         low, smallest = (low, middle) if fits(SIZES, middle) else (middle, smallest)
     for gib in (smallest, 24):
-        assert foresee(sizes, NEED, int(gib * GIB), FREE).sizes == sizes
+        assert foresee(sizes, NEED, int(gib * GIB), FREE).sizes.weights == sizes.weights
     plan = foresee(sizes, NEED, int((smallest - 0.25) * GIB), FREE)
     assert plan.sizes.double_quantised and plan.sizes.weights == SIZES.weights - GIB // 2
     assert "their scales in 8 bits too" in plan.table() and "--double-quant" in plan.table()
     assert fits(sizes, smallest - 0.45) and not fits(sizes, smallest - 0.6)
+
+
+def test_logits_of_few_tokens_at_once_are_for_little_memory():
+    """What they save is what a large chunk of them takes; they cost time, so with plenty they are not taken."""
+    assert plan_for(96).sizes == SIZES and "at once" not in plan_for(96).table()
+    short = next(gib for gib in (8 + tenth / 10 for tenth in range(60)) if fits(SIZES, gib))
+    plan = plan_for(short)
+    assert plan.sizes.head_rows == 256 and plan.sizes.head_fixed == SIZES.small_head
+    assert "logits of 256 tokens at once" in plan.table()
+    assert not fits(replace(SIZES, small_head=0), short)
+    # A head that has no more anyway is left as it is.
+    small = replace(SIZES, head_fixed=SIZES.small_head)
+    assert plan_for(short, sizes=small).sizes == small
 
 
 def fits(sizes, gib):

@@ -1,8 +1,8 @@
 """Allocator: PyTorch's memory of a GPU in segments that grow, so that it takes little more than it has given out.
 
 Its segments are of a fixed size otherwise. One that holds something is kept, and what is free in it may be too small
-for the next tensor: batches whose lengths differ left 20 of 78 GiB unused so (LOG.md, 2026-11-28). A segment that grows
-is address space, whose pages come and go.
+for the next tensor: batches whose lengths differ left 20 of 78 GiB unused so (LOG.md, "2026-11-28 segments of a GPU's
+memory that grow: works, 61 of 79"). A segment that grows is address space, whose pages come and go.
 
     grow_segments()       before the first tensor; a user who has set PyTorch's options has chosen
     restore_options()     after vLLM, whose pool of its own turns growth off and on again, and loses the other options

@@ -48,6 +48,7 @@ class Policy:
         self.optimizer = build_optimizer(self.store.parameters(), config)
         self.fit = Fitting(batch_limit(config))
         self.reference = self.store.reference  # inside of it the model is the reference policy
+        self.head_rows: int | None = None  # tokens whose logits there are at once; None: as many as the kernel likes
 
     def refer_to_start(self) -> None:
         """From now on the reference policy is this one, as it is now."""
@@ -203,6 +204,7 @@ class Policy:
             tokens,
             *self.model.logits.at(self.config.temperature),
             differentiable_entropy=differentiable_entropy,
+            chunk_rows=self.head_rows,
         )
 
     def _before_sampled(self, batch: Batch, sampled: Tensor) -> Tensor:

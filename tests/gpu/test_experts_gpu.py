@@ -42,8 +42,8 @@ def test_true_shapes_train_through_vllm(name, base, flags, tmp_path):
 
 
 def own_gap(name, model, base, folder):
-    """What the sampler may differ by: of gpt-oss, whose four experts weigh a quarter each, so that a near tie that falls
-    the other way in 16 bits changes a token's distribution, little more than PyTorch's engine over the same modules."""
+    """What the sampler may differ by. Of gpt-oss four experts weigh a quarter each, and a near tie that falls the other
+    way in 16 bits changes a token's distribution: little more than PyTorch's engine does over the same modules."""
     if not name.startswith("gpt-oss"):
         return 0.1
     (folder / "torch").mkdir()
