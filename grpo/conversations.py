@@ -1,0 +1,342 @@
+"""Conversations: rows of the forms that public data sets have -> what is asked, and what is answered. Knows nothing of
+models.
+
+asked_in(row), answer_in(row)       of a row with an answer, for SFT
+asked_of_pair(row), side_in(...)    of a row with a better and a worse answer, for DPO
+tools_in(row)                       the tools that either shows
+
+A form is read where its columns have one meaning, and as its authors mean it:
+
+    messages, conversations, conversation   chats of {role, content}, or of {from, value} as ShareGPT has them; texts in
+                                            turn, the user's first, as LIMA has them
+    prompt, completion                      texts or chats, as TRL has them
+    instruction, input, output              Alpaca's; Dolly's with context and response; history and system beside them
+    chosen, rejected                        texts, chats with the prompt or without, or one message each; asked by
+                                            `prompt`, a chat, `question` or `instruction`, or by what both begin with
+
+Whatever has two meanings is refused with the column, as any other fault of a row.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+from grpo.errors import UserError
+from grpo.pairs import common_prompt
+from grpo.task import Row
+
+if TYPE_CHECKING:  # it comes with torch, which a task file has no use for
+    from grpo.types import Message
+
+CHATS = ("messages", "conversations", "conversation")
+SYSTEMS = ("system", "system_prompt")
+ANSWERS = ("output", "response")  # to an instruction: Alpaca's and Dolly's
+CONTEXTS = ("input", "context")  # of an instruction
+QUESTIONS = ("question", "instruction", "query", "input")  # of pairs whose answers do not repeat it
+CALL = "function_call"  # the assistant's, with the call as JSON in its text
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bing", CALL), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+# Columns of forms that are not read: what they hold, and what is to be done about it.
+FOREIGN = {
+    ("message_id", "parent_id", "text"): "single messages of a tree, as OpenAssistant's have it: join each answer with "
+    "the messages that lead to it",
+    ("prompt", "completion", "label"): "answers with a thumb up or down, as KTO's have it",
+    ("text",): "whole conversations in one text, it seems: say where the answer begins",
+    ("chat",): "whole conversations in one text, it seems: say where the answer begins",
+}
+BRING = "`rows` of a task file brings any form, in three lines (docs/sft.md, Other forms)."
+
+
+# ---- chat messages
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """A conversation -> chat messages of `role` and `content`, with what else their fields say.
+
+    Raises:
+        UserError: it is none, or has a message that cannot be read.
+    """
+    turns = value
+    if isinstance(value, str):  # as CSV has it, which knows only text
+        try:
+            turns = json.loads(value)
+        except (ValueError, RecursionError):
+            turns = None
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise UserError(f"`{column}` must be a list of chat messages, not {reprlib.repr(value)}")
+    return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
+
+
+def _message(given: Row, place: str) -> Message:
+    """One message. What has `role` and `content` already stays as it is, but for another name of its role."""
+    speaker, content = _one_of(given, ("role", "from"), place), _one_of(given, ("content", "value"), place)
+    if not isinstance(speaker, str) or (given.get("role") is None and _role(speaker) not in ROLES):
+        raise UserError(
+            f"`{place}` is of {reprlib.repr(speaker)}, and nobody knows who that is. Its `from` must be one of "
+            f"{', '.join(ROLES)}"
+        )
+    if given.get("from") is not None and not isinstance(content, str):
+        raise UserError(f"`{place}` says {reprlib.repr(content)} ({type(content).__name__}). It must be text")
+    rest = {name: field for name, field in given.items() if name not in ("role", "from", "content", "value")}
+    if speaker.lower() == CALL:
+        return {"role": "assistant", "content": "", **rest, "tool_calls": _calls(content, place)}
+    if isinstance(calls := given.get("tool_calls"), list):
+        rest["tool_calls"] = [_with_arguments(call) for call in calls]
+    said = {"content": content} if content is not None or "content" in given else {}
+    return {"role": _role(speaker), **said, **rest}
+
+
+def _role(speaker: Any) -> Any:
+    """The role of whoever is called so; a name that only a model's own template may know stays."""
+    return ROLES.get(speaker.lower(), speaker) if isinstance(speaker, str) else speaker
+
+
+def _one_of(given: Row, names: tuple[str, str], place: str) -> Any:
+    """What a message says under one of two names.
+
+    Raises:
+        UserError: it says two things.
+    """
+    said = {name: given[name] for name in names if given.get(name) is not None}
+    values = list(said.values())
+    if len(values) > 1 and _role(values[0]) != _role(values[1]):
+        told = " and ".join(f"`{name}` {reprlib.repr(value)}" for name, value in said.items())
+        raise UserError(f"`{place}` has {told}, which are different. Leave one of them out")
+    return values[0] if values else None
+
+
+def _calls(text: Any, place: str) -> list[Row]:
+    """The calls of tools that are written as JSON, one or a list, each with `name` and `arguments`.
+
+    Raises:
+        UserError: they are not.
+    """
+    try:
+        held = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        held = None
+    calls = held if isinstance(held, list) else [held]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise UserError(
+            f"`{place}` calls a tool by {reprlib.repr(text)}. It must be JSON such as "
+            '{"name": "add", "arguments": {"a": 1}}, or a list of these'
+        )
+    return [_with_arguments({"type": "function", "function": call}) for call in calls]
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call whose arguments are an object: templates write them as JSON, and of JSON in a text would write a text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not (isinstance(function, dict) and isinstance(function.get("arguments"), str)):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _chat_in(row: Row) -> list[Message] | None:
+    """The conversation of a row, with its system text; None where it has none.
+
+    Raises:
+        UserError: it has two that differ.
+    """
+    found = {name: messages_of(row[name], name) for name in CHATS if row.get(name) is not None}
+    if len(found) > 1 and any(chat != next(iter(found.values())) for chat in found.values()):
+        raise UserError(f"{' and '.join(f'`{name}`' for name in found)} are different conversations. Leave one out")
+    return _with_system(row, next(iter(found.values()))) if found else None
+
+
+def _with_system(row: Row, messages: list[Message]) -> list[Message]:
+    """The messages behind the system text of a column, unless they begin with one of their own.
+
+    Raises:
+        UserError: two columns have one, or it is no text.
+    """
+    texts = {name: row[name] for name in SYSTEMS if row.get(name) not in (None, "")}
+    if messages[0].get("role") == "system" or not texts:
+        return messages
+    if wrong := next((name for name, text in texts.items() if not isinstance(text, str)), ""):
+        raise UserError(f"`{wrong}` is {reprlib.repr(texts[wrong])}. It must be text")
+    if len(set(texts.values())) > 1:
+        raise UserError("`system` and `system_prompt` are different. Leave one of them out")
+    return [{"role": "system", "content": next(iter(texts.values()))}, *messages]
+
+
+def _asked_with(row: Row, question: Any, column: str) -> list[Message]:
+    """A question that is a text as a chat: behind the system text and the earlier rounds of the row.
+
+    Raises:
+        UserError: one of these is not as it must be.
+    """
+    if not isinstance(question, str):
+        raise UserError(f"`{column}` is {reprlib.repr(question)} ({type(question).__name__}). It must be text")
+    history = row.get("history") or []
+    rounds = [list(each) for each in history if isinstance(each, list | tuple)] if isinstance(history, list) else []
+    if not isinstance(history, list) or len(rounds) < len(history) or any(len(each) != 2 for each in rounds):
+        raise UserError(f"`history` is {reprlib.repr(history)}. It must be a list of [question, answer]")
+    earlier = messages_of([text for each in rounds for text in each], "history") if rounds else []
+    return _with_system(row, [*earlier, {"role": "user", "content": question}])
+
+
+def _instruction(row: Row) -> list[Message]:
+    """The question of a row with `instruction`: what it is about stands behind it, as Alpaca's own prompt has it."""
+    context = next((row[name] for name in CONTEXTS if row.get(name) not in (None, "")), "")
+    if context and not isinstance(context, str):
+        raise UserError(f"The `input` of the instruction is {reprlib.repr(context)}. It must be text")
+    if not isinstance(row["instruction"], str):
+        raise UserError(f"`instruction` is {reprlib.repr(row['instruction'])}. It must be text")
+    return _asked_with(row, "\n\n".join(part for part in (row["instruction"], context) if part.strip()), "instruction")
+
+
+def _prompt(row: Row, is_chat: bool) -> list[Message] | str:
+    """The column `prompt`: a text stays one where nothing says that it is part of a chat."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        return _with_system(row, messages_of(prompt, "prompt"))
+    if isinstance(prompt, str) and (is_chat or any(name in row for name in (*SYSTEMS, "history"))):
+        return _asked_with(row, prompt, "prompt")
+    return prompt
+
+
+def _said(value: Any, column: str) -> Any:
+    """An answer: chat messages, of which one may stand alone; what else it is stays as it is."""
+    if isinstance(value, dict):
+        return [_message(value, column)]
+    is_chat = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    return messages_of(value, column) if is_chat else value
+
+
+# ---- a row with an answer
+
+
+def asked_in(row: Row) -> list[Message] | str:
+    """What a row asks whose answer is taught.
+
+    Raises:
+        UserError: its form is not known, or it has two meanings.
+    """
+    there = {name: value for name, value in row.items() if value is not None}  # a column that other rows have
+    if "prompt" in there and "completion" in there:
+        _check_good(there)
+        return _prompt(row, is_chat=not isinstance(there["completion"], str))
+    if "completion" not in there and (chat := _chat_in(there)) is not None:
+        return chat[:-1] if chat[-1].get("role") == "assistant" else chat
+    if "completion" not in there and _answer_of_instruction(there):
+        return _instruction(there)
+    raise UserError(
+        "Rows to learn from have `messages` or `conversations`, chats such as "
+        '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], or `prompt` and '
+        f"`completion`, or `instruction` and `output`; these have {', '.join(map(str, there))}.{_foreign(row)} "
+        f"--columns prompt=NAME completion=NAME says which columns are meant; {BRING}"
+    )
+
+
+def answer_in(row: Row) -> Any:
+    """The answer of a row, or the whole conversation that it ends; None where there is none."""
+    if row.get("completion") is not None:
+        return _said(row["completion"], "completion")
+    chat = _chat_in(row)
+    if chat is None and (name := _answer_of_instruction(row)):
+        return row[name]
+    return chat
+
+
+def is_whole(row: Row) -> bool:
+    """Whether `answer_in` gives a conversation from its beginning on."""
+    return row.get("completion") is None and any(row.get(name) is not None for name in CHATS)
+
+
+def _answer_of_instruction(row: Row) -> str:
+    """The column with the answer to an `instruction`; empty where there is none, or nobody knows which."""
+    names = [name for name in ANSWERS if row.get(name) is not None]
+    return names[0] if row.get("instruction") is not None and len(names) == 1 else ""
+
+
+def _check_good(row: Row) -> None:
+    if row.get("label") is False:
+        raise UserError("`label` is False, which says of the answer that it is a bad one, as KTO's data sets do")
+
+
+def _foreign(row: Row) -> str:
+    """What the columns of an unknown form hold, in a sentence; empty where nobody knows."""
+    told = next((told for names, told in FOREIGN.items() if told and set(names) <= row.keys()), "")
+    return f" They are {told}." if told else ""
+
+
+# ---- a row with two answers
+
+
+def asked_of_pair(row: Row) -> list[Message] | str:
+    """What both answers were given to.
+
+    Raises:
+        UserError: nobody knows what, or one of them is missing.
+    """
+    if lacking := [name for name in ("chosen", "rejected") if row.get(name) is None]:
+        there = [name for name, value in row.items() if value is not None]
+        raise UserError(
+            f"Rows of pairs have `chosen` and `rejected`, and `prompt` or not; these have {', '.join(map(str, there))}."
+            f"{_foreign(row)} --columns {lacking[0]}=NAME says which column is meant; {BRING}"
+        )
+    sides = [side_in(row, name) for name in ("chosen", "rejected")]
+    are_chats = all(isinstance(side, list) for side in sides)
+    if are_chats and not all(_is_answer(side) for side in sides):  # whole chats, which say themselves what was asked
+        if isinstance(row.get("prompt"), list) and row["prompt"]:
+            return _prompt(row, is_chat=True)
+        return _with_system(row, common_prompt(*sides))
+    if row.get("prompt"):
+        return _prompt(row, is_chat=are_chats)
+    if (chat := _chat_in(row)) is not None:
+        return chat
+    return _question(row) or common_prompt(*sides)
+
+
+def side_in(row: Row, name: str) -> Any:
+    """One of the two answers."""
+    return _said(row.get(name), name)
+
+
+def _is_answer(side: list[Any]) -> bool:
+    """Whether messages are an answer alone, and not the conversation that it ends."""
+    return bool(side) and isinstance(side[0], dict) and side[0].get("role") == "assistant"
+
+
+def _question(row: Row) -> list[Message]:
+    """The question of a column that is called so; empty where there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    names = [name for name in QUESTIONS if row.get(name) not in (None, "")]
+    if "instruction" in names and set(names) <= {"instruction", "input"}:
+        return _instruction(row)
+    if len(names) > 1:
+        raise UserError(
+            f"Both {' and '.join(f'`{name}`' for name in names)} may be what was asked. Say which: "
+            f"--columns prompt={names[0]}"
+        )
+    return _asked_with(row, row[names[0]], names[0]) if names else []
+
+
+# ---- tools
+
+
+def tools_in(row: Row) -> Any:
+    """The tools of a row: data sets that cannot hold a schema hold it as text."""
+    given = row.get("tools") or []
+    if not isinstance(given, str):
+        return given
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"`tools` is {reprlib.repr(given)}, which is not JSON: {error}") from error
