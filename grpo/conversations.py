@@ -20,6 +20,7 @@ Whatever has two meanings is refused with the column, as any other fault of a ro
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ FOREIGN = {
     ("text",): "whole conversations in one text, it seems: say where the answer begins",
     ("chat",): "whole conversations in one text, it seems: say where the answer begins",
 }
+_SHOWN = re.compile(r"\s*(array\()?\[\{\s*['\"](role|from|content|value)['\"]\s*:")  # messages, written as text
 BRING = "`rows` of a task file brings any form, in three lines (docs/sft.md, Other forms)."
 
 
@@ -62,27 +64,43 @@ def messages_of(value: Any, column: str) -> list[Message]:
     Raises:
         UserError: it is none, or has a message that cannot be read.
     """
-    turns = value
-    if isinstance(value, str):  # as CSV has it, which knows only text
-        try:
-            turns = json.loads(value)
-        except (ValueError, RecursionError):
-            turns = None
+    turns = _json(value) if isinstance(value, str) else value  # as CSV has it, which knows only text
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"`{column}` must be a list of chat messages, not {reprlib.repr(value)}")
+        raise UserError(f"`{column}` must be a list of chat messages, not {reprlib.repr(value)}{_hint(value)}")
     return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
+
+
+def _json(text: Any) -> Any:
+    """What a text of JSON says; None where it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _hint(value: Any) -> str:
+    """What to do about messages that were written as Python or numpy shows them, which a CSV of pandas has."""
+    is_shown = isinstance(value, str) and _SHOWN.match(value)
+    return (
+        ". That is how Python shows a list: write it by json.dumps, or keep the rows as JSON lines" if is_shown else ""
+    )
 
 
 def _message(given: Row, place: str) -> Message:
     """One message. What has `role` and `content` already stays as it is, but for another name of its role."""
     speaker, content = _one_of(given, ("role", "from"), place), _one_of(given, ("content", "value"), place)
+    if speaker is None:
+        raise UserError(
+            f"`{place}` has neither `role` nor `from`, but {', '.join(map(str, given)) or 'nothing'}. {BRING}"
+        )
     if not isinstance(speaker, str) or (given.get("role") is None and _role(speaker) not in ROLES):
         raise UserError(
             f"`{place}` is of {reprlib.repr(speaker)}, and nobody knows who that is. Its `from` must be one of "
             f"{', '.join(ROLES)}"
         )
+    content = _only_part(content)
     if given.get("from") is not None and not isinstance(content, str):
         raise UserError(f"`{place}` says {reprlib.repr(content)} ({type(content).__name__}). It must be text")
     rest = {name: field for name, field in given.items() if name not in ("role", "from", "content", "value")}
@@ -92,6 +110,13 @@ def _message(given: Row, place: str) -> Message:
         rest["tool_calls"] = [_with_arguments(call) for call in calls]
     said = {"content": content} if content is not None or "content" in given else {}
     return {"role": _role(speaker), **said, **rest}
+
+
+def _only_part(content: Any) -> Any:
+    """A content of one part that is a text, as models that see have it, is that text."""
+    part = content[0] if isinstance(content, list) and len(content) == 1 else None
+    is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return part["text"] if is_text else content
 
 
 def _role(speaker: Any) -> Any:
@@ -119,10 +144,7 @@ def _calls(text: Any, place: str) -> list[Row]:
     Raises:
         UserError: they are not.
     """
-    try:
-        held = json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        held = None
+    held = _json(text)
     calls = held if isinstance(held, list) else [held]
     if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= call.keys() for call in calls):
         raise UserError(
@@ -137,10 +159,7 @@ def _with_arguments(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not (isinstance(function, dict) and isinstance(function.get("arguments"), str)):
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
+    arguments = _json(function["arguments"])
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
@@ -201,7 +220,7 @@ def _instruction(row: Row) -> list[Message]:
 def _prompt(row: Row, is_chat: bool) -> list[Message] | str:
     """The column `prompt`: a text stays one where nothing says that it is part of a chat."""
     prompt = row["prompt"]
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) or _is_written(prompt):
         return _with_system(row, messages_of(prompt, "prompt"))
     if isinstance(prompt, str) and (is_chat or any(name in row for name in (*SYSTEMS, "history"))):
         return _asked_with(row, prompt, "prompt")
@@ -210,10 +229,17 @@ def _prompt(row: Row, is_chat: bool) -> list[Message] | str:
 
 def _said(value: Any, column: str) -> Any:
     """An answer: chat messages, of which one may stand alone; what else it is stays as it is."""
+    if _is_written(value):
+        return messages_of(value, column)
     if isinstance(value, dict):
         return [_message(value, column)]
     is_chat = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
     return messages_of(value, column) if is_chat else value
+
+
+def _is_written(value: Any) -> bool:
+    """Whether a text is messages, written as JSON or as Python shows them: nobody says that to a model."""
+    return isinstance(value, str) and bool(_SHOWN.match(value))
 
 
 # ---- a row with an answer
@@ -228,7 +254,7 @@ def asked_in(row: Row) -> list[Message] | str:
     there = {name: value for name, value in row.items() if value is not None}  # a column that other rows have
     if "prompt" in there and "completion" in there:
         _check_good(there)
-        return _prompt(row, is_chat=not isinstance(there["completion"], str))
+        return _prompt(row, is_chat=not isinstance(_said(there["completion"], "completion"), str))
     if "completion" not in there and (chat := _chat_in(there)) is not None:
         return chat[:-1] if chat[-1].get("role") == "assistant" else chat
     if "completion" not in there and _answer_of_instruction(there):
@@ -264,7 +290,9 @@ def _answer_of_instruction(row: Row) -> str:
 
 def _check_good(row: Row) -> None:
     if row.get("label") is False:
-        raise UserError("`label` is False, which says of the answer that it is a bad one, as KTO's data sets do")
+        raise UserError(
+            "`label` is False, which says of the answer that it is a bad one, as KTO's data sets do. Leave it out"
+        )
 
 
 def _foreign(row: Row) -> str:

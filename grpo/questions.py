@@ -131,6 +131,11 @@ def with_lessons(questions: Questions, asker: Asker, config: Config, note: Note)
     end = end_of_turn(questions.tokenizer) if questions.train[0].messages is not None else None
     teacher = build_teacher(asker, config, stop, end, context_length(config.model, config))
     source = config.data or asker.task.data
+    if questions.train[0].messages is None and asker.template.is_there:
+        note(
+            f"note: the prompts of {source} are texts, which go through no chat template, and the model has one. If it "
+            'is to be chatted with, give them as chat messages, [{"role": "user", "content": "..."}].'
+        )
     made = [
         build_lessons(teacher, prompts, f"{source} ({split})", config.skip_bad_rows, note)
         for split, prompts in (("train", questions.train), ("held-out", questions.test))

@@ -52,6 +52,7 @@ OPEN_HERMES = {"conversations": shared(*CHAT), "source": "airoboros", "system_pr
         ({"conversations": shared(*CHAT[1:]), "system": "Be brief.", "tools": ""}, CHAT),  # LLaMA-Factory
         ({"conversations": shared(*CHAT), "system": "Be long."}, CHAT),  # its own, as LLaMA-Factory takes it
         ({"messages": json.dumps(CHAT)}, CHAT),  # of a CSV
+        ({"messages": [USER | {"content": [{"type": "text", "text": "1 + 1?"}]}, SAID]}, [USER, SAID]),
     ],
 )
 def test_a_conversation_is_read_in_all_its_forms(row, chat):
@@ -76,6 +77,7 @@ def test_a_conversation_is_read_in_all_its_forms(row, chat):
         ({"prompt": "1 + 1?", "completion": "2", "system": "Be brief."}, [SYSTEM, USER]),
         ({"prompt": "1 + 1?", "completion": "2", "system": ""}, [USER]),  # as the rows beside it that have one
         ({"prompt": shared(USER), "completion": "2"}, [USER]),
+        ({"prompt": json.dumps([USER]), "completion": "2"}, [USER]),
     ],
 )
 def test_an_instruction_is_asked_with_all_that_belongs_to_it(row, asked):
@@ -118,7 +120,10 @@ def test_a_role_of_the_models_own_template_stays():
     ("row", "told"),
     [
         ({"conversations": [{"from": "narrator", "value": "x"}]}, r"`conversations\[0\]` is of 'narrator'.*human"),
-        ({"conversations": [{"value": "x"}]}, r"`conversations\[0\]` is of None"),
+        ({"conversations": [{"value": "x"}]}, r"`conversations\[0\]` has neither `role` nor `from`, but value"),
+        ({"conversation": [{"input": "x", "output": "y"}]}, "but input, output. `rows` of a task file"),
+        ({"messages": str(CHAT)}, "how Python shows a list: write it by json.dumps"),
+        ({"prompt": "q", "completion": str([SAID])}, "`completion` must be a list of chat.*how Python shows a list"),
         ({"conversations": [*shared(USER), {"from": "gpt", "value": 2}]}, r"`conversations\[1\]` says 2 \(int\)"),
         ({"conversations": [*shared(USER), {"from": "gpt", "value": None}]}, r"`conversations\[1\]` says None"),
         (
@@ -186,6 +191,7 @@ def test_what_a_pair_answers_is_read_in_all_its_forms(row, asked):
 
 def test_a_side_is_messages_or_text():
     assert side_in({"chosen": shared(SAID)[0]}, "chosen") == side_in({"chosen": shared(SAID)}, "chosen") == [SAID]
+    assert side_in({"chosen": json.dumps([SAID])}, "chosen") == [SAID]
     assert side_in({"chosen": "2"}, "chosen") == "2" and side_in({}, "chosen") is None
 
 
@@ -196,6 +202,7 @@ def test_a_side_is_messages_or_text():
         ({"question": ["a"], "chosen": "c", "rejected": "d"}, "`question` is .'a'.*It must be text"),
         ({"chosen": [{"from": "who", "value": "c"}], "rejected": "d"}, r"`chosen\[0\]` is of 'who'"),
         ({"chosen": shared(SAID), "rejected": shared(WORSE)}, "there is no `prompt`"),
+        ({"prompt": "p", "chosen": str([USER, SAID]), "rejected": str([USER, WORSE])}, "how Python shows a list"),
         ({"prompt": "p", "completion": "c", "label": True}, "thumb up or down, as KTO's.*chosen=NAME"),
     ],
 )

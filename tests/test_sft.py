@@ -222,5 +222,21 @@ def test_rows_that_cannot_be_taught_are_told_by_check_too(folder, messages, caps
     assert "7 answers to learn from and 2 held out" in out and "what is taught behind the first" in out
 
 
+def test_rows_of_public_forms_are_taught_and_texts_are_told_of(folder, capsys):
+    """The same answers in ShareGPT's form, in Alpaca's and in texts: the first two are the same chats."""
+    shared = [[{"from": "human", "value": f"{n} + 2?"}, {"from": "gpt", "value": str(n + 2)}] for n in range(9)]
+    alpaca = [{"instruction": f"{n} + 2?", "input": "", "output": str(n + 2)} for n in range(9)]
+    told = []
+    for name, rows in {
+        "shared": [{"conversations": chat} for chat in shared],
+        "alpaca": alpaca,
+        "texts": [{"prompt": row["instruction"], "completion": row["output"]} for row in alpaca],
+    }.items():
+        assert sft.main(["--data", written(folder / f"{name}.jsonl", rows), *OF_ROWS, "--check"]) == 0
+        told.append(capsys.readouterr().out.partition("held-out rows of")[2].replace(f"{name}.jsonl", ""))
+    assert told[0] == told[1] and "[<|im_start|>][user]" in told[0] and "go through no chat template" not in told[0]
+    assert "are texts, which go through no chat template, and the model has one" in told[2]
+
+
 def test_nothing_is_left_on_the_globals(of_gold):
     assert torch.is_grad_enabled()
