@@ -35,7 +35,14 @@ CHATS = ("messages", "conversations", "conversation")
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("output", "response")  # to an instruction: Alpaca's and Dolly's
 CONTEXTS = ("input", "context")  # of an instruction
-QUESTIONS = ("question", "instruction", "query", "input")  # of pairs whose answers do not repeat it
+QUESTIONS = (
+    "question",
+    "instruction",
+    "query",
+    "input",
+    "user_prompt",
+    "problem",
+)  # of pairs whose answers do not repeat it
 CALL = "function_call"  # the assistant's, with the call as JSON in its text
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -107,7 +114,7 @@ def _message(given: Row, place: str) -> Message:
     if speaker.lower() == CALL:
         return {"role": "assistant", "content": "", **rest, "tool_calls": _calls(content, place)}
     if isinstance(calls := given.get("tool_calls"), list):
-        rest["tool_calls"] = [_with_arguments(call) for call in calls]
+        rest["tool_calls"] = [_with_arguments(_without_none(call)) for call in calls]
     said = {"content": content} if content is not None or "content" in given else {}
     return {"role": _role(speaker), **said, **rest}
 
@@ -256,14 +263,17 @@ def asked_in(row: Row) -> list[Message] | str:
         _check_good(there)
         return _prompt(row, is_chat=not isinstance(_said(there["completion"], "completion"), str))
     if "completion" not in there and (chat := _chat_in(there)) is not None:
-        return chat[:-1] if chat[-1].get("role") == "assistant" else chat
+        asked = chat[:-1] if chat[-1].get("role") == "assistant" else chat
+        if not asked:
+            raise UserError("the conversation has the assistant's message alone, which answers nothing")
+        return asked
     if "completion" not in there and _answer_of_instruction(there):
         return _instruction(there)
     raise UserError(
         "Rows to learn from have `messages` or `conversations`, chats such as "
         '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], or `prompt` and '
-        f"`completion`, or `instruction` and `output`; these have {', '.join(map(str, there))}.{_foreign(row)} "
-        f"--columns prompt=NAME completion=NAME says which columns are meant; {BRING}"
+        f"`completion`, or `instruction` and `output`; these have {', '.join(map(str, there)) or 'nothing'}."
+        f"{_foreign(row)} --columns prompt=NAME completion=NAME says which columns are meant; {BRING}"
     )
 
 
@@ -317,6 +327,9 @@ def asked_of_pair(row: Row) -> list[Message] | str:
             f"{_foreign(row)} --columns {lacking[0]}=NAME says which column is meant; {BRING}"
         )
     sides = [side_in(row, name) for name in ("chosen", "rejected")]
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not (isinstance(side, str) or (isinstance(side, list) and all(isinstance(each, dict) for each in side))):
+            raise UserError(f"`{name}` is {reprlib.repr(side)}. It must be a text or chat messages")
     are_chats = all(isinstance(side, list) for side in sides)
     if are_chats and not all(_is_answer(side) for side in sides):  # whole chats, which say themselves what was asked
         if isinstance(row.get("prompt"), list) and row["prompt"]:
@@ -325,6 +338,11 @@ def asked_of_pair(row: Row) -> list[Message] | str:
     if row.get("prompt"):
         return _prompt(row, is_chat=are_chats)
     if (chat := _chat_in(row)) is not None:
+        if chat[-1].get("role") == "assistant":
+            raise UserError(
+                "The conversation ends with the assistant's message, and `chosen` and `rejected` are answers to one of "
+                "the user's. Leave it out there, or give whole chats in `chosen` and `rejected`"
+            )
         return chat
     return _question(row) or common_prompt(*sides)
 
@@ -362,9 +380,11 @@ def _question(row: Row) -> list[Message]:
 def tools_in(row: Row) -> Any:
     """The tools of a row: data sets that cannot hold a schema hold it as text."""
     given = row.get("tools") or []
-    if not isinstance(given, str):
-        return given
-    try:
-        return json.loads(given)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"`tools` is {reprlib.repr(given)}, which is not JSON: {error}") from error
+    return json.loads(given) if isinstance(given, str) else _without_none(given)
+
+
+def _without_none(value: Any) -> Any:
+    """The same without fields that are None: a table gives each of its rows the fields of all."""
+    if isinstance(value, dict):
+        return {name: _without_none(each) for name, each in value.items() if each is not None}
+    return [_without_none(each) for each in value] if isinstance(value, list) else value

@@ -299,9 +299,9 @@ def behind(prompt: Prompt, said: Any, is_whole: bool = False) -> Any:
         return said
     asked = _without_system(messages_of(prompt.messages, "prompt"))
     spoken = _without_system(said)
-    if asked and spoken[: len(asked)] == asked:
+    if spoken[: len(asked)] == asked:
         return spoken[len(asked) :]
-    if is_whole or (asked and asked[-1].get("role") == spoken[0].get("role") == "user"):
+    if is_whole or (asked[-1].get("role") == spoken[0].get("role") == "user"):
         raise UserError(
             f"row {prompt.index}: the answer's messages begin with {reprlib.repr(said[0].get('content'))}, and neither "
             "repeat those of the prompt nor go on where it ends. Give the answer's alone"

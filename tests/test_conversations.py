@@ -108,6 +108,7 @@ def test_calls_of_tools_are_the_assistants_and_their_results_the_tools():
     [of_openai] = messages_of([{"role": "assistant", "content": None, "tool_calls": [as_text]}], "messages")
     assert of_openai == {"role": "assistant", "content": None, "tool_calls": [CALL | {"id": "1"}]}
     assert tools_in({"tools": json.dumps([CALL])}) == tools_in({"tools": [CALL]}) == [CALL]
+    assert tools_in({"tools": [CALL | {"strict": None, "of": [{"x": None}]}]}) == [CALL | {"of": [{}]}]  # of a table
     assert tools_in({}) == tools_in({"tools": None}) == tools_in({"tools": ""}) == []
 
 
@@ -142,6 +143,8 @@ def test_a_role_of_the_models_own_template_stays():
         ({"instruction": "a", "output": "b", "response": "c"}, "these have instruction, output, response"),
         ({"instruction": 3, "output": "b"}, "`instruction` is 3"),
         ({"instruction": "a", "input": {"n": 1}, "output": "b"}, "It must be text"),
+        ({"conversations": shared(SAID)}, "the assistant's message alone"),
+        ({"conversations": None}, "these have nothing"),
         ({"prompt": "a", "completion": "b", "label": False}, "`label` is False.*KTO"),
         ({"message_id": "1", "parent_id": None, "text": "x", "role": "prompter"}, "messages of a tree.*OpenAssistant"),
         ({"text": "### Human: x### Assistant: y"}, "whole conversations in one text.*`rows` of a task file"),
@@ -203,6 +206,10 @@ def test_a_side_is_messages_or_text():
         ({"chosen": [{"from": "who", "value": "c"}], "rejected": "d"}, r"`chosen\[0\]` is of 'who'"),
         ({"chosen": shared(SAID), "rejected": shared(WORSE)}, "there is no `prompt`"),
         ({"prompt": "p", "chosen": str([USER, SAID]), "rejected": str([USER, WORSE])}, "how Python shows a list"),
+        ({"chosen": [1, 2], "rejected": [1, 3]}, r"`chosen` is \[1, 2\]. It must be a text or chat messages"),
+        ({"chosen": "a", "rejected": 3}, "`rejected` is 3. It must be"),
+        ({"conversations": CHAT, "chosen": SAID, "rejected": WORSE}, "ends with the assistant's message, and `chosen`"),
+        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "begin differently"),
         ({"prompt": "p", "completion": "c", "label": True}, "thumb up or down, as KTO's.*chosen=NAME"),
     ],
 )

@@ -126,6 +126,8 @@ def test_a_conversation_follows_its_prompt_once():
     """A prompt of the task's own may have another system text; whatever else differs would be said twice."""
     teacher, whole = teacher_of(template=MARKED), [*CHAT, ASSISTANT]
     system = {"role": "system", "content": "Count."}
+    only = lesson(teacher, {"prompt": [system], "messages": [system, ASSISTANT]})
+    assert only.prompt.messages == [system] and only.completions[0].text == "It is 2."
     for prompt in (CHAT, [system, *CHAT[1:]], CHAT[1:]):
         group = lesson(teacher, {"prompt": prompt, "messages": whole})
         assert group.prompt.messages == prompt and group.completions[0].text == "It is 2."
@@ -287,6 +289,8 @@ def test_the_prompt_that_a_pair_does_not_say():
     assert common_prompt([*CHAT, ASSISTANT], [*CHAT, FOUR]) == CHAT
     assert common_prompt(CHAT, CHAT) == CHAT[:-1]  # an answer is left of each
     assert common_prompt("Human: Hi Assistant: Hello", "Human: Hi Assistant: Go") == "Human: Hi Assistant:"
+    begun = "\n\nHuman: Hi\n\nAssistant: I am.\n\nHuman: What?\n\nAssistant:"
+    assert common_prompt(f"{begun} I said it.", f"{begun} I did.") == begun  # and not with the I that both begin with
     for chosen, rejected in (("a", "b"), (CHAT, "b"), (None, None), ([], [])):
         with pytest.raises(UserError, match=r"begin differently|Both must be texts"):
             common_prompt(chosen, rejected)
