@@ -328,7 +328,9 @@ def asked_of_pair(row: Row) -> list[Message] | str:
         )
     sides = [side_in(row, name) for name in ("chosen", "rejected")]
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        if not (isinstance(side, str) or (isinstance(side, list) and all(isinstance(each, dict) for each in side))):
+        if not (
+            isinstance(side, str) or (isinstance(side, list) and side and all(isinstance(each, dict) for each in side))
+        ):
             raise UserError(f"`{name}` is {reprlib.repr(side)}. It must be a text or chat messages")
     are_chats = all(isinstance(side, list) for side in sides)
     if are_chats and not all(_is_answer(side) for side in sides):  # whole chats, which say themselves what was asked

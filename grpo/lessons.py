@@ -426,7 +426,9 @@ def _named(count: int, told: list[str]) -> str:
 
 def _in_words(count: int, of: int, source: str, bad: list[str]) -> str:
     told = "; ".join(bad).rstrip(".") + "; ..." * (count > len(bad))
-    return (
-        f"{count:,} of {of:,} rows of {source} cannot be taught: {told}. Mend the data, or leave such rows out "
-        "(--skip-bad-rows)."
-    )
+    remedy = "Mend the data, or leave such rows out (--skip-bad-rows)."
+    if count == of:
+        remedy = (
+            "None is left. Mend the data; where it is the test split, --held-out N takes N training rows in its place."
+        )
+    return f"{count:,} of {of:,} rows of {source} cannot be taught: {told}. {remedy}"

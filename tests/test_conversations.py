@@ -208,6 +208,7 @@ def test_a_side_is_messages_or_text():
         ({"prompt": "p", "chosen": str([USER, SAID]), "rejected": str([USER, WORSE])}, "how Python shows a list"),
         ({"chosen": [1, 2], "rejected": [1, 3]}, r"`chosen` is \[1, 2\]. It must be a text or chat messages"),
         ({"chosen": "a", "rejected": 3}, "`rejected` is 3. It must be"),
+        ({"prompt": "p", **WHOLE, "rejected": []}, r"`rejected` is \[\]. It must be"),
         ({"conversations": CHAT, "chosen": SAID, "rejected": WORSE}, "ends with the assistant's message, and `chosen`"),
         ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: d"}, "begin differently"),
         ({"prompt": "p", "completion": "c", "label": True}, "thumb up or down, as KTO's.*chosen=NAME"),

@@ -237,6 +237,8 @@ def test_rows_that_cannot_be_taught_are_counted_named_and_left_out():
     assert "1 row of data left out, longer than 60 tokens with the answer: row 2 with" in notes[1]
     sizes = [len(group.prompt.tokens) + len(group.completions[0].tokens) for group in lessons]
     assert lessons.longest == max(sizes) and lessons.num_tokens == sum(sizes) - 3 * len(prompt.tokens)
+    with pytest.raises(UserError, match=r"1 of 1 rows.*None is left.*--held-out N takes N training rows in its place"):
+        build_lessons(teacher, prompts[1:2], "data", True, print)
     with pytest.raises(UserError, match="No row of data is left"):
         build_lessons(teacher, prompts[2:3], "data", True, print)
     assert isinstance(lessons, Lessons) and len(lessons[1:]) == 2
