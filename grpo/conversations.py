@@ -35,14 +35,7 @@ CHATS = ("messages", "conversations", "conversation")
 SYSTEMS = ("system", "system_prompt")
 ANSWERS = ("output", "response")  # to an instruction: Alpaca's and Dolly's
 CONTEXTS = ("input", "context")  # of an instruction
-QUESTIONS = (
-    "question",
-    "instruction",
-    "query",
-    "input",
-    "user_prompt",
-    "problem",
-)  # of pairs whose answers do not repeat it
+QUESTIONS = ("question", "instruction", "query", "input", "user_prompt", "problem")  # of pairs that do not repeat it
 CALL = "function_call"  # the assistant's, with the call as JSON in its text
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -58,7 +51,9 @@ FOREIGN = {
     ("text",): "whole conversations in one text, it seems: say where the answer begins",
     ("chat",): "whole conversations in one text, it seems: say where the answer begins",
 }
-_SHOWN = re.compile(r"\s*(array\()?\[\{\s*['\"](role|from|content|value)['\"]\s*:")  # messages, written as text
+_SHOWN = re.compile(
+    r"\s*(array\()?\[\{\s*['\"](role|from|content|value|weight|name)['\"]\s*:"
+)  # messages, written as text
 BRING = "`rows` of a task file brings any form, in three lines (docs/sft.md, Other forms)."
 
 
@@ -72,11 +67,17 @@ def messages_of(value: Any, column: str) -> list[Message]:
         UserError: it is none, or has a message that cannot be read.
     """
     turns = _json(value) if isinstance(value, str) else value  # as CSV has it, which knows only text
-    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
-        return [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+    in_turn = column in CHATS and isinstance(turns, list) and all(isinstance(turn, str) for turn in turns)
+    if in_turn and turns:
+        return _in_turn(turns)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"`{column}` must be a list of chat messages, not {reprlib.repr(value)}{_hint(value)}")
     return [_message(turn, f"{column}[{place}]") for place, turn in enumerate(turns)]
+
+
+def _in_turn(texts: list[str]) -> list[Message]:
+    """What the user and the assistant say in turn."""
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
 
 
 def _json(text: Any) -> Any:
@@ -210,18 +211,18 @@ def _asked_with(row: Row, question: Any, column: str) -> list[Message]:
     rounds = [list(each) for each in history if isinstance(each, list | tuple)] if isinstance(history, list) else []
     if not isinstance(history, list) or len(rounds) < len(history) or any(len(each) != 2 for each in rounds):
         raise UserError(f"`history` is {reprlib.repr(history)}. It must be a list of [question, answer]")
-    earlier = messages_of([text for each in rounds for text in each], "history") if rounds else []
+    earlier = _in_turn([text for each in rounds for text in each])
     return _with_system(row, [*earlier, {"role": "user", "content": question}])
 
 
 def _instruction(row: Row) -> list[Message]:
     """The question of a row with `instruction`: what it is about stands behind it, as Alpaca's own prompt has it."""
-    context = next((row[name] for name in CONTEXTS if row.get(name) not in (None, "")), "")
-    if context and not isinstance(context, str):
-        raise UserError(f"The `input` of the instruction is {reprlib.repr(context)}. It must be text")
-    if not isinstance(row["instruction"], str):
-        raise UserError(f"`instruction` is {reprlib.repr(row['instruction'])}. It must be text")
-    return _asked_with(row, "\n\n".join(part for part in (row["instruction"], context) if part.strip()), "instruction")
+    names = ["instruction", *(name for name in CONTEXTS if row.get(name) not in (None, ""))]
+    if len(names) > 2:
+        raise UserError("`input` and `context` are both filled, and nobody knows how they are asked. Leave one out")
+    if wrong := next((name for name in names if not isinstance(row[name], str)), ""):
+        raise UserError(f"`{wrong}` is {reprlib.repr(row[wrong])}. It must be text")
+    return _asked_with(row, "\n\n".join(row[name] for name in names if row[name].strip()), "instruction")
 
 
 def _prompt(row: Row, is_chat: bool) -> list[Message] | str:
@@ -307,7 +308,7 @@ def _check_good(row: Row) -> None:
 
 def _foreign(row: Row) -> str:
     """What the columns of an unknown form hold, in a sentence; empty where nobody knows."""
-    told = next((told for names, told in FOREIGN.items() if told and set(names) <= row.keys()), "")
+    told = next((told for names, told in FOREIGN.items() if set(names) <= row.keys()), "")
     return f" They are {told}." if told else ""
 
 
@@ -326,27 +327,20 @@ def asked_of_pair(row: Row) -> list[Message] | str:
             f"Rows of pairs have `chosen` and `rejected`, and `prompt` or not; these have {', '.join(map(str, there))}."
             f"{_foreign(row)} --columns {lacking[0]}=NAME says which column is meant; {BRING}"
         )
-    sides = [side_in(row, name) for name in ("chosen", "rejected")]
-    for name, side in zip(("chosen", "rejected"), sides, strict=True):
-        if not (
-            isinstance(side, str) or (isinstance(side, list) and side and all(isinstance(each, dict) for each in side))
-        ):
-            raise UserError(f"`{name}` is {reprlib.repr(side)}. It must be a text or chat messages")
-    are_chats = all(isinstance(side, list) for side in sides)
-    if are_chats and not all(_is_answer(side) for side in sides):  # whole chats, which say themselves what was asked
+    sides = [_side(row, name) for name in ("chosen", "rejected")]
+    chats = [side for side in sides if isinstance(side, list)]
+    if len(chats) == 2 and not all(map(_is_answer, chats)):  # whole chats, which say themselves what was asked
         if isinstance(row.get("prompt"), list) and row["prompt"]:
             return _prompt(row, is_chat=True)
         return _with_system(row, common_prompt(*sides))
     if row.get("prompt"):
-        return _prompt(row, is_chat=are_chats)
-    if (chat := _chat_in(row)) is not None:
-        if chat[-1].get("role") == "assistant":
-            raise UserError(
-                "The conversation ends with the assistant's message, and `chosen` and `rejected` are answers to one of "
-                "the user's. Leave it out there, or give whole chats in `chosen` and `rejected`"
-            )
-        return chat
-    return _question(row) or common_prompt(*sides)
+        return _prompt(row, is_chat=len(chats) == 2)
+    if (chat := _chat_in(row)) and chat[-1].get("role") == "assistant":
+        raise UserError(
+            "The conversation ends with the assistant's message, and `chosen` and `rejected` are answers to one of the "
+            "user's. Leave it out there, or give whole chats in `chosen` and `rejected`"
+        )
+    return chat or _question(row) or common_prompt(*sides)
 
 
 def side_in(row: Row, name: str) -> Any:
@@ -354,9 +348,22 @@ def side_in(row: Row, name: str) -> Any:
     return _said(row.get(name), name)
 
 
-def _is_answer(side: list[Any]) -> bool:
+def _side(row: Row, name: str) -> list[Message] | str:
+    """One of the two answers, which is one.
+
+    Raises:
+        UserError: it is neither text nor messages.
+    """
+    side = side_in(row, name)
+    is_chat = isinstance(side, list) and side and all(isinstance(message, dict) for message in side)
+    if not (is_chat or isinstance(side, str)):
+        raise UserError(f"`{name}` is {reprlib.repr(side)}. It must be a text or chat messages")
+    return side
+
+
+def _is_answer(side: list[Message]) -> bool:
     """Whether messages are an answer alone, and not the conversation that it ends."""
-    return bool(side) and isinstance(side[0], dict) and side[0].get("role") == "assistant"
+    return side[0].get("role") == "assistant"
 
 
 def _question(row: Row) -> list[Message]:

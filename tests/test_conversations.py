@@ -142,6 +142,8 @@ def test_a_role_of_the_models_own_template_stays():
         ({"instruction": "a", "output": "b", "history": ["q", "a"]}, "must be a list of .question, answer."),
         ({"instruction": "a", "output": "b", "response": "c"}, "these have instruction, output, response"),
         ({"instruction": 3, "output": "b"}, "`instruction` is 3"),
+        ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "`input` and `context` are both filled"),
+        ({"prompt": ["a", "b"], "completion": "c"}, "`prompt` must be a list of chat messages"),
         ({"instruction": "a", "input": {"n": 1}, "output": "b"}, "It must be text"),
         ({"conversations": shared(SAID)}, "the assistant's message alone"),
         ({"conversations": None}, "these have nothing"),
