@@ -122,9 +122,9 @@ def _message(given: Row, place: str) -> Message:
 
 def _only_part(content: Any) -> Any:
     """A content of one part that is a text, as models that see have it, is that text."""
-    part = content[0] if isinstance(content, list) and len(content) == 1 else None
-    is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-    return part["text"] if is_text else content
+    if isinstance(content, list) and len(content) == 1 and isinstance(part := content[0], dict):
+        return part.get("text", content) if part.get("type") == "text" else content
+    return content
 
 
 def _role(speaker: Any) -> Any:
