@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
+from grpo.errors import UserError
 from grpo.prompts import Asker
-from grpo.types import Prompt
+from grpo.types import Message, Prompt
 
+_ANOTHER_CALL = {"id": "123456789", "type": "function", "function": {"name": "another", "arguments": {}}}
 _TAG = re.compile(r"</?[^<>\s/]+>")
 _OPENED = re.compile(r"<([A-Za-z][\w:-]*)>(?!.*</\1>)", re.DOTALL)  # a tag that nothing closes
 _OPENED_AT_END = re.compile(r"(<[A-Za-z][\w:-]*>)\s*$")
@@ -18,7 +21,7 @@ _OPENED_AT_END = re.compile(r"(<[A-Za-z][\w:-]*>)\s*$")
 
 def cautions(asker: Asker, prompts: Sequence[Prompt]) -> Iterator[str]:
     """A sentence for each thing that is so, about the first of the prompts that shows it."""
-    checks = [_not_read, _dropped_text, _date_in_template, _another_time_another_prompt]
+    checks = [_not_read, _dropped_text, _dropped_calls, _date_in_template, _another_time_another_prompt]
     if asker.task.gold is not None:
         checks += [_opened_twice, _tags_that_vanish]
     for check in checks:
@@ -56,6 +59,34 @@ def _dropped_text(asker: Asker, prompt: Prompt) -> str:
         f"The model's chat template leaves out, or changes, what the {dropped['role']} says in row {prompt.index}: "
         f"{dropped['content'].strip()[:60]!r}. Say it in another message if the model should read it."
     )
+
+
+def _dropped_calls(asker: Asker, prompt: Prompt) -> str:
+    """Templates may write calls and what tools say as JSON, and a user may say the same: so it is looked whether the
+    prompt changes with them."""
+    messages = prompt.messages or []
+    for place, message in enumerate(messages):
+        if (other := _saying_more(message)) is None:
+            continue
+        with suppress(UserError):  # a template that wants it as it is
+            changed = [*messages[:place], other, *messages[place + 1 :]]
+            if asker.render(prompt.index, prompt.fields, changed) == asker.render(
+                prompt.index, prompt.fields, messages
+            ):
+                return (
+                    f"The model's chat template leaves out what message {place} of row {prompt.index}, of the role "
+                    f"{message['role']!r}, says or calls: the model does not read it."
+                )
+    return ""
+
+
+def _saying_more(message: Message) -> Message | None:
+    """The message with another call of a tool, or another text of a role that not every template knows."""
+    if message["role"] == "assistant" and message.get("tool_calls"):
+        return {**message, "tool_calls": [*message["tool_calls"], _ANOTHER_CALL]}
+    if message["role"] not in ("system", "user", "assistant") and isinstance(message.get("content"), str):
+        return {**message, "content": message["content"] + " and more"}
+    return None
 
 
 def _date_in_template(asker: Asker, prompt: Prompt) -> str:

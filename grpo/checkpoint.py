@@ -68,7 +68,8 @@ class Progress:
     double_quant: bool = False  # the scales of the base's blocks are in 8 bits, by our own choice or the user's
     batch_limit: list[int] = field(default_factory=list)  # how large batches may be: BatchLimit.state
     evaluated: int = -1  # steps done at the last held-out score
-    best: float = -1.0  # best held-out pass@1, or reward, if there was any ...
+    best: float = -1.0  # best held-out score, the headline's, if there was any ...
+    best_tie: float = 0.0  # ... what decides between scores that are equal to it: evaluate.standing ...
     best_step: int = -1  # ... and the checkpoint that has it
     first_scores: dict[str, float] = field(default_factory=dict)  # held-out, before training
     last_scores: dict[str, float] = field(default_factory=dict)

@@ -189,6 +189,15 @@ def headline(scores: dict[str, float]) -> str:
     return next(name for name in HEADLINES if f"{name}/low" in scores)
 
 
+def standing(scores: dict[str, float]) -> tuple[float, float]:
+    """(the headline's score, what decides where two are equal): the greater is the better policy.
+
+    Few held-out pairs are soon all right, and few prompts are often equally many right. The loss of answers that are
+    given, where there are any, still tells which policy is surer. Without such answers the first stays the best.
+    """
+    return scores[headline(scores)], -scores.get("eval/loss", 0.0)
+
+
 def format_of(name: str) -> str:
     """Shares are shown as percentages, rewards as they are."""
     return ".1%" if is_share(name) else ".3f"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from grpo.conversations import ROLES
 from grpo.files import Row
 from grpo.rewards import choice, math, number
 from grpo.rewards.stated import last_box
@@ -178,7 +179,7 @@ def _is_chat(value: Any) -> bool:
 
 def _last_speaker(rows: Sequence[Row], chat: Path) -> str:
     last = _first(rows, chat)[-1]
-    return {"gpt": "assistant"}.get(said := str(last.get("role", last.get("from"))), said)
+    return ROLES.get(said := str(last.get("role", last.get("from"))), said)
 
 
 def _lettered(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:

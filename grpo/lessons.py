@@ -5,8 +5,9 @@ Knows nothing of losses, nor of models beyond their tokenizer.
 Teacher(asker, ...)              a prompt of the task -> its lesson: a Group whose completions nobody sampled
 build_lessons(teacher, ...)      those of a split, each looked at once before the run and made again when it comes
 
-Where an answer comes from, the first that is there: the task's `gold`; a column `completion`; the messages of a column
-`messages` behind the prompt's. A pair is in the columns `chosen` and `rejected`. Each is a text or chat messages.
+Where an answer comes from, the first that is there: the task's `gold`; a column `completion`; the messages of a
+conversation behind the prompt's (grpo/conversations.py says in what forms). A pair is in the columns `chosen` and
+`rejected`. Each is a text or chat messages.
 
 A text is what the model is to say where the prompt ends, and the token that ends a turn is put behind it: what GRPO's
 rewards would see. Messages go through the chat template. Templates that mark what the assistant wrote are rare, so the
@@ -29,6 +30,7 @@ import torch
 
 from grpo.chat_template import Rendered
 from grpo.config import Config
+from grpo.conversations import answer_in, is_whole, messages_of, side_in
 from grpo.data import Indexed
 from grpo.errors import UserError
 from grpo.prompts import Asker
@@ -84,7 +86,7 @@ class Teacher:
         said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         messages = [*prompt.messages, *said]
         first = 0 if self.every else len(prompt.messages)
-        taught = [i for i, message in enumerate(messages) if i >= first and message.get("role") == "assistant"]
+        taught = [i for i, message in enumerate(messages) if i >= first and is_taught(message)]
         for i in taught:
             self._check_ends(prompt, messages[i].get("content") or "")
         tokens, spans = self._rendered(prompt, messages, taught)
@@ -196,6 +198,11 @@ class Teacher:
         )
 
 
+def is_taught(message: Message) -> bool:
+    """What the assistant says is, but where the data give it the weight 0, as OpenAI's form of fine-tuning has it."""
+    return message.get("role") == "assistant" and message.get("weight") != 0
+
+
 def said_in(message: Message) -> list[str]:
     """What the assistant says in a message, in parts: its words, its thinking, the names of the tools that it calls."""
     calls = [call.get("function", call) for call in message.get("tool_calls") or [] if isinstance(call, dict)]
@@ -235,7 +242,7 @@ def pair_of(teacher: Teacher, prompt: Prompt) -> Group:
     """The lesson of DPO: two completions, the better one first, of advantages 1 and -1."""
     sides = []
     for side in ("chosen", "rejected"):
-        answer = behind(prompt, prompt.fields.get(side))
+        answer = behind(prompt, _read(prompt, side_in, side))
         if fault := fault_of_answer(answer):
             raise UserError(f"row {prompt.index}: `{side}` {fault}")
         sides.append(teacher.after(prompt, answer))
@@ -261,10 +268,8 @@ def given_answer(asker: Asker, prompt: Prompt) -> Any:
     task, row = asker.task, prompt.fields
     if task.gold is not None:
         return task.gold_text(row)
-    if row.get("completion") is not None:
-        return behind(prompt, row["completion"]) if isinstance(row["completion"], list) else row["completion"]
-    if row.get("messages") is not None:
-        return behind(prompt, row["messages"])
+    if (answer := _read(prompt, answer_in)) is not None:
+        return behind(prompt, answer, is_whole(row)) if isinstance(answer, list) else answer
     there = [name for name, value in row.items() if value is not None]
     raise UserError(
         f"row {prompt.index}: there is no answer to learn from. Task {task.name} has no `gold`, and the row has "
@@ -272,12 +277,41 @@ def given_answer(asker: Asker, prompt: Prompt) -> Any:
     )
 
 
-def behind(prompt: Prompt, said: Any) -> Any:
+def _read(prompt: Prompt, read: Callable[..., Any], *names: str) -> Any:
+    """What is read of the prompt's row, whose faults are told with it."""
+    try:
+        return read(prompt.fields, *names)
+    except UserError as error:
+        raise UserError(f"row {prompt.index}: {error}") from error
+
+
+def behind(prompt: Prompt, said: Any, is_whole: bool = False) -> Any:
     """What comes behind the prompt: of messages that repeat it, and of a text where the row has no `prompt` of its own,
-    so that it is what both texts of a pair begin with; all of what does not."""
-    implicit = prompt.text if prompt.messages is None and not prompt.fields.get("prompt") else None
-    asked = prompt.messages if isinstance(said, list) else implicit
-    return said[len(asked) :] if asked and isinstance(said, list | str) and said[: len(asked)] == asked else said
+    so that it is what both texts of a pair begin with; all of what does not. is_whole: messages that must repeat it.
+
+    Raises:
+        UserError: messages go on with other words of the user's than those that the prompt ends with.
+    """
+    if not isinstance(said, list):
+        implicit = prompt.text if prompt.messages is None and not prompt.fields.get("prompt") else ""
+        return said.removeprefix(implicit) if isinstance(said, str) else said
+    if not prompt.messages or not said or not all(isinstance(message, dict) for message in said):
+        return said
+    asked = _without_system(messages_of(prompt.messages, "prompt"))
+    spoken = _without_system(said)
+    if spoken[: len(asked)] == asked:
+        return spoken[len(asked) :]
+    if is_whole or (asked[-1].get("role") == spoken[0].get("role") == "user"):
+        raise UserError(
+            f"row {prompt.index}: the answer's messages begin with {reprlib.repr(said[0].get('content'))}, and neither "
+            "repeat those of the prompt nor go on where it ends. Give the answer's alone"
+        )
+    return said
+
+
+def _without_system(messages: list[Message]) -> list[Message]:
+    """Messages without a system text in front: that may stand in the prompt alone, or another one there."""
+    return messages[1:] if messages[0].get("role") == "system" else messages
 
 
 def fault_of_answer(answer: Any) -> str:
@@ -290,6 +324,8 @@ def fault_of_answer(answer: Any) -> str:
         return "is empty: nothing comes behind the prompt"
     if answer[-1].get("role") != "assistant":
         return f"ends with a message of the role {answer[-1].get('role')!r}. It must end with the assistant's"
+    if not is_taught(answer[-1]):
+        return "has the `weight` 0, and is not to be taught"
     for message in answer:
         content, calls = message.get("content"), message.get("tool_calls")
         if message.get("role") == "assistant" and not calls and not (isinstance(content, str) and content.strip()):
@@ -390,7 +426,9 @@ def _named(count: int, told: list[str]) -> str:
 
 def _in_words(count: int, of: int, source: str, bad: list[str]) -> str:
     told = "; ".join(bad).rstrip(".") + "; ..." * (count > len(bad))
-    return (
-        f"{count:,} of {of:,} rows of {source} cannot be taught: {told}. Mend the data, or leave such rows out "
-        "(--skip-bad-rows)."
-    )
+    remedy = "Mend the data, or leave such rows out (--skip-bad-rows)."
+    if count == of:
+        remedy = (
+            "None is left. Mend the data; where it is the test split, --held-out N takes N training rows in its place."
+        )
+    return f"{count:,} of {of:,} rows of {source} cannot be taught: {told}. {remedy}"

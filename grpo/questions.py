@@ -131,6 +131,8 @@ def with_lessons(questions: Questions, asker: Asker, config: Config, note: Note)
     end = end_of_turn(questions.tokenizer) if questions.train[0].messages is not None else None
     teacher = build_teacher(asker, config, stop, end, context_length(config.model, config))
     source = config.data or asker.task.data
+    for told in _told_of_texts(questions.train[0], asker, config):
+        note(f"note: the prompts of {source} are {told}")
     made = [
         build_lessons(teacher, prompts, f"{source} ({split})", config.skip_bad_rows, note)
         for split, prompts in (("train", questions.train), ("held-out", questions.test))
@@ -142,6 +144,20 @@ def with_lessons(questions: Questions, asker: Asker, config: Config, note: Note)
         f"{max(lessons.longest, held_out.longest):,} tokens; {lessons.num_tokens:,} tokens are taught in an epoch."
     )
     return replace(questions, lessons=lessons, held_out=held_out)
+
+
+def _told_of_texts(prompt: Prompt, asker: Asker, config: Config) -> Iterator[str]:
+    """What may not be expected of prompts that are texts."""
+    if prompt.messages is None and asker.template.is_there:
+        yield (
+            "texts, which go through no chat template, and the model has one. If it is to be chatted with, give them "
+            'as chat messages, [{"role": "user", "content": "..."}].'
+        )
+    if prompt.messages is None and config.method == "dpo" and not prompt.fields.get("prompt"):
+        yield (
+            f"what both texts of a pair begin with, such as {prompt.text[-60:]!r}: no column `prompt` says what was "
+            "asked. --columns prompt=NAME says it."
+        )
 
 
 def _short_enough(asker: Asker, split: Split, note: Note) -> Split:

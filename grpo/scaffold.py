@@ -77,6 +77,7 @@ def _imports(found: Found) -> str:
     lines = [
         *(["from pathlib import Path", ""] if found.data.startswith("str(Path") else []),
         "from grpo import Config, Task",
+        *(["from grpo.conversations import messages_of"] if found.columns.chat_says_from else []),
         "from grpo.data import read_rows",
         *([f"from grpo.rewards import {', '.join(rewards)}"] if rewards else []),
         *(["from grpo.rewards.stated import last_box"] if found.kind == "boxed" else []),
@@ -132,11 +133,7 @@ def _options(columns: Columns) -> list[str]:
 
 def _prompt(found: Found) -> str:
     if found.columns.chat and found.columns.chat_says_from:
-        return (
-            'SPEAKERS = {"human": "user", "gpt": "assistant"}\n\n\n'
-            "def prompt(row):\n"
-            '    return [{"role": SPEAKERS.get(m["from"], m["from"]), "content": m["value"]} for m in row["question"]]'
-        )
+        return 'def prompt(row):\n    return messages_of(row["question"], "question")'
     if found.columns.chat:
         return 'def prompt(row):\n    return row["question"]'
     system = '{"role": "system", "content": XML_FORMAT}, ' if found.asks_for_tags else ""

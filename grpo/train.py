@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from grpo.checkpoint import Progress, save_checkpoint
 from grpo.clock import Clock
 from grpo.config import Config
-from grpo.evaluate import headline
+from grpo.evaluate import standing
 from grpo.generators import Generators
 from grpo.loss import Loss
 from grpo.packing import Packer
@@ -143,11 +143,18 @@ def evaluate(run: Run) -> None:
     groups = run.evaluator.answers(run.engine, run.progress.step)
     scores, progress = run.evaluator.scores(groups), run.progress
     run.recorder.evaluation(progress.step, scores, groups)
-    score = scores[headline(scores)]
-    is_best = score > progress.best or progress.best_step < 0
-    best = (score, progress.step) if is_best else (progress.best, progress.best_step)
-    first = progress.first_scores or scores
-    remember(run, first_scores=first, last_scores=scores, evaluated=progress.step, best=best[0], best_step=best[1])
+    best, step = (progress.best, progress.best_tie), progress.best_step
+    if step < 0 or standing(scores) > best:
+        best, step = standing(scores), progress.step
+    remember(
+        run,
+        first_scores=progress.first_scores or scores,
+        last_scores=scores,
+        evaluated=progress.step,
+        best=best[0],
+        best_tie=best[1],
+        best_step=step,
+    )
 
 
 def remember(run: Run, **changed: Any) -> None:

@@ -7,7 +7,7 @@ import statistics
 import pytest
 import torch
 
-from grpo.evaluate import comparison, interval, majority_at_k, measure_reward, pass_at_k, score_lines
+from grpo.evaluate import comparison, interval, majority_at_k, measure_reward, pass_at_k, score_lines, standing
 from grpo.types import Group, Prompt
 
 
@@ -93,3 +93,14 @@ def test_one_prompt_has_no_interval():
 def test_scores_that_cannot_be_compared_are_not():
     before = {"eval/pass@1": 0.5, "eval/pass@1/low": 0.4, "eval/pass@1/high": 0.6, "eval/reward": 1.0}
     assert comparison(before, measure_reward(scored([1.0], [2.0]))).endswith("before, something else was measured")
+
+
+def test_a_higher_score_is_better_and_of_equal_ones_the_lower_loss():
+    def scored(accuracy, loss):
+        return {"eval/accuracy": accuracy, "eval/accuracy/low": 0.0, "eval/accuracy/high": 1.0, "eval/loss": loss}
+
+    assert standing(scored(0.75, 9.0)) > standing(scored(0.5, 0.1))
+    assert standing(scored(0.75, 0.3)) > standing(scored(0.75, 0.4))
+    asked = {"eval/pass@1": 0.5, "eval/pass@1/low": 0.0, "eval/pass@1/high": 1.0, "eval/reward": 1.0}
+    assert standing(asked) == standing(asked | {"eval/reward": 2.0})  # the first of them stays the best
+    assert standing(asked | {"eval/loss": 0.3}) > standing(asked | {"eval/loss": 0.4})

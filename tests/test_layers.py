@@ -51,6 +51,7 @@ LAYERS = (
             "grpo.stream",
             "grpo.cautions",
             "grpo.chat_template",
+            "grpo.conversations",
             "grpo.lessons",
             "grpo.pairs",
         ),

@@ -114,6 +114,31 @@ def test_the_turns_of_others_are_read_and_not_taught():
     assert completion.num_sampled == len(completion.tokens) - (end - start)
 
 
+def test_what_has_no_weight_is_read_and_not_taught():
+    teacher = teacher_of(template=MARKED, train_on="assistant")
+    messages = [*CHAT, ASSISTANT | {"weight": 0}, AGAIN, FOUR | {"weight": 1}]
+    group = lesson(teacher, {"prompt": messages[:-1], "messages": messages})
+    assert group.prompt.messages == messages[:-1] and shown(teacher, group.prompt.tokens).count("It is 2.") == 1
+    assert shown(teacher, group.completions[0].tokens) == "That is\nfour, 4.<|im_end|>"
+
+
+def test_a_conversation_follows_its_prompt_once():
+    """A prompt of the task's own may have another system text; whatever else differs would be said twice."""
+    teacher, whole = teacher_of(template=MARKED), [*CHAT, ASSISTANT]
+    system = {"role": "system", "content": "Count."}
+    only = lesson(teacher, {"prompt": [system], "messages": [system, ASSISTANT]})
+    assert only.prompt.messages == [system] and only.completions[0].text == "It is 2."
+    for prompt in (CHAT, [system, *CHAT[1:]], CHAT[1:]):
+        group = lesson(teacher, {"prompt": prompt, "messages": whole})
+        assert group.prompt.messages == prompt and group.completions[0].text == "It is 2."
+    shared = [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "It is 2."}]
+    group = lesson(teacher, {"prompt": CHAT, "messages": None, "conversations": shared})
+    assert group.prompt.messages == CHAT and group.completions[0].text == "It is 2."
+    for row in ({"messages": whole}, {"completion": whole}):
+        with pytest.raises(UserError, match=r"row 0: the answer's messages begin with .* nor go on where it ends"):
+            lesson(teacher, {"prompt": [{"role": "user", "content": "One and one?"}], **row})
+
+
 def test_a_call_of_a_tool_is_taught():
     group = lesson(teacher_of("qwen3"), {"messages": [*CHAT, CALLS]})
     assert '"name": "add"' in group.completions[0].text
@@ -149,6 +174,9 @@ def test_an_end_that_the_data_write_themselves_is_the_end():
     ]
     assert whole[0] == whole[1] and whole[0].count("It is 2.<|im_end|>") == 1
 
+    with pytest.raises(UserError, match=r"has <\|im_end\|> in its text"):
+        lesson(teacher, {"completion": "2<|im_end|>\n3"})
+
 
 def test_a_prompt_that_is_a_text():
     teacher = teacher_of("qwen3")
@@ -166,16 +194,16 @@ def test_a_prompt_that_is_a_text():
         ("harmony", "assistant", [*CHAT, ASSISTANT, AGAIN, FOUR], "otherwise in the whole"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": "<think>two</think>2"}], "leaves out, or changes"),
         ("qwen3", "answer", [*CHAT, ASSISTANT, AGAIN], "ends with a message of the role 'user'"),
+        ("qwen3", "answer", [*CHAT, ASSISTANT | {"weight": 0}], "the answer has the `weight` 0"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": " \n"}], "empty message of the assistant"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": 2}], "empty message of the assistant, 2"),
         ("qwen3", "answer", CHAT, "ends with a message of the role 'user', and not"),
         ("llama3", "answer", [*CHAT, CALLS], "leaves out, or changes"),
         ("llama3", "answer", [*CHAT, ASSISTANT | {"reasoning_content": "One and one."}], "leaves out, or changes"),
-        ("qwen3", "answer", "hello", "1 of 1 rows"),
+        ("qwen3", "answer", "hello", "row 0: `messages` must be a list of chat messages, not 'hello'"),
         ("qwen3", "answer", None, "there is no answer to learn from"),
-        ("qwen3", "answer", "2<|im_end|>\n3", r"has <\|im_end\|> in its text"),
         ("qwen3", "answer", [*CHAT, ASSISTANT | {"content": "2<|im_end|>3"}], r"has <\|im_end\|> in its text"),
-        ("qwen3", "answer", [*CHAT, 3], "It must be a text or chat messages"),
+        ("qwen3", "answer", [*CHAT, 3], "must be a list of chat messages"),
     ],
 )
 def test_what_cannot_be_taught_is_told(style, train_on, messages, told):
@@ -184,9 +212,6 @@ def test_what_cannot_be_taught_is_told(style, train_on, messages, told):
         replace(teacher.asker, task=replace(teacher.asker.task, prompt=lambda row: CHAT)), {"messages": CHAT}
     )
     prompts = [replace(prompts[0], fields={"messages": messages})]
-    if messages == "hello":  # a text behind a chat is an answer
-        assert teacher(prompts[0]).completions[0].text == "hello"
-        return
     with pytest.raises(UserError, match=told):
         build_lessons(teacher, prompts, "data", False, print)
 
@@ -212,6 +237,8 @@ def test_rows_that_cannot_be_taught_are_counted_named_and_left_out():
     assert "1 row of data left out, longer than 60 tokens with the answer: row 2 with" in notes[1]
     sizes = [len(group.prompt.tokens) + len(group.completions[0].tokens) for group in lessons]
     assert lessons.longest == max(sizes) and lessons.num_tokens == sum(sizes) - 3 * len(prompt.tokens)
+    with pytest.raises(UserError, match=r"1 of 1 rows.*None is left.*--held-out N takes N training rows in its place"):
+        build_lessons(teacher, prompts[1:2], "data", True, print)
     with pytest.raises(UserError, match="No row of data is left"):
         build_lessons(teacher, prompts[2:3], "data", True, print)
     assert isinstance(lessons, Lessons) and len(lessons[1:]) == 2
@@ -264,6 +291,8 @@ def test_the_prompt_that_a_pair_does_not_say():
     assert common_prompt([*CHAT, ASSISTANT], [*CHAT, FOUR]) == CHAT
     assert common_prompt(CHAT, CHAT) == CHAT[:-1]  # an answer is left of each
     assert common_prompt("Human: Hi Assistant: Hello", "Human: Hi Assistant: Go") == "Human: Hi Assistant:"
+    begun = "\n\nHuman: Hi\n\nAssistant: I am.\n\nHuman: What?\n\nAssistant:"
+    assert common_prompt(f"{begun} I said it.", f"{begun} I did.") == begun  # and not with the I that both begin with
     for chosen, rejected in (("a", "b"), (CHAT, "b"), (None, None), ([], [])):
         with pytest.raises(UserError, match=r"begin differently|Both must be texts"):
             common_prompt(chosen, rejected)

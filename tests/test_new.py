@@ -90,7 +90,7 @@ def test_what_cannot_be_known_is_to_be_filled_in(tmp_path, monkeypatch, capsys):
     assert run(["made.py", "--check", "--model", "embedded"]) == 2
     assert "say in this file what a good completion is" in capsys.readouterr().err
     long = each(
-        lambda n: {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": f"{n} " * 200}]}
+        lambda n: {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "bing", "value": f"{n} " * 200}]}
     )
     (tmp_path / "made.py").unlink()
     task = written(tmp_path, monkeypatch, long)

@@ -96,6 +96,17 @@ def test_a_run_of_pairs_prefers_the_better_answers(of_pairs):
     assert "<b>chosen</b>" in page and "<b>rejected</b>" in page and "advantage +" not in page
 
 
+def test_of_equal_scores_the_lower_loss_is_the_best(of_pairs):
+    """Two held-out pairs are both right from the first score after the start on: the later checkpoint is surer."""
+    scores = {line["step"]: line for line in lines(of_pairs) if "eval/accuracy" in line}
+    best = max(scores, key=lambda step: (scores[step]["eval/accuracy"], -scores[step]["eval/loss"], -step))
+    tied = [step for step in scores if scores[step]["eval/accuracy"] == scores[best]["eval/accuracy"]]
+    assert len(tied) > 1 and best != tied[0]
+    assert (of_pairs / "best").read_text() == f"checkpoints/step-{best:06d}\n"
+    remembered = read_state(of_pairs / "checkpoints" / "step-000006")[0]  # between the two
+    assert (remembered.best_step, remembered.best_tie) == (tied[0], -scores[tied[0]]["eval/loss"])
+
+
 @pytest.mark.slow
 def test_an_epoch_of_messages_is_all_of_them(messages, folder):
     run = folder / "messages"
@@ -129,6 +140,7 @@ def test_a_resumed_run_is_the_run_uninterrupted(kind, request, folder):
     assert main(["--resume", str(resumed / "checkpoints" / steps[0])]) == 0
     for name in SAME:
         assert untimed(resumed, name) == untimed(whole, name)
+    assert (resumed / "best").read_text() == (whole / "best").read_text()
     for file in ("adapter_model.safetensors", "optimizer.safetensors"):
         ours, theirs = (run / "checkpoints" / steps[-1] / file for run in (resumed, whole))
         assert ours.read_bytes() == theirs.read_bytes()
@@ -208,6 +220,22 @@ def test_rows_that_cannot_be_taught_are_told_by_check_too(folder, messages, caps
     assert sft.main(["--data", messages, *OF_ROWS, "--check"]) == 0
     out = capsys.readouterr().out
     assert "7 answers to learn from and 2 held out" in out and "what is taught behind the first" in out
+
+
+def test_rows_of_public_forms_are_taught_and_texts_are_told_of(folder, capsys):
+    """The same answers in ShareGPT's form, in Alpaca's and in texts: the first two are the same chats."""
+    shared = [[{"from": "human", "value": f"{n} + 2?"}, {"from": "gpt", "value": str(n + 2)}] for n in range(9)]
+    alpaca = [{"instruction": f"{n} + 2?", "input": "", "output": str(n + 2)} for n in range(9)]
+    told = []
+    for name, rows in {
+        "shared": [{"conversations": chat} for chat in shared],
+        "alpaca": alpaca,
+        "texts": [{"prompt": row["instruction"], "completion": row["output"]} for row in alpaca],
+    }.items():
+        assert sft.main(["--data", written(folder / f"{name}.jsonl", rows), *OF_ROWS, "--check"]) == 0
+        told.append(capsys.readouterr().out.partition("held-out rows of")[2].replace(f"{name}.jsonl", ""))
+    assert told[0] == told[1] and "[<|im_start|>][user]" in told[0] and "go through no chat template" not in told[0]
+    assert "are texts, which go through no chat template, and the model has one" in told[2]
 
 
 def test_nothing_is_left_on_the_globals(of_gold):

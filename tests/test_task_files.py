@@ -344,7 +344,8 @@ def test_what_rows_to_learn_from_ask(name, row, asked):
 @pytest.mark.parametrize(
     ("name", "row", "told"),
     [
-        ("messages", {"conversations": []}, "have `messages`.*these have conversations"),
+        ("messages", {"conversations": []}, r"`conversations` must be a list of chat messages, not \[\]"),
+        ("messages", {"question": "q", "answer": "a"}, "have `messages`.*these have question, answer.*three lines"),
         ("messages", {"messages": [USER, SAID], "completion": "c"}, "these have messages, completion"),
         ("messages", {"messages": "[]"}, "must be a list of chat messages"),
         ("messages", {"messages": [3]}, "must be a list of chat messages"),

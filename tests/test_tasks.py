@@ -294,6 +294,14 @@ def both_say(row):
     return [{"role": "system", "content": "Think."}, {"role": "user", "content": row["question"]}]
 
 
+def tool_says(row):
+    """A conversation with a call of a tool, and what came of it."""
+    called = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    calls = {"role": "assistant", "content": "", "tool_calls": called}
+    return [*both_say(row), calls, {"role": "tool", "content": '{"sum": "\\u00e4"}'}]
+
+
+CALLS_SHOWN = PLAIN.replace("{% endfor", "{% for call in m.tool_calls %}{{ call | tojson }}{% endfor %}{% endfor")
 USER_ONLY = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
 DATED = "{{ strftime_now('%d %b %Y') }}" + PLAIN
 DATED_IF_ASKED = "{% if date is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + PLAIN
@@ -304,6 +312,12 @@ DATED_IF_ASKED = "{% if date is defined %}{{ strftime_now('%d %b %Y') }}{% endif
     [
         ({}, []),
         ({"template": USER_ONLY}, ["leaves out, or changes, what the system says in row 0: 'Think.'"]),
+        ({"prompt": tool_says}, ["leaves out what message 2 of row 0, of the role 'assistant'"]),
+        ({"prompt": tool_says, "template": CALLS_SHOWN}, []),
+        (
+            {"prompt": tool_says, "template": CALLS_SHOWN.replace("in messages", "in messages if m.role != 'tool'")},
+            ["leaves out what message 3 of row 0, of the role 'tool'"],
+        ),
         ({"template": DATED}, ["writes today's date into every prompt"]),
         ({"template": DATED_IF_ASKED}, []),
         ({"template": PLAIN + "<think>\n", "gold": "<think>x</think>{answer}"}, ["ends inside <think>, and its gold"]),
