@@ -7,7 +7,8 @@
 
 The process groups are objects of our own beside torch's default group, which is left to others: vLLM makes it, of one
 process, in each rank. Whoever waits looks at the pulse (grpo/pulse.py) meanwhile, so that a rank that is gone ends the
-waiting. Before GPUs wait for each other the processes have met: a rank that is gone by then is not waited for there.
+waiting. For one that lives it waits on, and says so (grpo/waiting.py). Before GPUs wait for each other the processes
+have met: a rank that is gone by then is not waited for there.
 
 What arrives is unpickled: like all of torch.distributed this is for hosts and networks that trust each other.
 """
@@ -38,6 +39,7 @@ from grpo.launcher import Place
 from grpo.meeting import connect, meet
 from grpo.pulse import HEARD, Pulse, RankLost, Store, only_others_can_say, sentence_of, stopped_by, tell_the_end
 from grpo.types import Completion
+from grpo.waiting import Note, Waiting
 from grpo.world import World
 
 distributed: Any = torch.distributed  # its stores and process groups are classes of C, without types
@@ -54,10 +56,12 @@ class Left:
 class Ranks(World):
     """One of several processes."""
 
-    def __init__(self, place: Place, root: Store, store: Store, pulse: Pulse):
-        """root: the launcher's store, which outlives the processes; store: of these processes alone."""
+    def __init__(self, place: Place, root: Store, store: Store, pulse: Pulse, note: Note):
+        """root: the launcher's store, which outlives the processes; store: of these processes alone. note: is told of
+        others that are waited for long."""
         self.rank, self.size = place.rank, place.size
         self.root, self.store, self.pulse = root, store, pulse
+        self.waiting = Waiting(self.rank, self.size, store, pulse, note)
         prefixed = distributed.PrefixStore("gloo", store)
         self.group = self._made(lambda: distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT))
         self.gpu_group: Any = None  # made when there is something to sum on a GPU
@@ -138,6 +142,10 @@ class Ranks(World):
         with self._explained():
             return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
 
+    def does(self, what: str) -> None:
+        """See World.does."""
+        self.pulse.does(what)
+
     def hurry(self, number: int) -> None:
         """See World.hurry."""
         self.pulse.hurry(number)
@@ -206,10 +214,12 @@ class Ranks(World):
     def _finish(self, work: Any) -> None:
         """Wait for an exchange, as long as all others are there."""
         pause = 1e-5
+        self.waiting.begin()
         try:
             with self._explained():
                 while not work.is_completed():
                     self.pulse.check()
+                    self.waiting.look()
                     time.sleep(pause)
                     pause = min(LONGEST_PAUSE, 1.2 * pause)
                 work.wait()
@@ -217,6 +227,8 @@ class Ranks(World):
             if self.gpu_group is not None:  # what waits on the GPU would keep it from everything that follows
                 self.gpu_group.abort()
             raise
+        finally:
+            self.waiting.end()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -236,15 +248,15 @@ def _nothing() -> None:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[Ranks]:
-    """Inside, this process is one of a world.
+def joined(place: Place, note: Note) -> Iterator[Ranks]:
+    """Inside, this process is one of a world. note: is told of others that are waited for long.
 
     Raises:
         UserError: the others did not come, or one of them has ended.
         ToldElsewhere: instead of that, where this is not the rank to say so.
         Stopped: likewise, where a signal has stopped one of them at once.
     """
-    world = join(place)
+    world = join(place, note)
     try:
         yield world
         world.leave()
@@ -282,7 +294,7 @@ def as_told(lost: str, error: BaseException) -> UserError:
     return UserError(f"{lost} Then this rank ended: {sentence_of(error)}")
 
 
-def join(place: Place) -> Ranks:
+def join(place: Place, note: Note) -> Ranks:
     """Meet the others, and miss them from now on.
 
     Raises:
@@ -297,7 +309,7 @@ def join(place: Place) -> Ranks:
 
     launcher = place.launcher if place.by_agent else 0
     pulse = Pulse(place.rank, place.size, to_members, keeps_store, launcher)
-    return Ranks(place, root, store, pulse)
+    return Ranks(place, root, store, pulse, note)
 
 
 # ---- pickles
