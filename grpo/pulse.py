@@ -31,7 +31,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -124,11 +124,21 @@ class Pulse:
             raise RankLost(self.lost)
 
 
-def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
-    """Let all ranks know that this one ends, and why; whether it is the first to end."""
+def tell_the_end(store: Store, rank: int, sentence: str) -> str:
+    """Let all ranks know that this one ends, and why; what they know already, where an end was told before that."""
     host = store.get(HOST.format(rank)).decode() if store.check([HOST.format(rank)]) else "of unknown host"
-    told = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
-    return store.compare_set(ENDED, "", told).decode() == told
+    mine = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
+    first = store.compare_set(ENDED, "", mine).decode()
+    return "" if first == mine else heard_by(rank, json.loads(first))
+
+
+def heard_by(rank: int, told: Mapping[str, Any]) -> str:
+    """The sentence about an end, for this rank; empty where it is its own to tell."""
+    if told["rank"] != rank:
+        return f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}"
+    if told["sentence"] == SILENT:
+        return f"The other ranks have ended the run: nothing was heard of rank {rank} for a while."
+    return f"Rank {rank} ({told['host']}) ends: {_ORPHANED}" if told["sentence"] == _ORPHANED else ""
 
 
 def sentence_of(error: BaseException) -> str:
@@ -258,13 +268,8 @@ class _Watch:
         if self.rung_at:
             return
         if store.check([ENDED]):
-            told = json.loads(store.get(ENDED))
-            if told["rank"] != self.rank:
-                self.ring(f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}")
-            elif told["sentence"] == SILENT:
-                self.ring(f"The other ranks have ended the run: nothing was heard of rank {self.rank} for a while.")
-            elif told["sentence"] == _ORPHANED:
-                self.ring(f"Rank {self.rank} ({told['host']}) ends: {_ORPHANED}")
+            if sentence := heard_by(self.rank, json.loads(store.get(ENDED))):
+                self.ring(sentence)
             self.rung_at = now
             store.set(HEARD.format(self.rank), "")
         elif deadline and now > deadline:

@@ -165,15 +165,15 @@ class Ranks(World):
         """Never take the process group down: that would wait for exchanges with ranks that do not answer any more."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
 
-    def tell(self, error: BaseException, by_agent: bool) -> bool:
-        """Tell the others how this one ends; whether that is the first that they hear of an end."""
+    def tell(self, error: BaseException, by_agent: bool) -> str:
+        """Tell the others how this one ends; what another has told before that, empty where this is the first end."""
+        before = ""
         with suppress(RuntimeError):  # the store is gone, and the others know that as well
             self.root.set_timeout(timedelta(seconds=BROKEN))
-            is_first = tell_the_end(self.store, self.rank, sentence_of(error))
+            before = tell_the_end(self.store, self.rank, sentence_of(error))
             if not by_agent and self.rank == 0:  # the store goes with us
                 self.store.wait([HEARD.format(rank) for rank in range(1, self.size)], timedelta(seconds=BROKEN))
-            return is_first
-        return True
+        return before
 
     def _reduce(self, flat: Tensor) -> None:
         """Add it up over all ranks, which have met."""
@@ -248,15 +248,15 @@ def _nothing() -> None:
 
 
 @contextmanager
-def joined(place: Place, note: Note) -> Iterator[Ranks]:
-    """Inside, this process is one of a world. note: is told of others that are waited for long.
+def joined(place: Place, tell: Note) -> Iterator[Ranks]:
+    """Inside, this process is one of a world. tell: is told of others that are waited for long.
 
     Raises:
         UserError: the others did not come, or one of them has ended.
         ToldElsewhere: instead of that, where this is not the rank to say so.
         Stopped: likewise, where a signal has stopped one of them at once.
     """
-    world = join(place, note)
+    world = join(place, tell)
     try:
         yield world
         world.leave()
@@ -267,18 +267,21 @@ def joined(place: Place, note: Note) -> Iterator[Ranks]:
         world.pulse.ignore()
         for number in system.signals("SIGINT", "SIGTERM", "SIGHUP"):  # torchrun's, when one has ended; it would be told
             signal.signal(number, signal.SIG_IGN)
-        lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
-        is_first = not lost and world.tell(error, place.by_agent)
+        before = "" if world.pulse.lost else world.tell(error, place.by_agent)  # of one that failed at the same time
+        lost = world.pulse.lost or before  # what the error may not say any more: others have put it into their words
+        is_same = bool(before) and before.endswith(sentence_of(error))  # as of prompts that differ, which all find
         world.abandon()
         if number := stopped_by(lost):  # no failure: all were asked to stop, whoever it was that said so first
             stopped = Stopped(number)
-            stopped.add_note(str(error))
+            for note in getattr(error, "__notes__", []) if isinstance(error, KeyboardInterrupt) else [str(error)]:
+                stopped.add_note(note)
             raise stopped from error
-        if lost and (world.rank == 0 or (only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0))):
+        is_speaker = world.rank == 0 or (only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0))
+        if lost and is_speaker and not is_same:
             raise as_told(lost, error) from error
-        if world.rank > 0 and not is_first:
+        if lost and world.rank > 0:
             raise ToldElsewhere from error
-        if is_first and isinstance(error, UserError) and world.rank > 0:
+        if isinstance(error, UserError) and world.rank > 0:
             raise UserError(f"Rank {world.rank} ({socket.gethostname()}): {error}") from error
         raise
 

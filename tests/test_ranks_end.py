@@ -100,6 +100,30 @@ def test_a_rank_in_trouble_ends_all_with_its_sentence(kind, on, untroubled, tmp_
     assert adapter(untroubled, 6).keys() == adapter(run, 6).keys()
 
 
+BOTH_FAIL = """
+import os
+
+def fails(completions, trainer_state):
+    if trainer_state.global_step == 1:
+        raise ValueError("no judge of " + os.environ["ME"])
+    return [0.0 for _ in completions]
+"""
+
+
+def test_of_two_that_fail_at_once_the_first_is_told(tmp_path):
+    """By rank 0 as by the one that it was."""
+    path = tmp_path / "toy.py"
+    path.write_text(TASK.format(rewards="{letters: 1.0, says: 1.0, fails: 1.0}", extra=BOTH_FAIL))
+    argv = [str(path), *SMALL, *STEPS, "--max-reward-failures", "0", "--run-dir", "run"]
+    codes, logs = run_ranks(2, tmp_path, argv)
+    assert codes == [2, 2]
+    [error] = [line for line in logs[0].splitlines() if line.startswith("error: ")]
+    if "error: Rank 1 (" in logs[1]:
+        assert error.startswith("error: Rank 1 (") and "no judge of 1" in error
+    else:
+        assert "no judge of 0" in error and "no judge of 1" not in error and "error: " not in logs[1]
+
+
 def test_a_full_disk_on_rank_0_ends_all(untroubled, tmp_path):
     argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--run-dir", "run"]
     codes, logs = run_ranks(2, tmp_path, argv, TROUBLE="full disk", ON="0")
