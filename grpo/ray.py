@@ -49,10 +49,15 @@ def _end_on_signals() -> None:
 
 def _end(number: int, frame: FrameType | None = None) -> NoReturn:
     """End by this signal. No exception, and nothing of Ray's own end: a thread that waits for Ray while that goes down
-    ends the process with exit code 1, or with a trace. Ray misses a driver that is gone, and ends what it has started.
+    ends the process with exit code 1, or with a trace. Ray misses a driver that is gone, and ends what it has started;
+    of a cluster that this process has started some would look for the rest a minute longer.
     """
     with suppress(OSError):  # nobody may be there to read it
         os.write(2, STOPPED.encode())
+    with suppress(Exception):  # Ray has psutil loaded where it has started anything; what is left ends by itself
+        for each in sys.modules["psutil"].Process().children(recursive=True)[::-1]:
+            with suppress(Exception):  # it has just gone
+                each.kill()
     os._exit(128 + number)
 
 
