@@ -105,7 +105,7 @@ def work(arguments: argparse.Namespace) -> None:
     leave_variables()
     from grpo.ranks import joined
 
-    with joined(place) as world:
+    with joined(place, print) as world:
         record = measure(world, arguments)
         world.first(lambda: arguments.record.write_text(json.dumps(record)))
 

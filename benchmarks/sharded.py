@@ -58,7 +58,7 @@ def main() -> None:
     leave_variables()
     from grpo.ranks import joined
 
-    with joined(place) as world:
+    with joined(place, print) as world:
         tell(world, arguments, name)
 
 

@@ -10,6 +10,7 @@ fork of it from before there was a GPU or a thread, that looks every BEAT second
     has any rank ended?                  then its own is rung: SIGNAL raises RankLost there, with the sentence of the
                                          rank that ended first, so that rank 0 saves and all end; after GRACE it is
                                          killed
+    what is my rank at?                  where that is another thing than before it says so too, for those who wait
     is any rank silent?                  one that said nothing for SILENCE seconds (it is stopped, or its network is
                                          cut) has ended, and so has one that did not even begin to: all ranks had met
                                          just before (grpo/meeting.py)
@@ -30,7 +31,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -44,13 +45,15 @@ HURRY = 15.0  # seconds that a step gets to finish once the launcher has asked t
 CUT_OFF = 20.0  # seconds without an answer of the store
 
 # Keys of the store, for ranks. Each sets its host before its first beat (grpo/meeting.py).
-ENDED, BEATS, HOST, HEARD = "ended", "beat/{}", "host/{}", "heard/{}"
+ENDED, BEATS, HOST, HEARD, DOES = "ended", "beat/{}", "host/{}", "heard/{}", "does/{}"
 
 # Of the real-time signals that of the watchdog is the last but one; where there are none (macOS), the first for users.
 SIGNAL = signal.SIGRTMAX - 2 if hasattr(signal, "SIGRTMAX") else getattr(signal, "SIGUSR1", 0)
 
 _SIZE, _HEAD = 1 << 16, struct.Struct("dII")  # when to stop at the latest (monotonic; 0: no), by which signal, bytes
 _TEXT = 60_000  # bytes of a sentence at most
+_DOING, _AT = struct.Struct("?I"), _HEAD.size + _TEXT  # whether it waits, and the bytes of what it does; where that is
+_MOST_DOING = 1000  # bytes of it
 
 Store = Any  # torch.distributed's; typed by torch as a class of C
 Connect = Callable[[], Store]
@@ -66,8 +69,9 @@ class Pulse:
     def __init__(self, rank: int, size: int, connect: Connect, keeps_store: bool = False, launcher: int = 0):
         """connect: makes a connection to the store; called in the child. keeps_store: it is this process's. launcher:
         the process that has started this one and stays as long; 0: not known."""
-        self.rank = rank
+        self.rank, self.size = rank, size
         self.shared = mmap.mmap(-1, _SIZE)
+        self.does("at its start")
         self.lost = ""
         self.before = signal.signal(SIGNAL, self._ring)
         parent = os.getpid()
@@ -83,6 +87,21 @@ class Pulse:
     def hurry(self, number: int) -> None:
         """Raise Stopped, by that signal, in a while, if this has not ended by then."""
         struct.pack_into("dI", self.shared, 0, time.monotonic() + HURRY, number)
+
+    def does(self, what: str) -> None:
+        """What this rank does from now on, as in "reading rows": others are told who wait for it long."""
+        encoded = what.encode(errors="replace")[:_MOST_DOING]
+        self.shared[_AT + _DOING.size : _AT + _DOING.size + len(encoded)] = encoded
+        _DOING.pack_into(self.shared, _AT, False, len(encoded))
+
+    def waits(self, it_does: bool) -> None:
+        """Whether this rank waits for others, in the middle of what it does."""
+        self.shared[_AT] = it_does
+
+    def others_do(self, store: Store) -> dict[int, str]:
+        """What each other rank does, as it last said; empty where it waits, as this one does."""
+        others = [rank for rank in range(self.size) if rank != self.rank and store.check([DOES.format(rank)])]
+        return {rank: store.get(DOES.format(rank)).decode() for rank in others}
 
     def ignore(self) -> None:
         """From now on nothing that others do interrupts this rank."""
@@ -105,11 +124,21 @@ class Pulse:
             raise RankLost(self.lost)
 
 
-def tell_the_end(store: Store, rank: int, sentence: str) -> bool:
-    """Let all ranks know that this one ends, and why; whether it is the first to end."""
+def tell_the_end(store: Store, rank: int, sentence: str) -> str:
+    """Let all ranks know that this one ends, and why; what they know already, where an end was told before that."""
     host = store.get(HOST.format(rank)).decode() if store.check([HOST.format(rank)]) else "of unknown host"
-    told = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
-    return store.compare_set(ENDED, "", told).decode() == told
+    mine = json.dumps({"rank": rank, "host": host, "sentence": sentence[: _TEXT // 4]})
+    first = store.compare_set(ENDED, "", mine).decode()
+    return "" if first == mine else heard_by(rank, json.loads(first))
+
+
+def heard_by(rank: int, told: Mapping[str, Any]) -> str:
+    """The sentence about an end, for this rank; empty where it is its own to tell."""
+    if told["rank"] != rank:
+        return f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}"
+    if told["sentence"] == SILENT:
+        return f"The other ranks have ended the run: nothing was heard of rank {rank} for a while."
+    return f"Rank {rank} ({told['host']}) ends: {_ORPHANED}" if told["sentence"] == _ORPHANED else ""
 
 
 def sentence_of(error: BaseException) -> str:
@@ -172,6 +201,7 @@ class _Watch:
         self.beats: dict[int, tuple[bytes, float]] = dict.fromkeys(self.others, (b"", self.answered))
         self.rung_at = 0.0  # when the rank began to end
         self.text = ""  # the sentence that it was rung with
+        self.told: str | None = None  # what the store has of what it does
         self.terminal = 2
 
     def talk(self, connect: Connect) -> None:
@@ -183,6 +213,9 @@ class _Watch:
                 was_away, self.answered = now - self.answered > 5 * BEAT, now
                 if not _is_stopped(self.parent):
                     store.add(BEATS.format(self.rank), 1)
+                if (does := self._does()) != self.told:
+                    self.told = does
+                    store.set(DOES.format(self.rank), does)
                 if self.launcher and _state(self.parent)[1] not in (self.launcher, 0):
                     tell_the_end(store, self.rank, _ORPHANED)
                 self._hear(store, now, was_away)
@@ -208,6 +241,12 @@ class _Watch:
                     self._say(f"{self.text} Rank {self.rank} did not come to its end in {GRACE:g} s, and was killed.")
             self.rung_at = math.inf
 
+    def _does(self) -> str:
+        """Empty: it waits."""
+        waits, length = _DOING.unpack_from(self.shared, _AT)
+        begin = _AT + _DOING.size
+        return "" if waits else self.shared[begin : begin + length].decode(errors="replace")
+
     def _say(self, sentence: str) -> None:
         shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in sentence.strip())
         with suppress(OSError):  # nobody may be there to read it
@@ -229,13 +268,8 @@ class _Watch:
         if self.rung_at:
             return
         if store.check([ENDED]):
-            told = json.loads(store.get(ENDED))
-            if told["rank"] != self.rank:
-                self.ring(f"Rank {told['rank']} ({told['host']}) has ended the run: {told['sentence']}")
-            elif told["sentence"] == SILENT:
-                self.ring(f"The other ranks have ended the run: nothing was heard of rank {self.rank} for a while.")
-            elif told["sentence"] == _ORPHANED:
-                self.ring(f"Rank {self.rank} ({told['host']}) ends: {_ORPHANED}")
+            if sentence := heard_by(self.rank, json.loads(store.get(ENDED))):
+                self.ring(sentence)
             self.rung_at = now
             store.set(HEARD.format(self.rank), "")
         elif deadline and now > deadline:

@@ -1,13 +1,14 @@
 """Ranks: the World of several processes, over torch.distributed. Knows nothing of runs.
 
-    joined(place)       inside, this process is one of a world; how it ends is told to all others
+    joined(place, tell) inside, this process is one of a world; how it ends is told to all others
     Ranks.gather        pickles, by gloo
     Ranks.collect       bytes of all ranks, likewise
     Ranks.sum_gradients one flat all-reduce, by NCCL where the masters are on GPUs, by gloo else
 
 The process groups are objects of our own beside torch's default group, which is left to others: vLLM makes it, of one
 process, in each rank. Whoever waits looks at the pulse (grpo/pulse.py) meanwhile, so that a rank that is gone ends the
-waiting. Before GPUs wait for each other the processes have met: a rank that is gone by then is not waited for there.
+waiting. For one that lives it waits on, and says so (grpo/waiting.py). Before GPUs wait for each other the processes
+have met: a rank that is gone by then is not waited for there.
 
 What arrives is unpickled: like all of torch.distributed this is for hosts and networks that trust each other.
 """
@@ -38,6 +39,7 @@ from grpo.launcher import Place
 from grpo.meeting import connect, meet
 from grpo.pulse import HEARD, Pulse, RankLost, Store, only_others_can_say, sentence_of, stopped_by, tell_the_end
 from grpo.types import Completion
+from grpo.waiting import Note, Waiting
 from grpo.world import World
 
 distributed: Any = torch.distributed  # its stores and process groups are classes of C, without types
@@ -54,10 +56,12 @@ class Left:
 class Ranks(World):
     """One of several processes."""
 
-    def __init__(self, place: Place, root: Store, store: Store, pulse: Pulse):
-        """root: the launcher's store, which outlives the processes; store: of these processes alone."""
+    def __init__(self, place: Place, root: Store, store: Store, pulse: Pulse, note: Note):
+        """root: the launcher's store, which outlives the processes; store: of these processes alone. note: is told of
+        others that are waited for long."""
         self.rank, self.size = place.rank, place.size
         self.root, self.store, self.pulse = root, store, pulse
+        self.waiting = Waiting(self.rank, self.size, store, pulse, note)
         prefixed = distributed.PrefixStore("gloo", store)
         self.group = self._made(lambda: distributed.ProcessGroupGloo(prefixed, self.rank, self.size, NO_LIMIT))
         self.gpu_group: Any = None  # made when there is something to sum on a GPU
@@ -138,6 +142,10 @@ class Ranks(World):
         with self._explained():
             return self.root.get(f"grpo/{name}").decode() if self.root.check([f"grpo/{name}"]) else ""
 
+    def does(self, what: str) -> None:
+        """See World.does."""
+        self.pulse.does(what)
+
     def hurry(self, number: int) -> None:
         """See World.hurry."""
         self.pulse.hurry(number)
@@ -157,15 +165,15 @@ class Ranks(World):
         """Never take the process group down: that would wait for exchanges with ranks that do not answer any more."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))
 
-    def tell(self, error: BaseException, by_agent: bool) -> bool:
-        """Tell the others how this one ends; whether that is the first that they hear of an end."""
+    def tell(self, error: BaseException, by_agent: bool) -> str:
+        """Tell the others how this one ends; what another has told before that, empty where this is the first end."""
+        before = ""
         with suppress(RuntimeError):  # the store is gone, and the others know that as well
             self.root.set_timeout(timedelta(seconds=BROKEN))
-            is_first = tell_the_end(self.store, self.rank, sentence_of(error))
+            before = tell_the_end(self.store, self.rank, sentence_of(error))
             if not by_agent and self.rank == 0:  # the store goes with us
                 self.store.wait([HEARD.format(rank) for rank in range(1, self.size)], timedelta(seconds=BROKEN))
-            return is_first
-        return True
+        return before
 
     def _reduce(self, flat: Tensor) -> None:
         """Add it up over all ranks, which have met."""
@@ -206,10 +214,12 @@ class Ranks(World):
     def _finish(self, work: Any) -> None:
         """Wait for an exchange, as long as all others are there."""
         pause = 1e-5
+        self.waiting.begin()
         try:
             with self._explained():
                 while not work.is_completed():
                     self.pulse.check()
+                    self.waiting.look()
                     time.sleep(pause)
                     pause = min(LONGEST_PAUSE, 1.2 * pause)
                 work.wait()
@@ -217,6 +227,8 @@ class Ranks(World):
             if self.gpu_group is not None:  # what waits on the GPU would keep it from everything that follows
                 self.gpu_group.abort()
             raise
+        finally:
+            self.waiting.end()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -236,15 +248,15 @@ def _nothing() -> None:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[Ranks]:
-    """Inside, this process is one of a world.
+def joined(place: Place, tell: Note) -> Iterator[Ranks]:
+    """Inside, this process is one of a world. tell: is told of others that are waited for long.
 
     Raises:
         UserError: the others did not come, or one of them has ended.
         ToldElsewhere: instead of that, where this is not the rank to say so.
         Stopped: likewise, where a signal has stopped one of them at once.
     """
-    world = join(place)
+    world = join(place, tell)
     try:
         yield world
         world.leave()
@@ -255,18 +267,21 @@ def joined(place: Place) -> Iterator[Ranks]:
         world.pulse.ignore()
         for number in system.signals("SIGINT", "SIGTERM", "SIGHUP"):  # torchrun's, when one has ended; it would be told
             signal.signal(number, signal.SIG_IGN)
-        lost = world.pulse.lost  # what the error may not say any more: others have put it into their words
-        is_first = not lost and world.tell(error, place.by_agent)
+        before = "" if world.pulse.lost else world.tell(error, place.by_agent)  # of one that failed at the same time
+        lost = world.pulse.lost or before  # what the error may not say any more: others have put it into their words
+        is_same = bool(before) and before.endswith(sentence_of(error))  # as of prompts that differ, which all find
         world.abandon()
         if number := stopped_by(lost):  # no failure: all were asked to stop, whoever it was that said so first
             stopped = Stopped(number)
-            stopped.add_note(str(error))
+            for note in getattr(error, "__notes__", []) if isinstance(error, KeyboardInterrupt) else [str(error)]:
+                stopped.add_note(note)
             raise stopped from error
-        if lost and (world.rank == 0 or (only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0))):
+        is_speaker = world.rank == 0 or (only_others_can_say(lost) and (world.rank == 1 or place.local_rank == 0))
+        if lost and is_speaker and not is_same:
             raise as_told(lost, error) from error
-        if world.rank > 0 and not is_first:
+        if lost and world.rank > 0:
             raise ToldElsewhere from error
-        if is_first and isinstance(error, UserError) and world.rank > 0:
+        if isinstance(error, UserError) and world.rank > 0:
             raise UserError(f"Rank {world.rank} ({socket.gethostname()}): {error}") from error
         raise
 
@@ -282,7 +297,7 @@ def as_told(lost: str, error: BaseException) -> UserError:
     return UserError(f"{lost} Then this rank ended: {sentence_of(error)}")
 
 
-def join(place: Place) -> Ranks:
+def join(place: Place, note: Note) -> Ranks:
     """Meet the others, and miss them from now on.
 
     Raises:
@@ -297,7 +312,7 @@ def join(place: Place) -> Ranks:
 
     launcher = place.launcher if place.by_agent else 0
     pulse = Pulse(place.rank, place.size, to_members, keeps_store, launcher)
-    return Ranks(place, root, store, pulse)
+    return Ranks(place, root, store, pulse, note)
 
 
 # ---- pickles

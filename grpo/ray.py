@@ -10,29 +10,55 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from types import FrameType
+from typing import Any, NoReturn
 
+from grpo import system
 from grpo.errors import UserError, in_words
 from grpo.ray_worker import Ended, work
 from grpo.terminal import plain, say
 
-STOPPED = 130  # exit code after Ctrl-C
+STOPPED = "Stopped. --resume goes on from the last checkpoint, where there is one.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start the command on the cluster and wait for it. Returns its exit code."""
+    """Start a command line, by default the process's own, on the cluster and wait for it. Returns its exit code."""
+    if argv is None:
+        _end_on_signals()
     given = command_line().parse_args(argv)
     try:
         return launch(given)
     except UserError as error:
         print(f"error: {plain(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Stopped. --resume goes on from the last checkpoint, where there is one.", file=sys.stderr)
-        return STOPPED
+    except SystemExit as error:  # Ray's own answer to SIGTERM while it starts
+        return _end(int(error.code or signal.SIGTERM))
+
+
+def _end_on_signals() -> None:
+    """Ctrl-C, SIGTERM and SIGHUP end this process where it stands, to the very end of it."""
+    for each in system.signals("SIGINT", "SIGTERM", "SIGHUP"):
+        if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN:  # nohup has it ignored, and means it
+            signal.signal(each, _end)
+
+
+def _end(number: int, frame: FrameType | None = None) -> NoReturn:
+    """End by this signal. No exception, and nothing of Ray's own end: a thread that waits for Ray while that goes down
+    ends the process with exit code 1, or with a trace. Ray misses a driver that is gone, and ends what it has started;
+    of a cluster that this process has started some would look for the rest a minute longer.
+    """
+    with suppress(OSError):  # nobody may be there to read it
+        os.write(2, STOPPED.encode())
+    with suppress(Exception):  # Ray has psutil loaded where it has started anything; what is left ends by itself
+        for each in sys.modules["psutil"].Process().children(recursive=True)[::-1]:
+            with suppress(Exception):  # it has just gone
+                each.kill()
+    os._exit(128 + number)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -90,7 +116,9 @@ def _join_cluster(ray: Any, given: argparse.Namespace) -> None:
     """
     try:
         if not ray.is_initialized():
+            ours = signal.getsignal(signal.SIGTERM)
             ray.init()
+            signal.signal(signal.SIGTERM, ours)  # Ray's would exit with 15 and no word
         has = ray.cluster_resources()
     except Exception as error:
         raise UserError(
@@ -105,7 +133,7 @@ def _join_cluster(ray: Any, given: argparse.Namespace) -> None:
 
 def _run_once(ray: Any, given: argparse.Namespace) -> list[Ended]:
     """Start all processes and wait for them: how each has ended, or one for all where Ray has lost some."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     each = {"CPU": given.cpus, "GPU": int(given.gpu)}
@@ -121,10 +149,10 @@ def _run_once(ray: Any, given: argparse.Namespace) -> list[Ended]:
     def fit() -> None:
         try:
             ended.extend(Ended(*of_rank) for of_rank in trainer.fit().return_value)
-        except TrainingFailedError as error:
+        except Exception as error:  # TrainingFailedError for workers; others where Ray's own processes are gone
             ended.append(lost(error))
 
-    # In the main thread Ray would take Ctrl-C for itself, and end this process with exit code 1 and no word.
+    # In the main thread Ray would take Ctrl-C for itself.
     fitting = threading.Thread(target=fit, daemon=True)
     fitting.start()
     fitting.join()

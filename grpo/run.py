@@ -85,12 +85,20 @@ def _with_others(place: Place, argv: list[str], method: Method | None) -> int:
         from grpo.ranks import joined  # which needs PyTorch, and a process by itself does not
 
         leave_variables()
-        with joined(place) as world:
+        with joined(place, _say_on_any_rank) as world:
             console.quiet = world.rank > 0
             return _dispatch(argv, world, method)
 
 
+def _say_on_any_rank(text: str) -> None:
+    """What rank 0 may not be there to say."""
+    was_quiet, console.quiet = console.quiet, False
+    say(text)
+    console.quiet = was_quiet
+
+
 def _dispatch(argv: list[str], world: World, method: Method | None) -> int:
+    world.does("reading the command line and the task file")
     remembered = world.recall(FOLDER)
     try:
         options, resolved = resolve(argv, remembered, method)

@@ -83,6 +83,9 @@ class World:
     def before_meeting(self, ready: Callable[[], None]) -> None:
         """Call this whenever this rank is about to gather, and so to wait for what all others do before that."""
 
+    def does(self, what: str) -> None:
+        """What this process does from now on, as in "reading rows": others are told who wait for it long."""
+
     def hurry(self, number: int) -> None:
         """This process was asked to stop by the signal of this number, and will not be waited for without end."""
 

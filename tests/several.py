@@ -76,6 +76,10 @@ def _run(folder, argv, variables):
         rank, _, moment = variables.get(name, "").partition(":")
         if rank == variables["RANK"]:
             signal_at(moment, number)
+    if "LONG" in variables:  # seconds after which it is said who is waited for
+        import grpo.waiting
+
+        grpo.waiting.LONG = float(variables["LONG"])
     if "REHEARSE" in variables:  # as on a GPU
         import grpo.build
 

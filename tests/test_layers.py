@@ -37,7 +37,7 @@ LAYERS = (
         "folder": ("grpo.folder", "grpo.guards"),
         "command line": ("grpo.command",),
         "clock": ("grpo.clock",),
-        "ranks": ("grpo.launcher", "grpo.pulse", "grpo.meeting", "grpo.ranks"),
+        "ranks": ("grpo.launcher", "grpo.pulse", "grpo.meeting", "grpo.waiting", "grpo.ranks"),
         "exchange": ("grpo.exchange",),
         "files": ("grpo.files", "grpo.sources"),
     },

@@ -11,6 +11,7 @@ from grpo import meeting
 from grpo.errors import Stopped, UserError
 from grpo.launcher import Place
 from grpo.meeting import COUNT, NAME, Meeting, connect, meet
+from grpo.pulse import HOST, SILENT, tell_the_end
 
 
 def place_of(rank, size=2, by_agent=False, local_size=None, port=1):
@@ -138,3 +139,15 @@ def test_a_store_that_nobody_has_is_looked_for_a_while(impatient):
     with pytest.raises(UserError, match=rf"Rank 1 did not find the others at 127.0.0.1:{port}: ConnectionRefusedError"):
         meet(place_of(1, port=port))
     assert connect(place_of(1, port=host.port), is_host=False).num_keys() >= 0
+
+
+def test_of_two_ends_the_first_counts(store):
+    """Who ends after it is told what it was; of its own only what it cannot know."""
+    for rank in (0, 1):
+        store.set(HOST.format(rank), f"host-{rank}")
+    assert tell_the_end(store, 1, "The judge is out.") == ""
+    assert tell_the_end(store, 0, "Another.") == "Rank 1 (host-1) has ended the run: The judge is out."
+    assert tell_the_end(store, 1, "The judge is out.") == "" == tell_the_end(store, 1, "Another.")
+    silent = torch.distributed.HashStore()
+    assert tell_the_end(silent, 1, SILENT) == ""  # said of it by another
+    assert tell_the_end(silent, 1, "It is back.").endswith("nothing was heard of rank 1 for a while.")

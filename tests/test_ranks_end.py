@@ -100,6 +100,30 @@ def test_a_rank_in_trouble_ends_all_with_its_sentence(kind, on, untroubled, tmp_
     assert adapter(untroubled, 6).keys() == adapter(run, 6).keys()
 
 
+BOTH_FAIL = """
+import os
+
+def fails(completions, trainer_state):
+    if trainer_state.global_step == 1:
+        raise ValueError("no judge of " + os.environ["ME"])
+    return [0.0 for _ in completions]
+"""
+
+
+def test_of_two_that_fail_at_once_the_first_is_told(tmp_path):
+    """By rank 0 as by the one that it was."""
+    path = tmp_path / "toy.py"
+    path.write_text(TASK.format(rewards="{letters: 1.0, says: 1.0, fails: 1.0}", extra=BOTH_FAIL))
+    argv = [str(path), *SMALL, *STEPS, "--max-reward-failures", "0", "--run-dir", "run"]
+    codes, logs = run_ranks(2, tmp_path, argv)
+    assert codes == [2, 2]
+    [error] = [line for line in logs[0].splitlines() if line.startswith("error: ")]
+    if "error: Rank 1 (" in logs[1]:
+        assert error.startswith("error: Rank 1 (") and "no judge of 1" in error
+    else:
+        assert "no judge of 0" in error and "no judge of 1" not in error and "error: " not in logs[1]
+
+
 def test_a_full_disk_on_rank_0_ends_all(untroubled, tmp_path):
     argv = [write_trouble(tmp_path), *SMALL, *STEPS, "--run-dir", "run"]
     codes, logs = run_ranks(2, tmp_path, argv, TROUBLE="full disk", ON="0")
@@ -163,6 +187,54 @@ def test_a_run_of_two_ranks_goes_on_in_another_number(size, untroubled, tmp_path
     ]
     for name in ("step", "cursor", "version", "evaluated", "best_step", "first_scores", "threads"):
         assert states[0]["progress"][name] == states[1]["progress"][name]
+
+
+# Rows of one rank that come only when there is a file: a network drive that hangs.
+HANGS = """
+import os, time
+from pathlib import Path
+
+def hang():
+    while os.environ["ME"] == os.environ["ON"] and not Path("back").exists():
+        time.sleep(0.05)
+"""
+
+
+def write_hanging(folder):
+    path = folder / "toy.py"
+    text = TASK.format(rewards="{letters: 1.0, says: 1.0}", extra=HANGS)
+    path.write_text(text.replace("    numbers = ", "    hang()\n    numbers = "))
+    return str(path)
+
+
+def launch_until_it_is_told(folder, on):
+    """Two ranks, once one has said that the other reads its rows still."""
+    argv = [write_hanging(folder), *SMALL, "--steps", "2", "--run-dir", "run"]
+    processes = launch(2, folder, argv, ON=str(on), LONG="0.2")
+    log = folder / f"rank-{1 - on}.log"
+    while not log.exists() or "is reading rows" not in log.read_text():
+        assert all(process.is_alive() for process in processes)
+    return processes
+
+
+@pytest.mark.parametrize("on", [0, 1])
+def test_who_is_waited_for_long_is_told_once_and_waited_for(on, tmp_path):
+    processes = launch_until_it_is_told(tmp_path, on)
+    (tmp_path / "back").touch()
+    assert ended(processes) == [0, 0]
+    [line] = [line for line in told(tmp_path, 1 - on).splitlines() if "is reading rows" in line]
+    assert line.startswith(f"note: rank {1 - on} has waited for others for 0 s: rank {on} (")
+    assert "is reading rows" not in told(tmp_path, on)
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, [0]), (signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])])
+def test_a_signal_ends_all_while_one_is_waited_for(number, at, tmp_path):
+    """To who waits, to who hangs, and to both."""
+    processes = launch_until_it_is_told(tmp_path, 1)
+    for rank in at:
+        os.kill(processes[rank].pid, number)
+    assert ended(processes) == [128 + number] * 2
+    assert "Stopped at once." in told(tmp_path, 0) and "Traceback" not in told(tmp_path, 0) + told(tmp_path, 1)
 
 
 def test_prompts_that_differ_between_ranks_are_refused(tmp_path):

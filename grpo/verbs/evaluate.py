@@ -48,12 +48,14 @@ def opened(resolved: Resolved, checkpoint: Path | None, world: World = ALONE) ->
     announce(resolved)
     same_command(world, resolved, checkpoint)
     config = replace(resolved.config, optimizer="adamw")  # none is used, and bitsandbytes need not be here
+    world.does("reading rows and making prompts")
     with working("rows and prompts"):
         questions = build_questions(resolved.task, config, note=say)
     same_questions(world, questions)
     if questions.lessons and not questions.rewards:
         config = replace(config, engine="none")
     with memory_in_words(config), restored_threads():
+        world.does("loading the model")
         with working("model") as progressed:
             policy = build_policy(
                 config, questions.tokenizer, questions.longest_sequence, say, progressed, questions.train[:PROMPTS],
@@ -75,6 +77,7 @@ def opened(resolved: Resolved, checkpoint: Path | None, world: World = ALONE) ->
         )
         for line in opening(config, policy, engine):
             say(line)
+        world.does("sampling")
         return Live(config, policy, engine, questions, torch.get_num_threads(), checkpoint, world)
 
 

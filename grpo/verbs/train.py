@@ -109,7 +109,7 @@ def start(
             Path(resolved.config.run_dir).rmdir()
     if not saved:
         check_new(resolved.config)
-    questions, printed = _questions(resolved)
+    questions, printed = _questions(resolved, world)
     same_questions(world, questions)
     resolved = by_epochs(resolved, len(questions.lessons)) if questions.lessons else resolved
     if checkpoint:
@@ -143,15 +143,17 @@ def start(
     return Trained(live, folder, is_done, 0 if is_done else 128 + run.stop_requested)
 
 
-def _questions(resolved: Resolved) -> tuple[Questions, str]:
+def _questions(resolved: Resolved, world: World) -> tuple[Questions, str]:
     """Rows, prompts and rewards; the rewards tried, and what they have printed."""
     task, config, held = resolved.task, resolved.config, Held()
     apart = partial(printed_to, held)
     try:
+        world.does("reading rows and making prompts")
         with working("rows and prompts"):
             questions = build_questions(task, config, note=say, apart=apart)
         if not questions.rewards:
             return questions, ""
+        world.does("trying the rewards")
         with working("preflight of the rewards"):
             report = preflight_rewards(task, config, questions, every_row=False, note=say, apart=apart)
     except UserError:
@@ -212,6 +214,7 @@ def _built(
         elif starts_over:
             world.first(_start_over, saved)
         world.first(world.remember, FOLDER, str(saved.folder))
+        world.does("loading the model and the engine")
         with working("model and engine") as progressed:
             run = build_run(resolved.task, resolved.config, saved.folder, questions, checkpoint, say, progressed, world)
     except BaseException:
@@ -308,6 +311,7 @@ def _check_steps(config: Config, checkpoint: Path) -> None:
 
 def _train_and_keep(run: Run) -> None:
     """Train; when that ends early, for an error or on request, save what is done so far."""
+    run.world.does("training")
     try:
         train(run)
     finally:
