@@ -206,7 +206,7 @@ def test_scales_are_quantised_too_where_nothing_fits_otherwise_and_only_there():
 def test_logits_of_few_tokens_at_once_are_for_little_memory():
     """What they save is what a large chunk of them takes; they cost time, so with plenty they are not taken."""
     assert plan_for(96).sizes == SIZES and "at once" not in plan_for(96).table()
-    short = next(gib for gib in (8 + tenth / 10 for tenth in range(60)) if fits(SIZES, gib))
+    short = next(gib for gib in (9 + tenth / 10 for tenth in range(40)) if fits(SIZES, gib))
     plan = plan_for(short)
     assert plan.sizes.head_rows == 256 and plan.sizes.head_fixed == SIZES.small_head
     assert "logits of 256 tokens at once" in plan.table()

@@ -133,6 +133,7 @@ def test_a_larger_batch_takes_what_a_small_one_foretells(tokens, policy, monkeyp
     assert sizes.others == BESIDE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["wide_head"], indirect=True)
 def test_logits_of_few_tokens_at_once_take_what_is_foretold(policy, monkeypatch):
     monkeypatch.setattr(logprob_torch, "TORCH_CHUNK_ELEMENTS", {"cpu": 2**22})  # 512 rows, as a GPU has some thousand
@@ -152,6 +153,7 @@ def test_logits_of_few_tokens_at_once_take_what_is_foretold(policy, monkeypatch)
             assert 0.98 < share < 1.03, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["wide_layers"], indirect=True)
 def test_a_trial_that_a_limit_has_no_place_for_is_done_on_half_the_tokens(policy, monkeypatch):
     with counted(policy, monkeypatch) as counter:
@@ -169,6 +171,7 @@ def test_a_trial_that_a_limit_has_no_place_for_is_done_on_half_the_tokens(policy
     assert within.keeping == pytest.approx(half.keeping, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["wide_layers"], indirect=True)
 def test_a_limit_below_the_smallest_trial_is_gone_beyond(policy, monkeypatch):
     with counted(policy, monkeypatch) as counter:
