@@ -23,7 +23,7 @@ from grpo.types import Completion, Group, Prompt
 
 # Files whose few tests take minutes. What begins last should be short, or one process works on alone.
 LONG = (
-    "test_portability",  # kernels compiled for each of four GPUs, one after the other
+    "test_portability",  # kernels compiled for one GPU after the other
     # Of several processes each, and others in between.
     *("test_ranks_end", "test_notebook", "test_docs_code", "test_chat_terminal", "test_ranks_sharded", "test_wheel"),
     *("test_ranks", "test_failures", "test_server_run", "test_guards", "test_hosts", "test_benchmarks"),
