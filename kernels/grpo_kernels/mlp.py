@@ -5,9 +5,11 @@ Knows nothing of norms or residuals.
 
 with f = SiLU for SwiGLU, GELU for GeGLU (arXiv 2002.05202), the projections as in `lora_linear`.
 
-The fused form keeps x and the product [x W_gu^T | x A_gu^T], nothing else of size T * I. Two kernels stand between the
-products: forward, one adds the LoRA part of gate and up and writes h; backward, one recomputes gate, up and h, writes
-d gate and d up over the kept product, and gathers dB_gate, dB_up and dA_down, which need the tile in its registers.
+The fused form keeps x and the product [x W_gu^T | x A_gu^T], nothing else of size T * I, and keeps them before it
+multiplies by W_d: where a layer is computed once more for its backward pass, that product is not (`kept_now`). Two
+kernels stand between the products: forward, one adds the LoRA part of gate and up and writes h; backward, one
+recomputes gate, up and h, writes d gate and d up over the kept product, and gathers dB_gate, dB_up and dA_down, which
+need the tile in its registers.
 
     dh = dy W_d + s (dy B_d) A_d      d gate = dh * up * f'(gate)      d up = dh * f(gate)
 
@@ -33,6 +35,7 @@ from grpo_kernels.lora import (
     scaled,
 )
 from grpo_kernels.nf4 import NF4
+from grpo_kernels.saving import kept_now
 
 
 @isolated
@@ -63,7 +66,7 @@ def lora_mlp(
         gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
         return lora_linear(gated(gate, up, activation, impl=impl), down_base, down_factors, impl=impl)
     out = _LoraMlpFused.apply(
-        rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
+        torch.is_grad_enabled(), rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
         gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,
     )  # fmt: skip
     return out.view(x.shape)
@@ -83,8 +86,14 @@ def _activate(gate: Tensor, activation: Activation) -> Tensor:
 
 class _LoraMlpFused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gate_up_base, gate_up_factors, down_base, down_factors, activation, *_masters):
+    def forward(ctx, has_gradient, x, gate_up_base, gate_up_factors, down_base, down_factors, activation, *_masters):
         gate_up = product_with_a(x, gate_up_base, gate_up_factors.a_mirror)  # [T, 2 * I + R]
+        if has_gradient:
+            ctx.kept = kept_now(
+                x, gate_up,
+                gate_up_factors.scale, gate_up_factors.a_mirror, *gate_up_factors.b_mirror,
+                down_factors.scale, down_factors.a_mirror, *down_factors.b_mirror,
+            )  # fmt: skip
         inner = down_base.shape[1]
         h = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
         _launch_gated(gate_up, gate_up_factors.b_mirror, gate_up_factors.scale, activation, h)
@@ -93,23 +102,19 @@ class _LoraMlpFused(torch.autograd.Function):
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]  # [T, r]
         add_low_rank(extended, ha, [down_factors.b_mirror[0].t()], down_factors.scale, None, out)
-        ctx.bases, ctx.activation, ctx.is_spent = (gate_up_base, down_base), activation, False
-        ctx.save_for_backward(
-            x, gate_up, scaled(ha, down_factors.scale),
-            gate_up_factors.scale, gate_up_factors.a_mirror, *gate_up_factors.b_mirror,
-            down_factors.scale, down_factors.a_mirror, *down_factors.b_mirror,
-        )  # fmt: skip
+        ctx.bases, ctx.activation = (gate_up_base, down_base), activation
+        ctx.ha = scaled(ha, down_factors.scale)  # r numbers a token, which stay even where the rest is computed again
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # grad [T, D]
-        if ctx.is_spent:
+        if ctx.kept is None:
             raise RuntimeError(
                 "lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again."
             )
-        ctx.is_spent = True
-        x, gate_up, ha, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.saved_tensors
+        x, gate_up, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.kept.saved_tensors
+        ha, ctx.kept, ctx.ha = ctx.ha, None, None  # freed with this call, as autograd frees what it keeps itself
         gate_up_base, down_base = ctx.bases
         inner = down_base.shape[1]
         grad_b_down = product_float32(grad.t(), ha)  # [D, r]
@@ -123,7 +128,7 @@ class _LoraMlpFused(torch.autograd.Function):
         # x's gradient is wanted in every layer but the first, where it costs little to have it for nothing.
         grad_x, grad_xa = gradient_of_input(gate_up[:, : 2 * inner], gate_up_base, gu_a, [b_gate, b_up], gu_scale)
         grad_a = product_float32(grad_xa.t(), x)
-        return grad_x, None, None, None, None, None, grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down
+        return None, grad_x, None, None, None, None, None, grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down
 
 
 @triton.jit

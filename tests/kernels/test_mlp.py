@@ -1,7 +1,11 @@
 """The gated MLP against plain autograd in float64, for SwiGLU and both forms of GeGLU."""
 
+import weakref
+
 import pytest
 import torch
+import torch.utils.checkpoint
+from grpo_kernels.lora import product_with_a
 from grpo_kernels.mlp import lora_mlp
 from lora_reference import leaves, plain, random_projection, reference_linear
 
@@ -92,7 +96,48 @@ def test_fused_keeps_one_tensor_of_the_inner_width(device):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
         lora_mlp(torch.randn(11, 64, device=device), gate_up, gate_up_factors, down, down_factors, impl="triton")
     rows = {tensor.data_ptr(): tensor.numel() for tensor in held if tensor.shape[0] == 11}
-    assert sorted(rows.values()) == [11 * 4, 11 * 64, 11 * (2 * 512 + 16)]
+    assert sorted(rows.values()) == [11 * 64, 11 * (2 * 512 + 16)]
+
+
+def test_fused_keeps_nothing_after_its_backward_or_without_gradient(device):
+    """The graph may live on: a loss that is held holds no activations."""
+    arguments = projections(64, 512, 4, torch.float32, device, "nf4")
+    held = {}
+
+    def pack(tensor):
+        held[tuple(tensor.shape)] = weakref.ref(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.no_grad():
+            lora_mlp(torch.randn(300, 64, device=device), *arguments, impl="triton")
+        assert not held
+        out = lora_mlp(torch.randn(11, 64, device=device), *arguments, impl="triton").sum()
+    gate_up = held[11, 2 * 512 + 16]
+    assert gate_up() is not None
+    out.backward()
+    assert gate_up() is None
+
+
+def test_fused_computed_again_for_its_backward_multiplies_by_down_once(device, monkeypatch):
+    """`torch.utils.checkpoint` ends where the last tensor is kept; what comes out is the same to the last bit."""
+    arguments = projections(64, 192, 4, torch.float32, device, "nf4")
+    masters = [arguments[1].a, *arguments[1].b, arguments[3].a, *arguments[3].b]
+    x, outputs = torch.randn(11, 64, device=device, requires_grad=True), []
+
+    def counted(rows, base, a):
+        outputs.append(base.shape[0])
+        return product_with_a(rows, base, a)
+
+    def mlp(x):
+        return lora_mlp(2 * x, *arguments, impl="triton")
+
+    kept = torch.autograd.grad(mlp(x).square().sum(), [x, *masters])
+    monkeypatch.setattr("grpo_kernels.mlp.product_with_a", counted)
+    out = torch.utils.checkpoint.checkpoint(mlp, x, use_reentrant=False)
+    again = torch.autograd.grad(out.square().sum(), [x, *masters])
+    assert outputs == [2 * 192, 64, 2 * 192]
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
 
 
 def test_unknown_activation_is_named(device):
