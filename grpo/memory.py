@@ -46,15 +46,22 @@ from grpo.memory_trial import Sizes
 from grpo.policy.activations import Treatment
 from grpo.policy.allocator import hold_to
 from grpo.policy.cache import full_cache_bytes
+from grpo.policy.optimizer import STATE_BYTES
 
 GIB = 2**30
 
 # Of the limit: what the allocator cannot hand out because it lies between other things, and what libraries take later.
 SPARE_SHARE, SPARE_BYTES = 0.04, 2**26
 
+# What CUDA's own memory grows by while a run goes on, as kernels are loaded: 70 to 150 MiB were seen. PyTorch is held
+# to so much less than the limit.
+OF_CUDA_LATER = 2**27
+
 # What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it, or, where
 # that leaves too little, the least that was seen.
 ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 4
+
+LEAST_STATE = STATE_BYTES["adamw8bit"]  # bytes of the optimizer's state for a parameter
 
 # Batches to choose from: a step in so many equal parts, of at most so many tokens. Larger ones gain nothing.
 MOST_PARTS, LARGEST_BATCH = 64, 32768
@@ -183,19 +190,16 @@ class Plan:
             self._weights_row(),
             ("adapter", self.sizes.adapter, "--lora-rank"),
             ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, "--optimizer"),
-            ("engine beside its cache", self.need.engine_bytes, ""),
+            ("engine beside its cache" if self.need.kv_bytes_per_token else "the rest", self.need.engine_bytes, ""),
             (cache, self.kv_cache if self.need.kv_bytes_per_token else 0, "--kv-cache-gib"),
             (batches, self.update, "--tokens-per-batch"),
         ]
         width = max(len(name) for name, *_ in rows)
         lines = [f"  {name:{width}}  {size / GIB:7.2f}  {flag}".rstrip() for name, size, flag in rows if size]
-        return "\n".join(
-            [
-                f"memory, GiB of the {self.limit / GIB:.1f} to be had: at most {rollout / GIB:.1f} in a rollout, "
-                f"{update / GIB:.1f} in an update",
-                *lines,
-            ]
-        )
+        # Rollouts of another process, or none, take nothing of this GPU.
+        of_rollout = f"{rollout / GIB:.1f} in a rollout, " * bool(self.need.kv_bytes_per_token)
+        peaks = f"{of_rollout}{update / GIB:.1f} in an update"
+        return "\n".join([f"memory, GiB of the {self.limit / GIB:.1f} to be had: at most {peaks}", *lines])
 
     def _weights_row(self) -> tuple[str, int, str]:
         if self.sizes.shared_by > 1:
@@ -251,7 +255,12 @@ def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
             plans = [replace(anything, sizes=each, kv_cache=cache, gives_cache_back=given) for each, given in some]
             if fitting := [plan for each in plans for plan in _fitting(each, batches, asked, usable)]:
                 return min(fitting, key=lambda plan: (plan.time(), -plan.tokens_per_batch))
-    raise UserError(_refusal(small, need, asked, limit, usable))
+    told = _refusal(small, need, asked, limit, usable)
+    if need.bytes_per_parameter > LEAST_STATE:
+        with suppress(UserError):
+            choose(sizes, replace(need, bytes_per_parameter=LEAST_STATE), limit, asked)
+            told += " With --optimizer adamw8bit it fits as it is."
+    raise UserError(told)
 
 
 def _caches(need: Need, asked: Asked, left: int) -> list[int]:
@@ -351,4 +360,5 @@ def keep_within(plan: Plan, device: torch.device) -> None:
 
     It counts a KV cache that was given back as if it were there.
     """
-    hold_to(plan.limit - plan.sizes.others + plan.kv_cache * plan.gives_cache_back, device)
+    own = plan.limit - plan.sizes.others - OF_CUDA_LATER
+    hold_to(own + plan.kv_cache * plan.gives_cache_back, device)

@@ -256,6 +256,28 @@ def test_the_table_adds_up(gives_cache_back):
     assert sum(standing) + held + activations == pytest.approx(update, abs=0.1)
 
 
+def test_a_run_without_rollouts_on_its_gpu_speaks_of_none():
+    told = plan_for(24, replace(NEED, kv_bytes_per_token=0, engine_bytes=GIB // 5)).table()
+    assert "rollout" not in told and "engine" not in told and "KV cache" not in told
+    assert re.search(r"the rest +0\.20", told)
+
+
+def test_an_optimizer_in_8_bits_is_named_where_it_makes_room():
+    """Six bytes a parameter less: half a GiB here."""
+    tight = min(gib for gib in (x / 20 for x in range(160, 320)) if fits_in(gib, replace(NEED, bytes_per_parameter=2)))
+    with pytest.raises(UserError, match=r"With --optimizer adamw8bit it fits as it is\.$"):
+        plan_for(tight)
+    for gib, need in ((tight - 0.1, NEED), (tight - 0.1, replace(NEED, bytes_per_parameter=2))):
+        with pytest.raises(UserError, match=r"^(?!.*adamw8bit)"):
+            plan_for(gib, need)
+
+
+def fits_in(gib, need):
+    with suppress(UserError):
+        return bool(plan_for(gib, need))
+    return False
+
+
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
     config, told = tiny_config(memory_gib=1.0), []
     policy = build_policy(config, load_tokenizer("embedded"), 32)
