@@ -21,7 +21,7 @@ through two small trials, the two moments made a kept layer 17 to 25% larger tha
 GPU at a time. A batch of few tokens takes most at the end of its backward pass, when there are all of its gradients;
 the trial must be above that, or it measures the slope of something else.
 
-Time is counted in tokens, of a layer that keeps its activations: one computed again takes half as much more, a batch
+Time is counted in tokens, of a layer that keeps its activations: one computed again takes a third more, a batch
 costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.
 Of a mixture of experts a token takes what the weights that it meets take, a batch what all of them do.
 A head that has the logits of few tokens at once reads its weights more often.
@@ -42,7 +42,7 @@ import torch
 
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.memory_trial import Sizes
+from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.policy.activations import Treatment
 from grpo.policy.allocator import hold_to
 from grpo.policy.cache import full_cache_bytes
@@ -52,10 +52,6 @@ GIB = 2**30
 
 # Of the limit: what the allocator cannot hand out because it lies between other things, and what libraries take later.
 SPARE_SHARE, SPARE_BYTES = 0.04, 2**26
-
-# What CUDA's own memory grows by while a run goes on, as kernels are loaded: 70 to 150 MiB were seen. PyTorch is held
-# to so much less than the limit.
-OF_CUDA_LATER = 2**27
 
 # What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it, or, where
 # that leaves too little, the least that was seen.
@@ -67,8 +63,9 @@ LEAST_STATE = STATE_BYTES["adamw8bit"]  # bytes of the optimizer's state for a p
 MOST_PARTS, LARGEST_BATCH = 64, 32768
 
 # Time, in tokens of a layer that keeps its activations, as seen on an H100 with an 8B of 218 million weights a layer: a
-# token whose layer is computed again; the same with its input away; a batch's own; launching a batch's kernels.
-RECOMPUTED, OFFLOADED, OF_A_BATCH, OF_LAUNCHES = 1.45, 1.47, 620, 3140
+# token whose layer is computed again, but for its last product; the same with its input away; a batch's own; launching
+# a batch's kernels.
+RECOMPUTED, OFFLOADED, OF_A_BATCH, OF_LAUNCHES = 1.35, 1.37, 620, 3140
 OF_SO_MANY_WEIGHTS = 218e6
 
 # Times as much where the head has the logits of few tokens at once; reckoned, from 6% of an update that it takes and

@@ -27,6 +27,10 @@ from grpo.types import Batch, Completion, Group, Prompt
 TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
 ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 
+# What CUDA's own memory grows by while a run goes on, as kernels are loaded: 70 to 180 MiB were seen. PyTorch is held
+# to so much less than a limit.
+OF_CUDA_LATER = 160 * 2**20
+
 SMALL_HEAD = 256  # tokens whose logits there are at once, where memory is short
 
 
@@ -85,7 +89,7 @@ def measure(policy: Policy, longest: int, limit: int = 0) -> Sizes:
     inputs = len(policy.model.layers) * _layer_input(policy)  # bytes a token, of all layers; 0 where none is known
     tokens = max(TRIAL, 6 * parameters // inputs if inputs else 0)
     if limit:
-        hold_to(limit - _others(policy.device), policy.device)
+        hold_to(limit - _others(policy.device) - OF_CUDA_LATER, policy.device)
         with suppress(RuntimeError):
             return _largest(policy, longest, tokens)
         hold_to(torch.cuda.get_device_properties(policy.device).total_memory, policy.device)

@@ -6,8 +6,8 @@
                 beside the computation, one layer ahead
 
 All three compute the same numbers. What they cost: keeping, some 110 KB a token and layer of an 8B; recomputing, a
-third of the layer's time and 8 KB; offloading, that time and no memory of the GPU (Chen et al. 2016, arXiv 1604.06174;
-Rhu et al. 2016, arXiv 1602.08124).
+quarter of the layer's time (its last product is not computed again, see grpo_kernels/saving.py) and 8 KB; offloading,
+that time and no memory of the GPU (Chen et al. 2016, arXiv 1604.06174; Rhu et al. 2016, arXiv 1602.08124).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from grpo_kernels.lora import (
     scaled,
 )
 from grpo_kernels.nf4 import NF4
-from grpo_kernels.saving import kept_now
+from grpo_kernels.saving import kept_now, tensors_of
 
 
 @isolated
@@ -113,7 +113,7 @@ class _LoraMlpFused(torch.autograd.Function):
             raise RuntimeError(
                 "lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again."
             )
-        x, gate_up, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = ctx.kept.saved_tensors
+        x, gate_up, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = tensors_of(ctx.kept)
         ha, ctx.kept, ctx.ha = ctx.ha, None, None  # freed with this call, as autograd frees what it keeps itself
         gate_up_base, down_base = ctx.bases
         inner = down_base.shape[1]

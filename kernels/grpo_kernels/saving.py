@@ -6,20 +6,24 @@ computed again. So an operation that ends with a product, and has by then all th
 before:
 
     ctx.kept = kept_now(x, ...)     in forward
-    x, ... = ctx.kept.saved_tensors in backward, once; then ctx.kept = None, or it lives as long as the graph
+    x, ... = tensors_of(ctx.kept)   in backward, once; then ctx.kept = None, or they live as long as the graph
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def kept_now(*tensors: Tensor) -> Any:
-    """Something with the tensors as its `saved_tensors`, kept as autograd keeps an operation's: by the hooks in force
+def kept_now(*tensors: Tensor) -> Tensor:
+    """An empty tensor that has them, kept as autograd keeps an operation's: by the hooks in force
     (`torch.autograd.graph.saved_tensors_hooks`)."""
     with torch.enable_grad():
-        return _Kept.apply(torch.zeros(0, requires_grad=True), *tensors).grad_fn
+        return _Kept.apply(torch.zeros(0, requires_grad=True), *tensors)
+
+
+def tensors_of(kept: Tensor) -> tuple[Tensor, ...]:
+    """What `kept_now` was given."""
+    # Held by the tensor, not by its grad_fn alone: in PyTorch 2.11 that is a shell once the tensor is gone.
+    return kept.grad_fn.saved_tensors  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
 
 class _Kept(torch.autograd.Function):

@@ -64,6 +64,7 @@ def gpu_memory_given_back() -> Iterator[None]:
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory from torch.empty and its kin holds NaN (or the largest integer), so an element nobody wrote shows."""
 
+    @torch.no_grad()  # leaves too: torch.utils.checkpoint makes one, in some versions
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype.is_floating_point:
             return tensor.fill_(float("nan"))
