@@ -431,10 +431,12 @@ def _place_b(b: Sequence[Tensor], scale: Tensor, out: Tensor) -> None:
         raise ValueError(f"A projection of {len(b)} parts has no fused form, at most 3 have. Use impl='torch'.")
     ends = list(itertools.accumulate(part.shape[0] for part in b))
     num_rows, width = out.shape
-    _place_b_kernel[(cdiv(num_rows, 64),)](
+    block_r = next_power_of_2(width)
+    block_n = max(1, min(64, 8192 // block_r))  # what does not fit in registers takes memory for every thread of a GPU
+    _place_b_kernel[(cdiv(num_rows, block_n),)](
         b[0], b[min(1, len(b) - 1)], b[-1], scale, out, ends[0], ends[min(1, len(b) - 1)],
         num_rows, b[0].shape[1], out.stride(0), width,
-        BLOCK_N=64, BLOCK_R=next_power_of_2(width), num_warps=4,
+        BLOCK_N=block_n, BLOCK_R=block_r, num_warps=4,
     )  # fmt: skip
 
 

@@ -37,6 +37,11 @@ from grpo_kernels.lora import (
 from grpo_kernels.nf4 import NF4
 from grpo_kernels.saving import kept_now, tensors_of
 
+# Of the backward kernel: rank, in a block -> tokens, columns of the inner width, warps, registers of a thread at most.
+# A tile's three gradients are in registers. Where these do not do, every thread of the GPU has memory for the rest, for
+# as long as the process lives: at rank 256, cut up as at 32, 4 KB each, 1 GiB of an H100.
+BACKWARD_TILINGS = {64: (32, 64, 4, 168), 128: (32, 64, 8, None), 256: (16, 32, 8, None)}
+
 
 @isolated
 def lora_mlp(
@@ -74,8 +79,14 @@ def lora_mlp(
 
 def _has_fused_form(x: Tensor, rank: int, down_rank: int) -> bool:
     """Whether there is one rank, and for the backward kernel as much shared memory as it takes compiled for 8.0."""
-    needed = (20480 + 768 * _rank_block(rank)) * x.itemsize // 2
-    return rank == down_rank and needed <= shared_memory(x.device)
+    if rank != down_rank or rank > max(BACKWARD_TILINGS):
+        return False
+    block_t, block_i, *_ = _backward_tiling(rank)
+    return (10 * block_i + 24 * _rank_block(rank)) * block_t * x.itemsize // 2 <= shared_memory(x.device)
+
+
+def _backward_tiling(rank: int) -> tuple[int, int, int, int | None]:
+    return BACKWARD_TILINGS[max(64, _rank_block(rank))]
 
 
 def _activate(gate: Tensor, activation: Activation) -> Tensor:
@@ -253,7 +264,7 @@ def _launch_gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dB_gate [I, r], dB_up [I, r], dA_down [r, I] in float32; gate_up's first 2 * I columns become d gate | d up."""
     (inner, rank), num_rows = b[0].shape, gate_up.shape[0]
-    block_t, block_i = 32, 64
+    block_t, block_i, warps, registers = _backward_tiling(rank)
     tiles = triton.cdiv(inner, block_i)
     # With no rows the kernel still writes its zeros.
     stretches = max(1, min(8 * num_multiprocessors(gate_up.device) // tiles, triton.cdiv(num_rows, 4 * block_t)))
@@ -263,7 +274,7 @@ def _launch_gated_backward(
         gate_up, b[0], b[1], scale, grad_h, a_down, partial,
         num_rows, inner, rank, gate_up.stride(0), grad_h.stride(0), rows_of_program,
         ACTIVATION=activation, PRECISION=_precision(gate_up),
-        BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), num_warps=4, num_stages=3, maxnreg=168,
+        BLOCK_T=block_t, BLOCK_I=block_i, BLOCK_R=_rank_block(rank), num_warps=warps, num_stages=3, maxnreg=registers,
     )  # fmt: skip
     grad_b_gate, grad_b_up, grad_a_down = partial.sum(0) if stretches > 1 else partial[0]
     return grad_b_gate.view(inner, rank), grad_b_up.view(inner, rank), grad_a_down.view(rank, inner)

@@ -59,7 +59,8 @@ def test_agrees_with_float64(kind, activation, dtype, device, impl, relative_err
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "width", "inner", "rank"), [(1, 64, 64, 2), (9, 252, 123, 20), (150, 64, 128, 32)]
+    ("num_rows", "width", "inner", "rank"),
+    [(1, 64, 64, 2), (9, 252, 123, 20), (150, 64, 128, 32), (37, 64, 80, 100), (37, 64, 80, 200)],
 )
 def test_odd_sizes(num_rows, width, inner, rank, dtype, device, impl, relative_error):
     check(num_rows, width, inner, rank, "nf4", "silu", dtype, device, impl, relative_error)
