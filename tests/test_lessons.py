@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from test_templates import CHAT, STYLES, asked, asker_of
+from tokenizers.normalizers import Prepend, Replace
 
 from grpo import Config
 from grpo.errors import UserError
@@ -102,6 +103,31 @@ def test_messages_are_taught_as_the_template_closes_them(style):
         assert rendered[: len(tokens)] == tokens
 
 
+# As in GLM-4, whose assistant is ended by what the next turn begins with; as in Phi-3, where the whole has another end.
+OPEN = """{%- for m in messages %}{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' }}
+{{ m.content }}{% endfor -%}
+{%- if add_generation_prompt %}<|Assistant|>
+{% endif %}"""
+ENDED_TWICE = MARKED + "{%- if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("style", "template", "end"),
+    [("deepseek", OPEN, "<|User|>"), ("llama3", ENDED_TWICE.replace("im_end", "eot_id"), "<|eot_id|>")],
+)
+def test_every_turn_is_taught_to_end_as_its_template_ends_it(style, template, end):
+    asker = asker_of(style, gold=None, rewards={}, solved=None)
+    asker.tokenizer.chat_template = template
+    own = end_of_turn(asker.tokenizer)
+    teacher = build_teacher(
+        asker, Config(method="sft", train_on="assistant"), stop_tokens(None, asker.tokenizer, 5000), own, 400
+    )
+    [completion] = lesson(teacher, {"messages": [*CHAT[1:], ASSISTANT, AGAIN, FOUR], "prompt": CHAT[1:]}).completions
+    [(start, stop)] = completion.others
+    taught = [shown(teacher, completion.tokens[:start]), shown(teacher, completion.tokens[stop:])]
+    assert taught == [f"It is 2.{end}", f"That is\nfour, 4.{end}"]
+
+
 def test_the_turns_of_others_are_read_and_not_taught():
     teacher = teacher_of(template=MARKED, train_on="assistant")
     messages = [*CHAT, ASSISTANT, AGAIN, FOUR]
@@ -184,6 +210,19 @@ def test_a_prompt_that_is_a_text():
     assert shown(teacher, group.completions[0].tokens) == " 2<|im_end|>"
     [again] = lesson(teacher, {"prompt": "2", "completion": "22"}).completions
     assert shown(teacher, again.tokens) == "22<|im_end|>"  # it says what it says
+
+
+def test_no_blank_is_taught_that_a_tokenizer_puts_in_front_of_a_text():
+    """As those made by SentencePiece do. It shows where the last token of a prompt and the first of an answer merge."""
+    teacher = teacher_of("qwen3")
+    tokenizer = teacher.asker.tokenizer._tokenizer
+    tokenizer.normalizer = Prepend(" ")
+    for prompt, completion in (("1 + 1 = ", "2"), ("Sum:\n", "\n2")):
+        group = lesson(teacher, {"prompt": prompt, "completion": completion})
+        assert shown(teacher, mask_of(group)[0]) == f"<s> {prompt}{completion}<|im_end|>"
+    tokenizer.normalizer = Replace("= 2", "is it")  # which no tokens of parts can say
+    with pytest.raises(UserError, match="cannot cut the text of row 0"):
+        lesson(teacher, {"prompt": "1 + 1 = ", "completion": "2"})
 
 
 @pytest.mark.parametrize(
