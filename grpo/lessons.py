@@ -94,7 +94,8 @@ class Teacher:
         start = spans[0].start
         others = tuple(Span(a.end - start, b.start - start) for a, b in pairwise(spans) if a.end < b.start)
         if taught[0] != len(prompt.messages):
-            prompt = replace(prompt, tokens=tokens[:start], messages=messages[: taught[0]])
+            begun = tokens[:start]
+            prompt = replace(prompt, tokens=begun, text=self._text(begun), messages=messages[: taught[0]])
         return prompt, self._completion(tokens[start : spans[-1].end], others)
 
     def _check_ends(self, prompt: Prompt, said: str) -> None:

@@ -8,6 +8,7 @@ from test_templates import CHAT, STYLES, asked, asker_of
 from tokenizers.normalizers import Prepend, Replace
 
 from grpo import Config
+from grpo.cautions import caution_of_answer
 from grpo.errors import UserError
 from grpo.lessons import Lessons, build_lessons, build_teacher
 from grpo.pairs import common_prompt
@@ -132,7 +133,7 @@ def test_the_turns_of_others_are_read_and_not_taught():
     teacher = teacher_of(template=MARKED, train_on="assistant")
     messages = [*CHAT, ASSISTANT, AGAIN, FOUR]
     group = lesson(teacher, {"prompt": messages[:-1], "messages": messages})
-    assert group.prompt.messages == CHAT
+    assert group.prompt.messages == CHAT and group.prompt.text == shown(teacher, group.prompt.tokens)
     [completion] = group.completions
     [(start, end)] = completion.others
     assert shown(teacher, completion.tokens[:start]) == "It is 2.<|im_end|>"
@@ -281,6 +282,16 @@ def test_rows_that_cannot_be_taught_are_counted_named_and_left_out():
     with pytest.raises(UserError, match="No row of data is left"):
         build_lessons(teacher, prompts[2:3], "data", True, print)
     assert isinstance(lessons, Lessons) and len(lessons[1:]) == 2
+
+
+def test_an_answer_inside_of_a_tag_that_its_prompt_opens_is_told():
+    teacher = teacher_of("deepseek")  # whose prompts end with <think>
+    told = []
+    for said in ("Two, I think.</think>2", "2", "<think>Two.</think>2"):
+        group = lesson(teacher, {"completion": said})
+        told.append(caution_of_answer(group.prompt, shown(teacher, group.completions[0].tokens)))
+    assert told[0] == "" and "and its answer has no </think>" in told[1] and "opens <think> again" in told[2]
+    assert caution_of_answer(lesson(teacher_of("qwen3"), {"completion": "2"}).prompt, "2") == ""
 
 
 def pair(teacher, **row):
