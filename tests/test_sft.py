@@ -183,6 +183,10 @@ def test_a_run_keeps_what_it_learns_from(of_gold, trained, capsys):
 def test_a_run_is_scored_as_it_was(of_gold, of_pairs, capsys):
     assert main(["--eval", str(of_gold)]) == 0
     assert "pass@1" in capsys.readouterr().out
+    page = (of_pairs / "report.html").read_text()
+    assert "Held-out accuracy" in page and "tokens of an answer" in page
+    for of_rollouts in ("Suspects", "sampler gap", "rewards disagree", "mean reward", "policy/entropy", "best paid"):
+        assert of_rollouts not in page
     assert main(["--eval", str(of_pairs)]) == 0
     out = capsys.readouterr().out
     assert "accuracy 100.0%" in out and "2 held-out pairs" in out
