@@ -9,6 +9,7 @@ A form is read where its columns have one meaning, and as its authors mean it:
 
     messages, conversations, conversation   chats of {role, content}, or of {from, value} as ShareGPT has them; texts in
                                             turn, the user's first, as LIMA has them
+    text                                    a whole chat that begins with "### Human: ", as openassistant-guanaco has it
     prompt, completion                      texts or chats, as TRL has them
     instruction, input, output              Alpaca's; Dolly's with context and response; history and system beside them
     chosen, rejected                        texts, chats with the prompt or without, or one message each; asked by
@@ -54,6 +55,7 @@ FOREIGN = {
 _SHOWN = re.compile(
     r"\s*(array\()?\[\{\s*['\"](role|from|content|value|weight|name)['\"]\s*:"
 )  # messages, written as text
+_SPEAKER = re.compile(r"\s*### (Human|Assistant):")
 BRING = "`rows` of a task file brings any form, in three lines (docs/sft.md, Other forms)."
 
 
@@ -78,6 +80,19 @@ def messages_of(value: Any, column: str) -> list[Message]:
 def _in_turn(texts: list[str]) -> list[Message]:
     """What the user and the assistant say in turn."""
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def _in_text(text: str) -> list[Message]:
+    """A chat in one text, which begins with "### Human: ".
+
+    Raises:
+        UserError: nobody knows who speaks, because a speaker follows himself.
+    """
+    _, *parts = _SPEAKER.split(text)
+    speakers, said = parts[::2], parts[1::2]
+    if speakers != [("Human", "Assistant")[place % 2] for place in range(len(speakers))]:
+        raise UserError(f"`text` has not `### Human:` and `### Assistant:` in turn, but {', '.join(speakers)}. {BRING}")
+    return _in_turn([each.strip() for each in said])
 
 
 def _json(text: Any) -> Any:
@@ -178,9 +193,16 @@ def _chat_in(row: Row) -> list[Message] | None:
         UserError: it has two that differ.
     """
     found = {name: messages_of(row[name], name) for name in CHATS if row.get(name) is not None}
+    if not found and _is_chat_in_text(row):
+        found = {"text": _in_text(row["text"])}
     if len(found) > 1 and any(chat != next(iter(found.values())) for chat in found.values()):
         raise UserError(f"{' and '.join(f'`{name}`' for name in found)} are different conversations. Leave one out")
     return _with_system(row, next(iter(found.values()))) if found else None
+
+
+def _is_chat_in_text(row: Row) -> bool:
+    """Whether the column `text` is a whole chat."""
+    return isinstance(row.get("text"), str) and row["text"].lstrip().startswith("### Human:")
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
@@ -290,7 +312,8 @@ def answer_in(row: Row) -> Any:
 
 def is_whole(row: Row) -> bool:
     """Whether `answer_in` gives a conversation from its beginning on."""
-    return row.get("completion") is None and any(row.get(name) is not None for name in CHATS)
+    is_chat = any(row.get(name) is not None for name in CHATS) or _is_chat_in_text(row)
+    return row.get("completion") is None and is_chat
 
 
 def _answer_of_instruction(row: Row) -> str:
@@ -300,9 +323,10 @@ def _answer_of_instruction(row: Row) -> str:
 
 
 def _check_good(row: Row) -> None:
-    if row.get("label") is False:
+    if "label" in row and str(row["label"]).lower() in ("false", "0", "0.0"):  # as CSV and tables of numbers have it
         raise UserError(
-            "`label` is False, which says of the answer that it is a bad one, as KTO's data sets do. Leave it out"
+            f"`label` is {row['label']}, which says of the answer that it is a bad one, as KTO's data sets do. Leave "
+            "it out"
         )
 
 

@@ -52,6 +52,7 @@ OPEN_HERMES = {"conversations": shared(*CHAT), "source": "airoboros", "system_pr
         ({"conversations": shared(*CHAT[1:]), "system": "Be brief.", "tools": ""}, CHAT),  # LLaMA-Factory
         ({"conversations": shared(*CHAT), "system": "Be long."}, CHAT),  # its own, as LLaMA-Factory takes it
         ({"messages": json.dumps(CHAT)}, CHAT),  # of a CSV
+        ({"text": "### Human: 1 + 1?### Assistant: 2### Human: 2 + 2?\n### Assistant: 4"}, CHAT[1:]),  # guanaco
         ({"messages": [USER | {"content": [{"type": "text", "text": "1 + 1?"}]}, SAID]}, [USER, SAID]),
     ],
 )
@@ -149,7 +150,9 @@ def test_a_role_of_the_models_own_template_stays():
         ({"conversations": None}, "these have nothing"),
         ({"prompt": "a", "completion": "b", "label": False}, "`label` is False.*KTO"),
         ({"message_id": "1", "parent_id": None, "text": "x", "role": "prompter"}, "messages of a tree.*OpenAssistant"),
-        ({"text": "### Human: x### Assistant: y"}, "whole conversations in one text.*`rows` of a task file"),
+        *(({"prompt": "a", "completion": "b", "label": bad}, "`label` is .*KTO") for bad in (0, "False", 0.0)),
+        ({"text": "### Human: x### Human: y"}, "in turn, but Human, Human.*`rows` of a task file"),
+        ({"text": "Human: x Assistant: y"}, "whole conversations in one text.*`rows` of a task file"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_column(row, told):
