@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from grpo.conversations import answer_in, asked_in, asked_of_pair, messages_of, side_in, tools_in
+from grpo.conversations import answer_in, asked_in, asked_of_pair, joined, messages_of, side_in, tools_in
 from grpo.errors import UserError
 
 SYSTEM, USER, SAID, AGAIN, LAST, WORSE = (
@@ -83,6 +83,27 @@ def test_a_conversation_is_read_in_all_its_forms(row, chat):
 )
 def test_an_instruction_is_asked_with_all_that_belongs_to_it(row, asked):
     assert asked_in(row) == asked and answer_in(row) == "2"
+
+
+def test_of_a_tree_of_messages_the_best_ranked_path_is_a_chat():
+    """As OpenAssistant's rows: in any order, ranked or not, with a last message of the user's that nobody answered."""
+    said = [
+        ("e", "d", "prompter", "Thanks.", None, False),
+        ("b", "a", "assistant", "3", 1.0, False),
+        ("a", None, "prompter", "1 + 1?", None, False),
+        ("x", "a", "assistant", "1", 0.0, True),
+        ("c", "a", "assistant", "2", 0.0, False),
+        ("k", "c", "prompter", "2 + 2?", None, False),
+        ("f", "b", "prompter", "No.", None, False),
+        ("d", "k", "assistant", "4", None, False),
+        ("lonely", None, "prompter", "Hello?", None, False),
+        ("loop", "loop", "assistant", "Again", None, False),
+    ]
+    names = ("message_id", "parent_id", "role", "text", "rank", "deleted")
+    [chat] = joined([dict(zip(names, each, strict=True)) for each in said])
+    assert asked_in(chat) == [USER, SAID, AGAIN] and answer_in(chat) == CHAT[1:]
+    rows = [{"prompt": "1 + 1?", "completion": "2"}]
+    assert joined(rows) is rows and joined([]) == []
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
