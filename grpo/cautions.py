@@ -28,6 +28,21 @@ def cautions(asker: Asker, prompts: Sequence[Prompt]) -> Iterator[str]:
         yield from [told for prompt in prompts if (told := check(asker, prompt))][:1]
 
 
+def caution_of_answer(prompt: Prompt, said: str) -> str:
+    """A sentence if what is taught behind a prompt does not fit the tag that the prompt ends inside of; else empty.
+    said: the answer with its special tokens, as the model is to write it."""
+    opened = opened_in(prompt)
+    closed = opened.replace("<", "</")
+    if not opened or (closed in said and opened not in said):
+        return ""
+    does = f"opens {opened} again" if opened in said else f"has no {closed}"
+    return (
+        f"The prompt of row {prompt.index} ends inside {opened}, and its answer {does}: so it is taught. Give what is "
+        "said in there as the chat template reads it (`reasoning_content`, say); or begin a text with it, without "
+        f"{opened} and with {closed}."
+    )
+
+
 def opened_in(prompt: Prompt) -> str:
     """The tag that is open where the prompt ends, so that the completion begins inside of it: "<think>", which the chat
     template, or the beginning of an answer, opened. Empty if none is.

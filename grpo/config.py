@@ -102,7 +102,8 @@ class ModelConfig(Part):
     """A LoRA adapter in PEFT's format that the run begins from, with its rank and alpha: a folder, a run or one of its
     checkpoints, or a name on the hub. Empty: one that is nothing at first."""
     reference: Literal["base", "start"] = "base"
-    """What the KL divergence is from: the base model alone, or with the adapter that the run began from (start)."""
+    """What the KL divergence, and a margin of dpo, is from: the base model alone, or with the adapter that the run
+    began from (start), which is the default of dpo where there is one."""
     recompute: Literal["auto", "none", "layer", "offload"] = "auto"
     """Activations of the backward pass: keep all (none), recompute each layer (layer), its input in the host's memory
     meanwhile (offload). auto: on a GPU what fits, layer by layer; on a CPU none."""

@@ -4,11 +4,13 @@ models.
 asked_in(row), answer_in(row)       of a row with an answer, for SFT
 asked_of_pair(row), side_in(...)    of a row with a better and a worse answer, for DPO
 tools_in(row)                       the tools that either shows
+joined(rows)                        rows that are single messages of trees, as chats
 
 A form is read where its columns have one meaning, and as its authors mean it:
 
     messages, conversations, conversation   chats of {role, content}, or of {from, value} as ShareGPT has them; texts in
                                             turn, the user's first, as LIMA has them
+    text                                    a whole chat that begins with "### Human: ", as openassistant-guanaco has it
     prompt, completion                      texts or chats, as TRL has them
     instruction, input, output              Alpaca's; Dolly's with context and response; history and system beside them
     chosen, rejected                        texts, chats with the prompt or without, or one message each; asked by
@@ -20,8 +22,10 @@ Whatever has two meanings is refused with the column, as any other fault of a ro
 from __future__ import annotations
 
 import json
+import math
 import re
 import reprlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
@@ -38,15 +42,15 @@ CONTEXTS = ("input", "context")  # of an instruction
 QUESTIONS = ("question", "instruction", "query", "input", "user_prompt", "problem")  # of pairs that do not repeat it
 CALL = "function_call"  # the assistant's, with the call as JSON in its text
 ROLES = {
-    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bing", CALL), "assistant"),
     "system": "system",
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 # Columns of forms that are not read: what they hold, and what is to be done about it.
 FOREIGN = {
-    ("message_id", "parent_id", "text"): "single messages of a tree, as OpenAssistant's have it: join each answer with "
-    "the messages that lead to it",
+    ("message_id", "parent_id", "text"): "single messages of a tree, as OpenAssistant's have it: `joined` of "
+    "grpo.conversations makes chats of such rows",
     ("prompt", "completion", "label"): "answers with a thumb up or down, as KTO's have it",
     ("text",): "whole conversations in one text, it seems: say where the answer begins",
     ("chat",): "whole conversations in one text, it seems: say where the answer begins",
@@ -54,6 +58,7 @@ FOREIGN = {
 _SHOWN = re.compile(
     r"\s*(array\()?\[\{\s*['\"](role|from|content|value|weight|name)['\"]\s*:"
 )  # messages, written as text
+_SPEAKER = re.compile(r"\s*### (Human|Assistant):")
 BRING = "`rows` of a task file brings any form, in three lines (docs/sft.md, Other forms)."
 
 
@@ -78,6 +83,19 @@ def messages_of(value: Any, column: str) -> list[Message]:
 def _in_turn(texts: list[str]) -> list[Message]:
     """What the user and the assistant say in turn."""
     return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+def _in_text(text: str) -> list[Message]:
+    """A chat in one text, which begins with "### Human: ".
+
+    Raises:
+        UserError: nobody knows who speaks, because a speaker follows himself.
+    """
+    _, *parts = _SPEAKER.split(text)
+    speakers, said = parts[::2], parts[1::2]
+    if speakers != [("Human", "Assistant")[place % 2] for place in range(len(speakers))]:
+        raise UserError(f"`text` has not `### Human:` and `### Assistant:` in turn, but {', '.join(speakers)}. {BRING}")
+    return _in_turn([each.strip() for each in said])
 
 
 def _json(text: Any) -> Any:
@@ -178,9 +196,16 @@ def _chat_in(row: Row) -> list[Message] | None:
         UserError: it has two that differ.
     """
     found = {name: messages_of(row[name], name) for name in CHATS if row.get(name) is not None}
+    if not found and _is_chat_in_text(row):
+        found = {"text": _in_text(row["text"])}
     if len(found) > 1 and any(chat != next(iter(found.values())) for chat in found.values()):
         raise UserError(f"{' and '.join(f'`{name}`' for name in found)} are different conversations. Leave one out")
     return _with_system(row, next(iter(found.values()))) if found else None
+
+
+def _is_chat_in_text(row: Row) -> bool:
+    """Whether the column `text` is a whole chat."""
+    return isinstance(row.get("text"), str) and row["text"].lstrip().startswith("### Human:")
 
 
 def _with_system(row: Row, messages: list[Message]) -> list[Message]:
@@ -250,6 +275,36 @@ def _is_written(value: Any) -> bool:
     return isinstance(value, str) and bool(_SHOWN.match(value))
 
 
+# ---- trees of messages
+
+_OF_TREES = {"message_id", "parent_id", "role", "text"}
+
+
+def joined(rows: Sequence[Row]) -> Sequence[Row]:
+    """Rows that are single messages of trees, as OpenAssistant's, as chats: of each tree the path of the replies that
+    are ranked best, up to its last answer, as those of openassistant-guanaco were chosen. Other rows as they are."""
+    first = next(iter(rows), None)
+    if not (isinstance(first, dict) and first.keys() >= _OF_TREES):
+        return rows
+    replies: dict[Any, list[Row]] = {}
+    for row in rows:
+        if not row.get("deleted"):
+            replies.setdefault(row.get("parent_id") or None, []).append(row)
+    paths = [_best_path(root, replies) for root in replies.pop(None, [])]
+    return [{"messages": [{"from": row["role"], "value": row["text"]} for row in path]} for path in paths if path]
+
+
+def _best_path(root: Row, replies: dict[Any, list[Row]]) -> list[Row]:
+    """From the first message of a tree on the reply of the lowest rank, or where none has one the first; up to the last
+    that is the assistant's. Takes the replies away, so that a circle ends."""
+    path = [root]
+    while following := replies.pop(path[-1]["message_id"], []):
+        path.append(min(following, key=lambda row: math.inf if row.get("rank") in (None, "") else float(row["rank"])))
+    while path and path[-1]["role"] != "assistant":
+        path.pop()
+    return path
+
+
 # ---- a row with an answer
 
 
@@ -290,7 +345,8 @@ def answer_in(row: Row) -> Any:
 
 def is_whole(row: Row) -> bool:
     """Whether `answer_in` gives a conversation from its beginning on."""
-    return row.get("completion") is None and any(row.get(name) is not None for name in CHATS)
+    is_chat = any(row.get(name) is not None for name in CHATS) or _is_chat_in_text(row)
+    return row.get("completion") is None and is_chat
 
 
 def _answer_of_instruction(row: Row) -> str:
@@ -300,9 +356,10 @@ def _answer_of_instruction(row: Row) -> str:
 
 
 def _check_good(row: Row) -> None:
-    if row.get("label") is False:
+    if "label" in row and str(row["label"]).lower() in ("false", "0", "0.0"):  # as CSV and tables of numbers have it
         raise UserError(
-            "`label` is False, which says of the answer that it is a bad one, as KTO's data sets do. Leave it out"
+            f"`label` is {row['label']}, which says of the answer that it is a bad one, as KTO's data sets do. Leave "
+            "it out"
         )
 
 

@@ -167,7 +167,8 @@ def score_lines(scores: dict[str, float]) -> Iterator[str]:
         if f"{name}/low" in scores:
             low, high = scores[f"{name}/low"], scores[f"{name}/high"]
             form = format_of(name)
-            yield f"{name.removeprefix('eval/')} {value:{form}} (95% interval {low:{form}} to {high:{form}})"
+            interval = "" if math.isnan(low) else f" (95% interval {low:{form}} to {high:{form}})"
+            yield f"{name.removeprefix('eval/')} {value:{form}}{interval}"
 
 
 def comparison(before: dict[str, float], after: dict[str, float]) -> str:
@@ -176,11 +177,14 @@ def comparison(before: dict[str, float], after: dict[str, float]) -> str:
     form = format_of(name)
     if f"{name}/low" not in before:  # the task's `solved` was changed on the way
         return f"held-out {name.removeprefix('eval/')}: {after[name]:{form}} after; before, something else was measured"
-    first, last = (f"{s[name]:{form}} [{s[f'{name}/low']:{form}}, {s[f'{name}/high']:{form}}]" for s in (before, after))
+    ends = [(s[f"{name}/low"], s[f"{name}/high"]) for s in (before, after)]
+    told = ["" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]" for low, high in ends]
+    first, last = f"{before[name]:{form}}{told[0]}", f"{after[name]:{form}}{told[1]}"
     gain = after[name] - before[name]
     gained = f"{100 * gain:+.1f} points" if is_share(name) else f"{gain:+.3f}"
-    apart = after[f"{name}/low"] > before[f"{name}/high"] or after[f"{name}/high"] < before[f"{name}/low"]
+    apart = ends[1][0] > ends[0][1] or ends[1][1] < ends[0][0]
     verdict = "the 95% intervals are apart" if apart else "the 95% intervals overlap"
+    verdict = verdict if all(told) else "one alone has no interval"
     return f"held-out {name.removeprefix('eval/')}: {first} before, {last} after: {gained}; {verdict}"
 
 

@@ -39,6 +39,7 @@ from grpo.types import Completion, Group, Message, Prompt, Span
 
 NAMED = 4  # rows that cannot be taught, in a sentence
 ROWS_BETWEEN_NOTES = 50_000
+FRONTS = ("", "\n", "a", ".")  # what stands in front of a text that is to have the tokens of one that follows another
 SAID = ("content", "reasoning_content", "reasoning", "thinking")  # the fields of a message that templates read
 
 Answer = str | list[Message]  # what comes behind a prompt
@@ -93,7 +94,8 @@ class Teacher:
         start = spans[0].start
         others = tuple(Span(a.end - start, b.start - start) for a, b in pairwise(spans) if a.end < b.start)
         if taught[0] != len(prompt.messages):
-            prompt = replace(prompt, tokens=tokens[:start], messages=messages[: taught[0]])
+            begun = tokens[:start]
+            prompt = replace(prompt, tokens=begun, text=self._text(begun), messages=messages[: taught[0]])
         return prompt, self._completion(tokens[start : spans[-1].end], others)
 
     def _check_ends(self, prompt: Prompt, said: str) -> None:
@@ -116,12 +118,37 @@ class Teacher:
         return Completion(tokens, [0.0] * len(tokens), text, "stop", policy_version=0, others=others)
 
     def _tokens_after(self, prompt: Prompt, text: str) -> list[int]:
-        """The tokens of a text that follows a prompt, whose own tokens stay as they are: so they come in a rollout."""
+        """The tokens of a text that follows a prompt, whose own tokens stay as they are: so they come in a rollout.
+
+        Raises:
+            UserError: there are none that read as the text does.
+        """
         is_chat = prompt.messages is not None
-        whole = [] if self.asker.makes_tokens(is_chat) else self.asker.tokens_of([prompt.text + text], is_chat)[0]
-        if whole[: len(prompt.tokens)] == prompt.tokens:
+        if self.asker.makes_tokens(is_chat):
+            return self.asker.tokens_of([text], chat=True)[0]
+        [whole] = self.asker.tokens_of([prompt.text + text], is_chat)
+        if begins_with(whole, prompt.tokens):
             return whole[len(prompt.tokens) :]
-        return self.asker.tokens_of([text], chat=True)[0]
+        return self._apart(prompt, prompt.tokens, [text], whole)[0]
+
+    def _apart(self, prompt: Prompt, begun: list[int], texts: list[str], whole: list[int]) -> list[list[int]]:
+        """The tokens of texts that follow these tokens, each by itself, which together read as `whole` does. Some
+        tokenizers put a blank in front of any text: they are shown it behind another, whose tokens are left out.
+
+        Raises:
+            UserError: there are none.
+        """
+        for front in FRONTS:
+            [ahead] = self.asker.tokens_of([front], chat=True)
+            parts = self.asker.tokens_of([front + text for text in texts], chat=True)
+            behind = [part[len(ahead) :] for part in parts if begins_with(part, ahead)]
+            joined = [*begun, *(token for part in behind for token in part)]
+            if len(behind) == len(texts) and self._text(joined) == self._text(whole):
+                return behind
+        raise UserError(
+            f"The tokenizer cannot cut the text of row {prompt.index} where an answer begins or ends: its parts have "
+            "other tokens than the whole. Let the prompt end, and the answer begin, with a whole word."
+        )
 
     def _rendered(self, prompt: Prompt, messages: list[Message], taught: list[int]) -> tuple[list[int], list[Span]]:
         """The tokens of a conversation, and where in them the messages stand that are taught.
@@ -136,7 +163,8 @@ class Teacher:
         for i in taught:
             is_last = i == len(messages) - 1
             before = render(prompt.index, messages[:i], given) if i else whole[:0]
-            behind = whole if is_last else render(prompt.index, messages[: i + 1], given, closed=True)
+            closed = whole if is_last else render(prompt.index, messages[: i + 1], given, closed=True)
+            behind = whole if is_last else self._up_to_end(closed, len(before))
             if not (begins_with(whole, before) and begins_with(whole, behind) and len(before) <= len(behind)):
                 raise UserError(self._rewritten(prompt, i))
             written = whole[len(before) : len(behind)]
@@ -148,9 +176,22 @@ class Teacher:
         tokens, places = self._cut(prompt, whole, edges)
         return self._ended(tokens, [Span(*pair) for pair in zip(places[::2], places[1::2], strict=True)])
 
+    def _up_to_end(self, closed: Rendered, start: int) -> Rendered:
+        """A conversation up to where the turn ends that begins at `start`: behind the last one of all some templates
+        write another end."""
+        if not isinstance(closed, str):
+            return closed
+        ends = [closed.index(end, start) + len(end) for end in self.ends if end in closed[start:]]
+        return closed[: min(ends, default=len(closed))]
+
     def _ended(self, tokens: list[int], spans: list[Span]) -> tuple[list[int], list[Span]]:
-        """Each message ends with the first token that ends a turn; the last one has one in any case."""
-        ended = [Span(a, next((i + 1 for i in range(a, b) if tokens[i] in self.stop), b)) for a, b in spans]
+        """Each message ends with the first token that ends a turn, which may be what the next turn begins with; the
+        last one has one in any case."""
+        are_ends = [token in self.stop for token in tokens]
+        ended = [
+            Span(start, are_ends.index(True, start) + 1 if any(are_ends[start : end + 1]) else end)
+            for start, end in spans
+        ]
         last = ended[-1]
         if tokens[last.end - 1] not in self.stop:
             tokens = [*tokens[: last.end], self.end]
@@ -167,16 +208,10 @@ class Teacher:
         if all(tokens[: len(each)] == each for each in beginnings):
             return tokens, [len(each) for each in beginnings]
         # A token stands across an edge: the parts are tokens by themselves.
-        texts = [whole[a:b] for a, b in pairwise([0, *edges, len(whole)])]
-        parts = self.asker.tokens_of(texts, chat=True)
-        joined = [token for part in parts for token in part]
-        if self._text(joined) != self._text(tokens):
-            raise UserError(
-                f"The tokenizer cannot cut the conversation of row {prompt.index} where an answer begins or ends: its "
-                "parts have other tokens than the whole. Give prompt and answer as texts."
-            )
+        texts = [whole[a:b] for a, b in pairwise([*edges, len(whole)])]
+        parts = [beginnings[0], *self._apart(prompt, beginnings[0], texts, tokens)]
         places = [sum(map(len, parts[: i + 1])) for i in range(len(edges))]
-        return joined, places
+        return [token for part in parts for token in part], places
 
     def _text(self, tokens: list[int]) -> str:
         return self.asker.tokenizer.decode(tokens, skip_special_tokens=False)

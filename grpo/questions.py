@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from grpo.cautions import cautions
+from grpo.cautions import caution_of_answer, cautions
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.lessons import Lessons, build_lessons, build_teacher
@@ -139,6 +139,8 @@ def with_lessons(questions: Questions, asker: Asker, config: Config, note: Note)
     ]
     lessons, held_out = made
     what = "pairs" if config.method == "dpo" else "answers"
+    for told in _told_of_lessons(lessons, what, config):
+        note(f"note: {told}")
     note(
         f"{len(lessons):,} {what} to learn from and {len(held_out):,} held out, with their prompts of at most "
         f"{max(lessons.longest, held_out.longest):,} tokens; {lessons.num_tokens:,} tokens are taught in an epoch."
@@ -157,6 +159,18 @@ def _told_of_texts(prompt: Prompt, asker: Asker, config: Config) -> Iterator[str
         yield (
             f"what both texts of a pair begin with, such as {prompt.text[-60:]!r}: no column `prompt` says what was "
             "asked. --columns prompt=NAME says it."
+        )
+
+
+def _told_of_lessons(lessons: Lessons, what: str, config: Config) -> Iterator[str]:
+    """What may not be expected of lessons."""
+    decode = lessons.teacher.asker.tokenizer.decode
+    first = (caution_of_answer(group.prompt, decode(group.completions[0].tokens)) for group in lessons[:PREFLIGHT_ROWS])
+    yield from [told for told in first if told][:1]
+    if len(lessons) < config.prompts_per_step:
+        yield (
+            f"a step has {config.prompts_per_step:,} {what} and there are {len(lessons):,}: some come more than once "
+            f"in it. --prompts-per-step {len(lessons)} takes each once."
         )
 
 

@@ -79,6 +79,8 @@ def resolve_given(
     data = whole_path(flags["data"]) if flags.get("data") else ""  # now: a task file may go to another folder
     options = _settled(options, flags)
     saved = saved_run(options.resume or options.eval)
+    if method in OF_ROWS and "data" in flags and options.eval and not (saved or given or options.task):
+        options = dataclasses.replace(options, task=task_file(OF_ROWS[method]))  # a model, asked these rows
     if options.resume and not saved:
         raise UserError(_no_run(options.resume))
     task, task_path = (given, "") if given else _task(options, saved)

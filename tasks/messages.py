@@ -5,12 +5,12 @@ forms of grpo/conversations.py; and `tools` and `chat_template_kwargs` where the
 """
 
 from grpo import Config, Task
-from grpo.conversations import asked_in, tools_in
+from grpo.conversations import asked_in, joined, tools_in
 from grpo.data import read_rows
 
 
 def rows(split, data):
-    return read_rows(data, split)
+    return joined(read_rows(data, split))
 
 
 task = Task(

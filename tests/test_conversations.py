@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from grpo.conversations import answer_in, asked_in, asked_of_pair, messages_of, side_in, tools_in
+from grpo.conversations import answer_in, asked_in, asked_of_pair, joined, messages_of, side_in, tools_in
 from grpo.errors import UserError
 
 SYSTEM, USER, SAID, AGAIN, LAST, WORSE = (
@@ -52,6 +52,7 @@ OPEN_HERMES = {"conversations": shared(*CHAT), "source": "airoboros", "system_pr
         ({"conversations": shared(*CHAT[1:]), "system": "Be brief.", "tools": ""}, CHAT),  # LLaMA-Factory
         ({"conversations": shared(*CHAT), "system": "Be long."}, CHAT),  # its own, as LLaMA-Factory takes it
         ({"messages": json.dumps(CHAT)}, CHAT),  # of a CSV
+        ({"text": "### Human: 1 + 1?### Assistant: 2### Human: 2 + 2?\n### Assistant: 4"}, CHAT[1:]),  # guanaco
         ({"messages": [USER | {"content": [{"type": "text", "text": "1 + 1?"}]}, SAID]}, [USER, SAID]),
     ],
 )
@@ -82,6 +83,27 @@ def test_a_conversation_is_read_in_all_its_forms(row, chat):
 )
 def test_an_instruction_is_asked_with_all_that_belongs_to_it(row, asked):
     assert asked_in(row) == asked and answer_in(row) == "2"
+
+
+def test_of_a_tree_of_messages_the_best_ranked_path_is_a_chat():
+    """As OpenAssistant's rows: in any order, ranked or not, with a last message of the user's that nobody answered."""
+    said = [
+        ("e", "d", "prompter", "Thanks.", None, False),
+        ("b", "a", "assistant", "3", 1.0, False),
+        ("a", None, "prompter", "1 + 1?", None, False),
+        ("x", "a", "assistant", "1", 0.0, True),
+        ("c", "a", "assistant", "2", 0.0, False),
+        ("k", "c", "prompter", "2 + 2?", None, False),
+        ("f", "b", "prompter", "No.", None, False),
+        ("d", "k", "assistant", "4", None, False),
+        ("lonely", None, "prompter", "Hello?", None, False),
+        ("loop", "loop", "assistant", "Again", None, False),
+    ]
+    names = ("message_id", "parent_id", "role", "text", "rank", "deleted")
+    [chat] = joined([dict(zip(names, each, strict=True)) for each in said])
+    assert asked_in(chat) == [USER, SAID, AGAIN] and answer_in(chat) == CHAT[1:]
+    rows = [{"prompt": "1 + 1?", "completion": "2"}]
+    assert joined(rows) is rows and joined([]) == []
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
@@ -149,7 +171,9 @@ def test_a_role_of_the_models_own_template_stays():
         ({"conversations": None}, "these have nothing"),
         ({"prompt": "a", "completion": "b", "label": False}, "`label` is False.*KTO"),
         ({"message_id": "1", "parent_id": None, "text": "x", "role": "prompter"}, "messages of a tree.*OpenAssistant"),
-        ({"text": "### Human: x### Assistant: y"}, "whole conversations in one text.*`rows` of a task file"),
+        *(({"prompt": "a", "completion": "b", "label": bad}, "`label` is .*KTO") for bad in (0, "False", 0.0)),
+        ({"text": "### Human: x### Human: y"}, "in turn, but Human, Human.*`rows` of a task file"),
+        ({"text": "Human: x Assistant: y"}, "whole conversations in one text.*`rows` of a task file"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_column(row, told):

@@ -87,7 +87,9 @@ def test_without_right_answers_the_score_is_the_mean_reward():
 def test_one_prompt_has_no_interval():
     scores = measure_reward(scored([1.0, 2.0]))
     assert scores["eval/reward"] == 1.5 and math.isnan(scores["eval/reward/low"])
-    assert "overlap" in comparison(scores, scores)
+    assert list(score_lines(scores)) == ["reward 1.500"]
+    told = comparison(scores, scores)
+    assert told == "held-out reward: 1.500 before, 1.500 after: +0.000; one alone has no interval"
 
 
 def test_scores_that_cannot_be_compared_are_not():

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 from test_templates import CHAT, STYLES, asked, asker_of
+from tokenizers.normalizers import Prepend, Replace
 
 from grpo import Config
+from grpo.cautions import caution_of_answer
 from grpo.errors import UserError
 from grpo.lessons import Lessons, build_lessons, build_teacher
 from grpo.pairs import common_prompt
@@ -102,11 +104,36 @@ def test_messages_are_taught_as_the_template_closes_them(style):
         assert rendered[: len(tokens)] == tokens
 
 
+# As in GLM-4, whose assistant is ended by what the next turn begins with; as in Phi-3, where the whole has another end.
+OPEN = """{%- for m in messages %}{{ '<|User|>' if m.role == 'user' else '<|Assistant|>' }}
+{{ m.content }}{% endfor -%}
+{%- if add_generation_prompt %}<|Assistant|>
+{% endif %}"""
+ENDED_TWICE = MARKED + "{%- if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("style", "template", "end"),
+    [("deepseek", OPEN, "<|User|>"), ("llama3", ENDED_TWICE.replace("im_end", "eot_id"), "<|eot_id|>")],
+)
+def test_every_turn_is_taught_to_end_as_its_template_ends_it(style, template, end):
+    asker = asker_of(style, gold=None, rewards={}, solved=None)
+    asker.tokenizer.chat_template = template
+    own = end_of_turn(asker.tokenizer)
+    teacher = build_teacher(
+        asker, Config(method="sft", train_on="assistant"), stop_tokens(None, asker.tokenizer, 5000), own, 400
+    )
+    [completion] = lesson(teacher, {"messages": [*CHAT[1:], ASSISTANT, AGAIN, FOUR], "prompt": CHAT[1:]}).completions
+    [(start, stop)] = completion.others
+    taught = [shown(teacher, completion.tokens[:start]), shown(teacher, completion.tokens[stop:])]
+    assert taught == [f"It is 2.{end}", f"That is\nfour, 4.{end}"]
+
+
 def test_the_turns_of_others_are_read_and_not_taught():
     teacher = teacher_of(template=MARKED, train_on="assistant")
     messages = [*CHAT, ASSISTANT, AGAIN, FOUR]
     group = lesson(teacher, {"prompt": messages[:-1], "messages": messages})
-    assert group.prompt.messages == CHAT
+    assert group.prompt.messages == CHAT and group.prompt.text == shown(teacher, group.prompt.tokens)
     [completion] = group.completions
     [(start, end)] = completion.others
     assert shown(teacher, completion.tokens[:start]) == "It is 2.<|im_end|>"
@@ -186,6 +213,19 @@ def test_a_prompt_that_is_a_text():
     assert shown(teacher, again.tokens) == "22<|im_end|>"  # it says what it says
 
 
+def test_no_blank_is_taught_that_a_tokenizer_puts_in_front_of_a_text():
+    """As those made by SentencePiece do. It shows where the last token of a prompt and the first of an answer merge."""
+    teacher = teacher_of("qwen3")
+    tokenizer = teacher.asker.tokenizer._tokenizer
+    tokenizer.normalizer = Prepend(" ")
+    for prompt, completion in (("1 + 1 = ", "2"), ("Sum:\n", "\n2")):
+        group = lesson(teacher, {"prompt": prompt, "completion": completion})
+        assert shown(teacher, mask_of(group)[0]) == f"<s> {prompt}{completion}<|im_end|>"
+    tokenizer.normalizer = Replace("= 2", "is it")  # which no tokens of parts can say
+    with pytest.raises(UserError, match="cannot cut the text of row 0"):
+        lesson(teacher, {"prompt": "1 + 1 = ", "completion": "2"})
+
+
 @pytest.mark.parametrize(
     ("style", "train_on", "messages", "told"),
     [
@@ -242,6 +282,16 @@ def test_rows_that_cannot_be_taught_are_counted_named_and_left_out():
     with pytest.raises(UserError, match="No row of data is left"):
         build_lessons(teacher, prompts[2:3], "data", True, print)
     assert isinstance(lessons, Lessons) and len(lessons[1:]) == 2
+
+
+def test_an_answer_inside_of_a_tag_that_its_prompt_opens_is_told():
+    teacher = teacher_of("deepseek")  # whose prompts end with <think>
+    told = []
+    for said in ("Two, I think.</think>2", "2", "<think>Two.</think>2"):
+        group = lesson(teacher, {"completion": said})
+        told.append(caution_of_answer(group.prompt, shown(teacher, group.completions[0].tokens)))
+    assert told[0] == "" and "and its answer has no </think>" in told[1] and "opens <think> again" in told[2]
+    assert caution_of_answer(lesson(teacher_of("qwen3"), {"completion": "2"}).prompt, "2") == ""
 
 
 def pair(teacher, **row):

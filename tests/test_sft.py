@@ -9,6 +9,8 @@ from toy_task import SMALL, TASK
 
 from grpo import dpo, sft
 from grpo.checkpoint import read_state
+from grpo.embedded import MODEL_DIR
+from grpo.resolve import resolve
 from grpo.run import main
 
 FLAGS = [flag for flag in SMALL if flag != "--no-mask-truncated"]
@@ -181,9 +183,19 @@ def test_a_run_keeps_what_it_learns_from(of_gold, trained, capsys):
 def test_a_run_is_scored_as_it_was(of_gold, of_pairs, capsys):
     assert main(["--eval", str(of_gold)]) == 0
     assert "pass@1" in capsys.readouterr().out
+    page = (of_pairs / "report.html").read_text()
+    assert "Held-out accuracy" in page and "tokens of an answer" in page
+    for of_rollouts in ("Suspects", "sampler gap", "rewards disagree", "mean reward", "policy/entropy", "best paid"):
+        assert of_rollouts not in page
     assert main(["--eval", str(of_pairs)]) == 0
     out = capsys.readouterr().out
     assert "accuracy 100.0%" in out and "2 held-out pairs" in out
+
+
+def test_a_model_is_scored_on_rows_without_a_task_file(pairs):
+    """As it is taught: a merged export, say."""
+    _, resolved = resolve(["--eval", str(MODEL_DIR), "--data", pairs], method="dpo")
+    assert resolved.task.name == "pairs" and resolved.config.model == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +229,9 @@ def test_rows_that_cannot_be_taught_are_told_by_check_too(folder, messages, caps
     assert sft.main(["--data", bad, *OF_ROWS, "--check"]) == 2
     told = capsys.readouterr().err
     assert "cannot be taught" in told and "row 6" in told and "--skip-bad-rows" in told
-    assert sft.main(["--data", messages, *OF_ROWS, "--check"]) == 0
+    assert sft.main(["--data", messages, *OF_ROWS, "--prompts-per-step", "8", "--check"]) == 0
     out = capsys.readouterr().out
+    assert "note: a step has 8 answers and there are 7: some come more than once" in out
     assert "7 answers to learn from and 2 held out" in out and "what is taught behind the first" in out
 
 

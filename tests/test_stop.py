@@ -28,6 +28,7 @@ def tokenizer_with(template, eos="<|endoftext|>", special=("<|im_end|>", "<|im_e
     (CHATML, "<|im_end|>"),
     ("{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}\n <|eot_id|>{% endfor %}", "<|eot_id|>"),
     ("{% for m in messages %}{{ m.content }}<|im_end|>more{% endfor %}", "<|im_end|>more"),
+    ("{% for m in messages %}{{ '<|im_end|>' if m.role == 'user' }}\n{{ m.content }}{% endfor %}", "<|im_end|>"),
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}\nEND\n{% endfor %}<|im_end|>", None),
     ("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", None),
     ("{{ messages[0].content }}<|im_end|>", None),

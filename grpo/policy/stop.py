@@ -42,8 +42,15 @@ def stop_tokens(configured: Any, tokenizer: Any, vocabulary: int) -> list[int]:
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
-    """The special token that the chat template puts right behind an assistant's message, if there is one."""
-    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": MARKER}]
+    """The special token that the chat template puts right behind an assistant's message, if there is one; else the one
+    that the user's next message begins with, which is how models such as GLM-4 end theirs."""
+    asked, said = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": MARKER}
+    own = _behind_marker(tokenizer, [asked, said])
+    return _behind_marker(tokenizer, [asked, said, asked]) if own is None else own
+
+
+def _behind_marker(tokenizer: Any, conversation: list[dict[str, str]]) -> int | None:
+    """The special token right behind what the assistant says in a conversation; None if there is none."""
     try:
         text = tokenizer.apply_chat_template(conversation, tokenize=False)
         special = {str(token): number for number, token in tokenizer.added_tokens_decoder.items()}

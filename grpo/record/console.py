@@ -304,9 +304,9 @@ def _right(text: str, width: int) -> str:
 def _score_in_words(name: str, scores: Mapping[str, float]) -> str:
     low, high = scores.get(f"{name}/low"), scores.get(f"{name}/high")
     form, unit = ("{:.1f}", 100) if is_share(name) else ("{:.3f}", 1)
-    score, *ends = (form.format(unit * value) for value in (scores[name], low, high) if value is not None)
-    interval = f" (95%: {ends[0]} to {ends[1]})" if len(ends) == 2 else ""
-    return f"{name.removeprefix('eval/')} {score}{'%' * is_share(name)}{interval}"
+    score, *ends = (math.nan if value is None else unit * value for value in (scores[name], low, high))
+    interval = "" if math.isnan(ends[0]) else f" (95%: {form.format(ends[0])} to {form.format(ends[1])})"
+    return f"{name.removeprefix('eval/')} {form.format(score)}{'%' * is_share(name)}{interval}"
 
 
 def _width() -> int:

@@ -181,12 +181,15 @@ class Finding:
     remedy: str
 
 
+OF_ROLLOUTS = ("policy/entropy", "groups/trained")  # whose range, and the remedy outside of it, is of what is sampled
+
+
 def health(reading: Reading) -> list[Finding]:
     """Of each metric that has a range and that the run has, the worst first."""
     findings = []
     for metric in METRICS:
         points = sorted((s, v) for s, v in reading.metrics.get(metric.name, {}).items() if math.isfinite(v))
-        if metric.health is None or not points:
+        if metric.health is None or not points or (reading.is_taught and metric.name in OF_ROLLOUTS):
             continue
         low, high = metric.health.low, metric.health.high
         outside = [step for step, value in points if not low <= value <= high]

@@ -182,6 +182,12 @@ class Reading:
         return sum(tail.unreadable for tail in self._tails.values())
 
     @property
+    def is_taught(self) -> bool:
+        """Whether the run learns from answers that somebody gave (SFT, DPO)."""
+        config = self.config.get("config")
+        return isinstance(config, dict) and config.get("method", "grpo") != "grpo"
+
+    @property
     def solved(self) -> tuple[str, float] | None:
         """(reward, its value from which an answer is right), as the last start has it."""
         solved = self.starts[-1]["solved"] if self.starts else None

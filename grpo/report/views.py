@@ -195,7 +195,7 @@ def facts(reading: Reading) -> list[tuple[str, str]]:
     seconds = sum(value for value in metrics.get("time/step", {}).values() if math.isfinite(value))
     peak = max((value for value in metrics.get("memory/peak_gib", {}).values() if math.isfinite(value)), default=None)
     card = reading.starts[-1]["memory_gib"] if reading.starts else math.nan
-    what = "tokens taught" if "lessons/epoch" in metrics else "tokens sampled"
+    what = "tokens taught" if reading.is_taught else "tokens sampled"
     found = [("time in steps", in_time(seconds)), (what, in_count(tokens))]
     if peak is not None:
         of_card = f" of {card:.0f}" if math.isfinite(card) else ""
@@ -239,7 +239,7 @@ def charts(reading: Reading) -> list[Chart]:
                 Line("right", right, 2, is_thin=True),
                 Line("wrong", wrong, 3, is_thin=True),
             ],
-            "tokens of a completion",
+            "tokens of an answer" if reading.is_taught else "tokens of a completion",
             zero=True,
         ),
         chart("Cut off", [Line("cut off", m.get("completion/truncated", {}), 0)], "share of completions", "%", True),
@@ -257,7 +257,7 @@ def charts(reading: Reading) -> list[Chart]:
 def _loss_chart(reading: Reading) -> Chart | None:
     """Of a run that is taught by given answers; that of GRPO's loss says nothing."""
     m = reading.metrics
-    if "lessons/epoch" not in m:
+    if not reading.is_taught:
         return None
     margin = [Line("margin", m["dpo/margin"], 1, is_thin=True)] if "dpo/margin" in m else []
     return chart("Loss", [Line("loss", m.get("policy/loss", {}), 0), *margin], "of a step")
@@ -290,7 +290,7 @@ def _step(index: int, reading: Reading, step: int, cut: Cutter, tokens: float) -
     for number_, answers in reading.of_step(step).items():
         views = []
         for answer in answers:
-            colored, left_out = tokens_of(answer, left)
+            colored, left_out = tokens_of(answer, left, is_sampled=not reading.is_taught)
             left -= len(colored)
             views.append(AnswerView(answer, cut(answer.text), colored, left_out))
         prompt = reading.prompt(answers[0].prompt)
@@ -303,8 +303,9 @@ def _step(index: int, reading: Reading, step: int, cut: Cutter, tokens: float) -
     return StepView(step, groups)
 
 
-def tokens_of(answer: Answer, most: int) -> tuple[list[Token], int]:
-    """The tokens of a completion that was traced, at most so many, and how many are left out."""
+def tokens_of(answer: Answer, most: int, is_sampled: bool) -> tuple[list[Token], int]:
+    """The tokens of a completion that was traced, at most so many, and how many are left out. is_sampled: by an engine,
+    from which the policy has a distance."""
     trace = answer.trace or {}
     columns = [trace.get(name) for name in ("texts", "weight", "gap", "entropy", "logprob")]
     if most <= 0 or not all(isinstance(column, list) for column in columns):
@@ -315,7 +316,8 @@ def tokens_of(answer: Answer, most: int) -> tuple[list[Token], int]:
         weight, gap, entropy, logprob = map(number, numbers)
         colours = f"w{_signed(weight)} g{_level(abs(gap), GAPS)} e{_level(entropy, ENTROPIES)}"
         p = math.exp(min(0.0, logprob)) if math.isfinite(logprob) else math.nan
-        said = f"weight {weight:+.2f}, gap {gap:.1g}, entropy {entropy:.2f}, p {p:.3f}"
+        between = f"gap {gap:.1g}, " if is_sampled else ""
+        said = f"weight {weight:+.2f}, {between}entropy {entropy:.2f}, p {p:.3f}"
         found.append(Token(text if isinstance(text, str) else "", colours, said))
     return found, max(0, answer.tokens - len(found))
 
@@ -368,7 +370,8 @@ def _held_out(reading: Reading, cut: Cutter) -> list[HeldOutView]:
         for step in spread:
             if several := reading.held_out[step].get(id):
                 answers.append((step, scores[step][id], several[0], cut(several[0].text)))
-        views.append(HeldOutView(cut(prompt["asked"]), cut(prompt["gold"]), prompt["row"], CHANGES[kind], answers))
+        change = "" if kind == "reward" and reading.is_taught else CHANGES[kind]  # each answer says what it is worth
+        views.append(HeldOutView(cut(prompt["asked"]), cut(prompt["gold"]), prompt["row"], change, answers))
     return views
 
 

@@ -20,22 +20,27 @@ HEAD, TAIL = 400, 150  # tokens that are shown of a long prompt
 
 
 def show_prompts(questions: Questions, ends: Sequence[int]) -> None:
-    """Print three prompts, and what ends a completion. ends: those tokens."""
+    """Print some prompts, and what ends a completion. ends: those tokens."""
     tokenizer = questions.tokenizer
     for which, prompt in three(questions):
         _print(Text(f"{which}, row {prompt.index}, as the model reads it: {len(prompt.tokens):,} tokens", style="bold"))
         _print(as_read(tokenizer, prompt.tokens))
         opened = opened_in(prompt)
         _print(Text(f"  the completion begins here{f', inside of {shown(opened)}' if opened else ''}", style="dim"))
-    for answer in questions.lessons[0].completions if questions.lessons else ():
-        _print(Text("what is taught behind the first of them; the words of others are dim", style="bold"))
+    answers = questions.lessons[0].completions if questions.lessons else []
+    for name, answer in zip(("chosen", "rejected") if len(answers) > 1 else ("taught",), answers, strict=False):
+        _print(Text(f"what is {name} behind the first of them; the words of others are dim", style="bold"))
         _print(as_taught(tokenizer, answer))
     told = (f"{shown(piece)} ({token})" for token, piece in zip(ends, pieces(tokenizer, ends), strict=True))
     _print(Text(f"tokens that end a completion: {', '.join(told)}"))
 
 
 def three(questions: Questions) -> list[tuple[str, Prompt]]:
-    """The first training prompt, the longest of the others that are at hand, and the first that is held out."""
+    """The first training prompt, the longest of the others that are at hand, and the first that is held out; where
+    answers are taught, what the first of them follow."""
+    if questions.lessons and questions.held_out:
+        splits = (("training", questions.lessons), ("held-out", questions.held_out))
+        return [(f"the first {split} prompt", lessons[0].prompt) for split, lessons in splits]
     first, *others = questions.train[:MADE_AT_ONCE]
     longest = sorted(others, key=lambda prompt: len(prompt.tokens))[-1:]
     which = f"of {MADE_AT_ONCE:,} the longest" if len(questions.train) > MADE_AT_ONCE else "the longest"
