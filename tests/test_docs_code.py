@@ -49,7 +49,8 @@ def is_slow(block: re.Match) -> bool:
 def made_short(code: str, run: Path) -> str:
     """A block about some run and model, of a small run and the tiny model."""
     code = re.sub(r"\bRUN\b|runs/gsm8k-\d+-\d+", str(run), code)
-    code = code.replace("MODEL", str(MODEL_DIR)).replace('grpo.train("gsm8k", ', 'grpo.train("gsm8k", eval_prompts=4, ')
+    small = "prompts_per_step=2, group_size=4, max_completion_tokens=32, eval_prompts=4"
+    code = code.replace("MODEL", str(MODEL_DIR)).replace('grpo.train("gsm8k", ', f'grpo.train("gsm8k", {small}, ')
     return re.sub(r"\bsteps=(\d+)00\b", r"steps=\1", code)
 
 
@@ -175,7 +176,8 @@ def test_a_command_that_does_not_exist_is_found():
 def test_the_quickstart_can_be_followed(tmp_path, monkeypatch):
     """Word for word, in an empty folder, as far as no GPU is needed; the run is made short. In this process:
     test_wheel.py has one for each command."""
-    short = ["--steps", "2", "--prompts-per-step", "2", "--eval-prompts", "4"]
+    short = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--eval-prompts", "4"]
+    short += ["--max-completion-tokens", "32"]
     before_the_gpu = text_of("docs/quickstart.md").partition("## With a GPU")[0]
     given = [words for block in BLOCK.finditer(before_the_gpu) for words in commands_in(block["code"])]
     ours = [words[1:] for words in given if words[:2] == ["python", "-m"]]
