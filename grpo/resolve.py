@@ -335,7 +335,8 @@ def _check_task_file(saved: Saved) -> None:
 
 def _of_task(task: Task) -> tuple[Config, dict[str, Origin]]:
     """The task's own configuration, and which of its values are the task's."""
-    named = [name for name in field_names() if getattr(task.config, name) != getattr(Config(), name)]
+    usual = Config()
+    named = [name for name in field_names() if getattr(task.config, name) != getattr(usual, name)]
     origin: Origin = "task"
     return task.config, dict.fromkeys(named, origin)
 

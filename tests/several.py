@@ -3,6 +3,7 @@
 They are forks of one process that has imported all that a run needs, and find the variables that torchrun sets.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -64,6 +65,7 @@ def signal_at(moment, number):
 
 
 def _run(folder, argv, variables):
+    gc.freeze()  # a collection would look at all that is imported, and copy each page of it that these processes share
     os.chdir(folder)
     log = os.open(f"rank-{variables['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)

@@ -6,11 +6,8 @@ Those of docs/rewards.md and docs/sandbox.md are run by test_docs_rewards.py.
 """
 
 import doctest
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +17,16 @@ from torch.distributed.run import get_args_parser
 
 from grpo import command, new
 from grpo.chat.__main__ import _parser as chat_line
+from grpo.chat.__main__ import main as chat
 from grpo.doctor.__main__ import JSON
+from grpo.doctor.__main__ import main as doctor
 from grpo.embedded import MODEL_DIR
 from grpo.export.__main__ import _parse as parse_export
+from grpo.export.__main__ import main as export
 from grpo.ray import command_line as ray_line
 from grpo.report.__main__ import command_line as report_line
 from grpo.rewards.__main__ import _parse as parse_rewards
+from grpo.run import main as run
 
 # Documents that others' test files run.
 ELSEWHERE = ("docs/rewards.md", "docs/sandbox.md")
@@ -48,7 +49,8 @@ def is_slow(block: re.Match) -> bool:
 def made_short(code: str, run: Path) -> str:
     """A block about some run and model, of a small run and the tiny model."""
     code = re.sub(r"\bRUN\b|runs/gsm8k-\d+-\d+", str(run), code)
-    code = code.replace("MODEL", str(MODEL_DIR)).replace('grpo.train("gsm8k", ', 'grpo.train("gsm8k", eval_prompts=4, ')
+    small = "prompts_per_step=2, group_size=4, max_completion_tokens=32, eval_prompts=4"
+    code = code.replace("MODEL", str(MODEL_DIR)).replace('grpo.train("gsm8k", ', f'grpo.train("gsm8k", {small}, ')
     return re.sub(r"\bsteps=(\d+)00\b", r"steps=\1", code)
 
 
@@ -101,6 +103,7 @@ COMMANDS = {
     "grpo.new": lambda words: new.command_line().parse_args(words),
     "grpo.doctor": lambda words: command.parse([word for word in words if word != JSON]),
 }
+MAINS = {"grpo.run": run, "grpo.doctor": doctor, "grpo.chat": chat, "grpo.export": export}
 LAUNCHERS = ("torchrun", "srun", "grpo.ray")
 # Programs of others, whose command lines are their own.
 OTHERS = {"pip", "pytest", "mkdocs", "ncu", "git", "source", "cd", "uvx", "vllm", "llama-cli", "ollama", "tensorboard"}
@@ -170,19 +173,18 @@ def test_a_command_that_does_not_exist_is_found():
 
 
 @pytest.mark.slow
-def test_the_quickstart_can_be_followed(tmp_path):
-    """Word for word, in an empty folder, as far as no GPU is needed; the run is made short."""
-    short = ["--steps", "2", "--prompts-per-step", "2", "--eval-prompts", "4"]
+def test_the_quickstart_can_be_followed(tmp_path, monkeypatch):
+    """Word for word, in an empty folder, as far as no GPU is needed; the run is made short. In this process:
+    test_wheel.py has one for each command."""
+    short = ["--steps", "2", "--prompts-per-step", "2", "--group-size", "4", "--eval-prompts", "4"]
+    short += ["--max-completion-tokens", "32"]
     before_the_gpu = text_of("docs/quickstart.md").partition("## With a GPU")[0]
     given = [words for block in BLOCK.finditer(before_the_gpu) for words in commands_in(block["code"])]
     ours = [words[1:] for words in given if words[:2] == ["python", "-m"]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    for words in ours:
-        more = short if "--run-dir" in words else []
-        done = subprocess.run(
-            [sys.executable, *words, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{shlex.join(words)}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    monkeypatch.chdir(tmp_path)
+    for _, name, *rest in ours:
+        more = short if "--run-dir" in rest else []
+        assert MAINS[name]([*rest, *more]) == 0, shlex.join([name, *rest])
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "my-adapter", "my-model"}
     assert (tmp_path / "runs" / "first" / "report.html").exists()
 

@@ -1,16 +1,17 @@
 """Whole runs with `--engine server` on a small server (fake_server.py), whose draws are those of the torch engine."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from fake_server import embedded_server
+from several import run_ranks
 from toy_task import SMALL, TASK
 
 from grpo.doctor.__main__ import main as doctor
 from grpo.run import main
+
+# A server samples each completion, and reads each token of its canary, by itself.
+SERVED = [*SMALL, "--max-completion-tokens", "4", "--eval-prompts", "2"]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def said(folder):
 
 @pytest.mark.slow
 def test_a_run_whose_server_dies_ends_saved_and_goes_on_with_another_one(toy, server, tmp_path, capsys):
-    flags = [toy, *SMALL, "--steps", "4", "--save-every", "1"]
+    flags = [toy, *SERVED, "--steps", "4", "--save-every", "1"]
     theirs, ours = tmp_path / "torch", tmp_path / "server"
     assert main([*flags, "--engine", "torch", "--run-dir", str(theirs)]) == 0
     steps = []
@@ -72,12 +73,11 @@ def test_two_processes_on_a_server_sample_what_one_does(server, tmp_path):
     """Each has an adapter of its own there, and takes it away."""
     task = tmp_path / "toy.py"
     task.write_text(TASK.format(rewards="{kinds: 1.0, says: 1.0}", extra=KINDS))
-    flags = [str(task), *SMALL, "--steps", "3"]
+    flags = [str(task), *SERVED, "--steps", "3"]
     assert main([*flags, "--engine", "torch", "--run-dir", str(tmp_path / "one")]) == 0
-    together = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "grpo.run", *flags]
-    together += ["--engine", "server", "--servers", server.url, "--run-dir", str(tmp_path / "two")]
-    done = subprocess.run(together, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    flags += ["--engine", "server", "--servers", server.url, "--run-dir", "two"]
+    codes, logs = run_ranks(2, tmp_path, flags, seconds=300)
+    assert codes == [0, 0], logs
     assert said(tmp_path / "two") == said(tmp_path / "one")
     assert len(set(server.loads)) == 2 * 4, "of each process an adapter before the first step, and one after each"
     assert not server.names()

@@ -160,7 +160,7 @@ _HELD_OUT = {
 def _draw_held_out(axes: Axes, curves: Points) -> None:
     main = next((name for name in HEADLINES if f"{name}/low" in curves), HEADLINES[0])
     names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name) or name == main)
-    axes.set_title(_HELD_OUT[main])
+    axes.set_title(_HELD_OUT[main], y=1.0)
     if is_share(main):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     styles = {main: (_MAIN, "-", 2.4)}
@@ -195,7 +195,7 @@ def _draw_length(axes: Axes, curves: Points) -> None:
 def _drawer(metric: str, title: str) -> Callable[[Axes, Points], None]:
     def draw(axes: Axes, curves: Points) -> None:
         _line(axes, curves, metric, _MAIN)
-        axes.set_title(title)
+        axes.set_title(title, y=1.0)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
         # A log-probability gap estimated from samples may be below 0; the others start at it.
