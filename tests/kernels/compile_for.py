@@ -193,9 +193,10 @@ def attention() -> None:
     assert layout.gathered is not None
     copies = zeros(len(layout.gathered.keys), 2, 128, requires_grad=False)
     sum_of_copies(copies, layout.gathered.copies, layout.gathered.copy_starts)
-    for E, softcap in ((64, None), (64, 50.0), (128, None), (256, 50.0)):  # a cap takes no shared memory
-        q, k = zeros(12, 4, E), zeros(12, 2, E)
-        backward(tiled_attention(q, k, k, layout, 1.0, 4, softcap))
+    for E in (64, 128, 256):
+        for softcap in (None, 50.0):
+            q, k = zeros(12, 4, E), zeros(12, 2, E)
+            backward(tiled_attention(q, k, k, layout, 1.0, 4, softcap))
     _merge(zeros(12, 4, 128), torch.zeros(4, 12), zeros(7, 4, 128), torch.zeros(4, 7), 5)
 
 
