@@ -57,6 +57,7 @@ class Progress:
 
     run: str = ""  # the id of the run, as config.json has it
     start: str = ""  # fingerprint of the adapter that the run began from
+    rows: dict[str, str] = field(default_factory=dict)  # fingerprints of those trained on and held out
     held_out: str = ""  # fingerprint of what the scores below are of: prompts, samples, measure
     step: int = 0  # steps done
     cursor: int = 0  # prompts handed out

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from grpo.files import Indexed, JsonLines
 from grpo.sources import HOLD_OUT, Source, choose_split, find_splits
 from grpo.task import Row, Task
 
-__all__ = ["Indexed", "JsonLines", "Rows", "read_rows"]
+__all__ = ["Indexed", "JsonLines", "Rows", "as_bytes", "read_rows"]
 
 # Rows beyond this many are taken for rows without an end. A list of as many short ones takes 4 GiB.
 MOST_ROWS = 10_000_000
 READ_AT_ONCE = 256  # rows
 LOOKED_AT = 100  # rows, of those whose columns are to be renamed
+
+_written = json.JSONEncoder(skipkeys=True, default=lambda value: type(value).__qualname__).encode
 
 
 def read_rows(data: str, split: str, name: str = "", **hub_arguments: Any) -> Sequence[Row]:
@@ -56,6 +59,18 @@ def read_rows(data: str, split: str, name: str = "", **hub_arguments: Any) -> Se
 
 
 # ---- columns
+
+
+def as_bytes(row: Mapping[Any, Any]) -> bytes:
+    """The same for rows with the same columns, in this process and in another. Of what is no text, number, list or
+    dictionary its class counts."""
+    pieces = []
+    for name in sorted(row, key=str):
+        try:
+            pieces.append(f"{name}\n{_written(row[name])}\n")
+        except (ValueError, RecursionError):  # it holds itself
+            pieces.append(f"{name}\n{type(row[name]).__qualname__}\n")
+    return "".join(pieces).encode(errors="backslashreplace")
 
 
 def _renamed(source: str, rows: Any, columns: Mapping[str, str]) -> Sequence[Row]:

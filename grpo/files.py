@@ -32,6 +32,14 @@ Bad = Callable[[str], object]  # is told of a row that is none, in a sentence
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+# First bytes -> what a file is, and the ending that says so; none of them begins a text.
+BINARY = {
+    b"\x1f\x8b": ("compressed by gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", ".zst"),
+    b"\xfd7zXZ\0": ("compressed by xz", ".xz"),
+    b"PK\x03\x04": ("a ZIP archive, or a sheet of Excel, which can be saved as CSV", ".zip"),
+    b"PAR1": ("Parquet", ".parquet"),
+}
 DELIMITERS = ",;\t|"
 ROWS_OF_DATA = ("data", "rows", "examples", "items", "records", "instances", "questions", "problems")
 IN_ONE_PIECE = 20_000  # rows of a CSV
@@ -67,6 +75,7 @@ def read_file(path: Path, bad: Bad | None = None) -> Any:
             f"({', '.join(COMPRESSED)})."
         )
     try:
+        _check_is_text(path)
         return read(path, bad)
     except UnicodeDecodeError as error:
         raise UserError(
@@ -75,6 +84,22 @@ def read_file(path: Path, bad: Bad | None = None) -> Any:
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError) as error:  # of a file that is damaged or not there
         raise UserError(f"{path} cannot be read: {in_words(error)}.") from error
+
+
+def _check_is_text(path: Path) -> None:
+    """What is text by its name is none where it begins with these bytes: no line of it is one.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if path.suffix.lower() in (*COMPRESSED, ".parquet", ".arrow"):
+        return
+    with path.open("rb") as file:
+        first = file.read(8)
+    for begins, (what, ending) in BINARY.items():
+        if first.startswith(begins):
+            name = f"{path.name}{ending}" if ending in COMPRESSED else f"{path.stem}{ending}"
+            raise UserError(f"{path} is no text, as its name says: it is {what}. If so, call it {name}.")
 
 
 def _likely_encoding(text: bytes) -> str:

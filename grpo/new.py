@@ -10,6 +10,7 @@ It looks at the rows, guesses which columns ask and answer and which reward fits
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from itertools import islice
@@ -167,7 +168,7 @@ def _told(found: Found, file: FilePath) -> list[str]:
     if found.held_out:
         prompts = "1 prompt is" if found.held_out == 1 else f"{found.held_out} prompts are"
         told.append(f"There is no test split: {prompts} held out.")
-    return [*told, f"Next: python -m grpo.run {file} --check"]
+    return [*told, f"Next: python -m grpo.run {shlex.quote(str(file))} --check"]
 
 
 if __name__ == "__main__":

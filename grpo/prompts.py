@@ -315,6 +315,9 @@ def build_prompts(
         asked = ((index, rows[index], survey.content(index, rows[index])) for index in some)
         return asker.prompts(asked, asker.longest_prompt)
 
+    largest = max(indices, key=survey.sizes.__getitem__)
+    if survey.sizes[largest] > asker.longest_prompt:  # before minutes are spent on others that may be as long
+        made([largest])
     if len(indices) <= MADE_AT_ONCE:
         prompts = made(indices)
         return prompts, max(len(prompt.tokens) for prompt in prompts)

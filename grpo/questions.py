@@ -48,6 +48,7 @@ class Questions:
     longest: int  # no prompt has more tokens
     max_completion_tokens: int
     left_out: list[str] = field(default_factory=list)  # rows that cannot be used, a sentence each
+    rows: str = ""  # the SHA-256 of those to train on
     move: Callable[[set[str]], object] = set.clear  # is told which rewards took too long: see rewards/staff.py
     lessons: Lessons | None = None  # what sft and dpo teach
     held_out: Lessons | None = None  # of the held-out prompts
@@ -99,7 +100,7 @@ def build_questions(
         told for rows in {id(each.rows): each.rows for each in (train, test)}.values() for told in rows.reading.bad
     ]
     most = config.max_completion_tokens
-    questions = Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, most, left_out)
+    questions = Questions(asker.tokenizer, train_prompts, test_prompts, rewards, longest, most, left_out, train.sha256)
     return questions if config.method == "grpo" else with_lessons(questions, asker, config, note)
 
 

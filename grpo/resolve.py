@@ -69,7 +69,7 @@ def resolve_given(
         UserError: they do not go together, or something that they name is not there.
     """
     method = _method(method, options, flags)
-    if method and not (given or options.task or options.resume or options.eval):
+    if method and not (given or options.task or options.resume) and (not options.eval or _asks_a_model(options, flags)):
         options = dataclasses.replace(options, task=OF_ROWS.get(method, ""))
     here = _here()
     options, flags = _from(here, options, flags)
@@ -79,8 +79,6 @@ def resolve_given(
     data = whole_path(flags["data"]) if flags.get("data") else ""  # now: a task file may go to another folder
     options = _settled(options, flags)
     saved = saved_run(options.resume or options.eval)
-    if method in OF_ROWS and "data" in flags and options.eval and not (saved or given or options.task):
-        options = dataclasses.replace(options, task=task_file(OF_ROWS[method]))  # a model, asked these rows
     if options.resume and not saved:
         raise UserError(_no_run(options.resume))
     task, task_path = (given, "") if given else _task(options, saved)
@@ -110,14 +108,37 @@ def resolve_given(
     config = dataclasses.replace(config, **_absolute(config, task))
     if options.resume and saved:
         _check_values(saved, config)
-    if not saved and config.method == "dpo" and config.adapter and "reference" not in flags:
+    if not saved and config.method == "dpo" and config.adapter and "reference" not in flags and not options.eval:
         config = dataclasses.replace(config, reference="start")
         origins["reference"] = "method"
+    if options.eval and not saved:
+        _check_has_reference(task, config)
     if saved and config.method != "grpo":
         origins |= _said_last(flags)
     unsaid = [name for name in saved.unsaid if origins.get(name, "default") == "default"] if saved else []
     sha256 = fingerprint_of(Path(task_path)) if task_path else ""
     return options, Resolved(task, task_path, sha256, here, config, origins, unsaid, missing)
+
+
+def _asks_a_model(options: Options, flags: dict[str, Any]) -> bool:
+    """Whether --eval names no run, which has a task, and rows are given to ask."""
+    path = Path(options.eval or "\0")
+    return "data" in flags and not (_is(path) and is_run(path))
+
+
+def _check_has_reference(task: Task, config: Config) -> None:
+    """Pairs are scored by what an adapter has changed of its base.
+
+    Raises:
+        UserError: a model by itself is to be scored on them.
+    """
+    answers = task.rewards and config.engine != "none"
+    if config.method == "dpo" and not answers and (not config.adapter or config.reference == "start"):
+        raise UserError(
+            f"{config.model} {'with that adapter' if config.adapter else 'by itself'} would be compared with itself: "
+            "every margin is 0, and the accuracy 50%. Score what an adapter has changed of its base: --eval BASE "
+            "--adapter A, without --reference start."
+        )
 
 
 # The task of rows that say all themselves, where a command line names none.

@@ -8,6 +8,7 @@ Answers                            gold answers that are missing
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import inspect
 from array import array
@@ -16,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from grpo.config import Config, named
-from grpo.data import Rows
+from grpo.data import Rows, as_bytes
 from grpo.errors import WHAT_USER_CODE_RAISES, UserError, user_code
 from grpo.prompts import Asker, Survey
 from grpo.rewards.names import name_of, reward_of
@@ -34,12 +35,13 @@ Note = Callable[[str], object]
 
 @dataclass
 class Split:
-    """The rows of a split and what they ask. `indices` are of the rows that are asked."""
+    """The rows of a split and what they ask. `indices` are of the rows that are asked; `sha256` is of all rows."""
 
     rows: Rows
     survey: Survey
     columns: list[str]
     indices: Sequence[int]
+    sha256: str
 
 
 def read_splits(asker: Asker, config: Config, num_tests: int | None, note: Note) -> tuple[Split, Split]:
@@ -79,14 +81,15 @@ def read_split(asker: Asker, rows: Rows, note: Note) -> Split:
         more = "\n  ..." * (len(reading.bad) > NAMED)
         count = "1 row" if len(reading.bad) == 1 else f"{len(reading.bad):,} rows"
         note(f"note: {count} of {rows.source} left out, {len(rows):,} used:\n{shown}{more}")
-    survey, answers = Survey(asker), Answers(asker.task)
+    survey, answers, digest = Survey(asker), Answers(asker.task), hashlib.sha256()
     for index, row in enumerate(rows):
         survey.add(index, row)
         answers.add(index, row)
+        digest.update(as_bytes(row))
         if (index + 1) % ROWS_BETWEEN_NOTES == 0:
             note(f"{index + 1:,} of {len(rows):,} rows of {rows.source} read")
     answers.check(rows.source)
-    return Split(rows, survey, list(answers.columns), range(len(rows)))
+    return Split(rows, survey, list(answers.columns), range(len(rows)), digest.hexdigest())
 
 
 def usable(asker: Asker, rows: Rows) -> Rows:

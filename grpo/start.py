@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from huggingface_hub import snapshot_download
 from grpo.checkpoint import best_checkpoint, check_files, read_state, sync_folder, write_synced
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.folder import START, is_checkpoint, is_run
+from grpo.folder import START, is_checkpoint, is_run, saved_run
 from grpo.policy import Policy
 from grpo.policy.adapter import PICKLED, SETTINGS, WEIGHTS, adapter_files, describe, load_adapter
 
@@ -114,6 +115,14 @@ def _told(config: Config, policy: Policy, source: Path, without: list[str]) -> l
         )
     if over and Path(over).name.lower() != Path(policy.source).name.lower():
         told.append(f"the adapter {config.adapter} says that it was trained over {over}, and this is {policy.source}.")
+    with suppress(UserError):  # of a run whose config.json is damaged nothing is known
+        of_run = saved_run(config.adapter)
+        if of_run and (of_run.config.base == "nf4") != (config.base == "nf4"):
+            told.append(
+                f"the adapter {config.adapter} was trained over base weights in {of_run.config.base}, and these are in "
+                f"{config.base}: over others than it has learnt beside it says something else. --base "
+                f"{of_run.config.base} has those."
+            )
     return told
 
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from toy_task import TASK
 
+from grpo.data import as_bytes
 from grpo.folder import saved_run
 from grpo.report.__main__ import main as report
 from grpo.run import main
@@ -59,3 +61,45 @@ def test_a_damaged_record_of_changes_is_left_out_of_the_page(toy_run):
     assert report([str(toy_run)]) == 0
     page = (toy_run / "report.html").read_text()
     assert "&lt;b&gt;</code> &lt;script&gt; → 2" in page
+
+
+@pytest.mark.parametrize("one, other", [
+    ({"a": "1", "b": 2}, {"b": 2, "a": "1"}),
+    ({"a": object()}, {"a": object()}),
+    ({"a": "\ud800", None: float("nan")}, {None: float("nan"), "a": "\ud800"}),
+])  # fmt: skip
+def test_equal_rows_are_equal_bytes(one, other):
+    assert as_bytes(one) == as_bytes(other)
+
+
+@pytest.mark.parametrize("one, other", [
+    ({"a": "1"}, {"a": 1}), ({"a": "1"}, {"b": "1"}), ({"a": [1, 2]}, {"a": [2, 1]}), ({"a": None}, {}),
+    ({"a": {"b": "x"}}, {"a": {"b": "y"}}),
+])  # fmt: skip
+def test_other_rows_are_other_bytes(one, other):
+    assert as_bytes(one) != as_bytes(other)
+
+
+TRAINED_ON, HELD_OUT = "the training rows are not those", "scored anew"
+
+
+@pytest.mark.parametrize("there, here, told, untold", [
+    ("range(8)", "range(1, 8)", TRAINED_ON, HELD_OUT),  # a row is taken out
+    ("str(2 * n + 2)", 'str(2 * n + 2 - (split == "train"))', TRAINED_ON, HELD_OUT),  # other answers, the same prompts
+    ("str(2 * n + 2)", 'str(2 * n + 2 - (split == "test"))', HELD_OUT, TRAINED_ON),
+], ids=["fewer", "answers", "held-out answers"])  # fmt: skip
+def test_other_data_are_told_and_recorded(there, here, told, untold, toy_run, tmp_path, capsys):
+    """Of a data file that somebody has changed in between, for which these are rows made by another task file."""
+    task = TASK.format(rewards="{letters: 1.0, says: 1.0}", extra="")
+    assert there in task
+    (tmp_path / "toy.py").write_text(task.replace(there, here))
+    assert main([str(tmp_path / "toy.py"), "--eval", str(toy_run)]) == 0
+    assert ("the held-out rows are not those" in capsys.readouterr().out) == (told == HELD_OUT)
+    assert main([str(tmp_path / "toy.py"), "--resume", str(toy_run), "--steps", "5"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told in printed and untold not in printed
+    changed = json.loads((toy_run / "starts.jsonl").read_text().splitlines()[-1])["changed"]
+    assert list(changed) == ["steps", {TRAINED_ON: "training rows", HELD_OUT: "held-out rows"}[told]]
+    assert main([str(tmp_path / "toy.py"), "--resume", str(toy_run), "--steps", "5"]) == 0  # they are its own by now
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told not in printed and untold not in printed

@@ -11,7 +11,7 @@ from grpo.checkpoint import Progress
 from grpo.command import parse
 from grpo.export.__main__ import _parse as read_export
 from grpo.report.__main__ import main as report
-from grpo.verbs.closing import closing
+from grpo.verbs.closing import IN_A_SHELL, IN_PYTHON, closing
 
 SCORES = {"eval/pass@1": 0.5, "eval/pass@1/low": 0.4, "eval/pass@1/high": 0.6}
 
@@ -71,3 +71,13 @@ def test_files_that_are_gone_by_then_are_no_error(tmp_path):
     progress = Progress(step=12, first_scores=SCORES, last_scores=SCORES)
     lines = list(closing(tmp_path / "gone", progress, 12))
     assert not any(line.startswith(("paired", "report")) for line in lines)
+
+
+@pytest.mark.parametrize("after, how", [
+    (IN_A_SHELL, "python -m grpo.run --resume {run} --steps N   # train"),
+    (IN_PYTHON, "run.resume(steps=N)   # train"),
+])  # fmt: skip
+def test_a_run_of_no_steps_has_no_adapter_to_talk_to(after, how, tmp_path):
+    lines = list(closing(tmp_path, Progress(first_scores=SCORES, last_scores=SCORES), 0, after))
+    assert not any(line.startswith("adapter") for line in lines)
+    assert lines[lines.index("next:") + 1 :] == ["  " + how.format(run=shlex.quote(str(tmp_path)))]

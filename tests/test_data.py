@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 import shutil
 from dataclasses import replace
 
@@ -127,6 +128,10 @@ def test_arrow_s_own_files(tmp_path, name):
         ("r.json", b'[{"a": 1},', "is not JSON"),
         ("r.jsonl", b'{\n "a": 1\n}\n', "line 1 is not JSON"),
         ("r.jsonl.gz", b"no gzip", "cannot be read: BadGzipFile"),
+        ("r.jsonl", gzip.compress(LINES), "it is compressed by gzip. If so, call it r.jsonl.gz"),
+        ("r.json", lzma.compress(LINES), "it is compressed by xz"),
+        ("r.tsv", b"PK\x03\x04\x14", "it is a ZIP archive, or a sheet of Excel"),
+        ("r.csv", b"PAR1\x15", "it is Parquet. If so, call it r.parquet"),
         ("r.parquet", b"no parquet", "cannot be read"),
         ("r.txt", b"a\n", "is no file of rows by its name"),
         ("r.tar.gz", gzip.compress(b"a\n"), "is no file of rows by its name"),

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,6 +201,18 @@ def test_before_there_is_a_file_the_last_of_what_is_printed_is_held():
             print("line", number)
     assert held.getvalue().endswith("line 299998\nline 299999\n")
     assert LARGEST_HELD / 2 <= len(held.getvalue()) <= 2 * LARGEST_HELD
+
+
+@pytest.mark.parametrize("log", [Held, lambda: Log(Path("/nowhere/log"))])
+def test_a_reward_that_closes_the_output_does_not_end_the_run(log):
+    into = log()
+    with printed_to(into):
+        print("before")
+        sys.stdout.close()
+        print("after", flush=True)
+    with printed_to(into):
+        print("in the next call")
+    assert log is not Held or into.getvalue() == "before\nafter\nin the next call\n"
 
 
 def test_lines_of_threads_stay_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shlex
 import sys
 
 import pytest
@@ -163,3 +164,12 @@ def test_names_of_columns_are_no_code(tmp_path, monkeypatch):
         (tmp_path / "made.py").unlink()
         sys.modules.pop("grpo_task_made", None)
     assert inspect.isfunction(task.rows)
+
+
+def test_the_next_command_is_understood_by_a_shell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "it's mine").mkdir()
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, CASES["numbers"][0])))
+    assert main(["it's mine/made", "--data", "rows.jsonl"]) == 0
+    command = capsys.readouterr().out.partition("Next: ")[2]
+    assert shlex.split(command) == ["python", "-m", "grpo.run", "it's mine/made.py", "--check"]

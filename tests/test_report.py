@@ -255,7 +255,10 @@ def test_the_command_writes_the_file_and_says_what_is_wrong(tmp_path, capsys):
         ([str(tmp_path / "none")], "is no run's folder"),
         ([str(run), str(tmp_path / "other")], "give --out FILE"),
         ([str(run), "--out", str(tmp_path)], "is a folder"),
-        ([str(run), "--out", str(tmp_path / "no" / "such" / "x.html")], "No such file"),
+        (
+            [str(run), "--out", str(tmp_path / "no" / "such" / "x.html")],
+            f"There is no folder {tmp_path / 'no' / 'such'} to write x.html",
+        ),
         ([str(tmp_path / "\x1b[31m")], "\\x1b[31m is no run's folder"),
     ):
         assert main(argv) == 2

@@ -10,6 +10,7 @@ from toy_task import SMALL, TASK
 from grpo import dpo, sft
 from grpo.checkpoint import read_state
 from grpo.embedded import MODEL_DIR
+from grpo.folder import list_checkpoints
 from grpo.resolve import resolve
 from grpo.run import main
 
@@ -253,3 +254,22 @@ def test_rows_of_public_forms_are_taught_and_texts_are_told_of(folder, capsys):
 
 def test_nothing_is_left_on_the_globals(of_gold):
     assert torch.is_grad_enabled()
+
+
+def test_rows_without_a_task_file_score_a_model_and_an_adapter_over_its_base(of_pairs, pairs, messages, capsys):
+    rows = ["--held-out", "2", "--threads", "1"]
+    assert sft.main(["--data", messages, *rows, "--eval", "embedded"]) == 0
+    assert "2 held-out answers" in capsys.readouterr().out
+    adapter = str(list_checkpoints(of_pairs)[-1])
+    assert dpo.main(["--data", pairs, *rows, "--eval", "embedded", "--base", "float32", "--adapter", adapter]) == 0
+    margin = capsys.readouterr().out.partition("margin ")[2].split()[0]
+    last = [line["eval/margin"] for line in lines(of_pairs) if "eval/margin" in line][-1]
+    assert float(margin) == pytest.approx(last, abs=2e-3) and last > 0.01
+
+
+@pytest.mark.parametrize("flags", [[], ["--adapter", "A", "--reference", "start"]])
+def test_what_would_be_compared_with_itself_is_not_scored(flags, pairs, capsys):
+    assert dpo.main(["--data", pairs, "--held-out", "2", "--eval", "embedded", *flags]) == 2
+    assert "would be compared with itself: every margin is 0" in capsys.readouterr().err
+    assert dpo.main(["--held-out", "2", "--eval", "nowhere/x"]) == 2
+    assert "There is no folder nowhere/x" in capsys.readouterr().err

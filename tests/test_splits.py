@@ -113,3 +113,14 @@ def test_held_out_prompts_are_the_same_in_any_order_and_leave_nothing_behind():
         UserError, match=r"40 prompts of task small are to be held out, but .* asks only 40 different prompts"
     ):
         splits(texts, [], held_out=40)
+
+
+def test_of_prompts_that_are_too_long_the_longest_is_asked_first_and_named():
+    """A prompt of 10 MB takes seconds to tell the length of; where one is too long the others need not be tried."""
+    rows = [{"question": "word " * count, "answer": "1"} for count in (5, 3000, 9000, 4000)]
+    task = task_with(
+        rows=lambda split, data: rows if split == "train" else [{"question": "x", "answer": "1"}],
+        prompt=lambda row: row["question"],
+    )
+    with pytest.raises(UserError, match=r"^The prompt of row 2 has \d+ tokens"):
+        build_questions(task, SMALL_CONFIG, note=list)

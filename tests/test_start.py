@@ -81,6 +81,12 @@ def test_another_model_under_the_adapter_is_told(checkpoint, tmp_path):
     assert "says that it was trained over org/Another-7B" in note
 
 
+@pytest.mark.parametrize("base, is_told", [("nf4", True), ("bf16", False)])
+def test_other_base_weights_under_a_run_s_adapter_are_told(base, is_told, trained):
+    notes = begun("embedded", trained, base=base)[1]
+    assert [f"in float32, and these are in {base}: " in note for note in notes] == [True] * is_told
+
+
 def test_a_pickled_adapter_is_read_and_no_code_in_it_runs(checkpoint, groups, tmp_path):
     written(checkpoint("qwen3"), tmp_path)
     (safe, _), mask = logprobs_of(begun(checkpoint("qwen3"), tmp_path)[0], groups)

@@ -56,6 +56,10 @@ def _make(runs: list[str], out: str | None) -> Path:
     path = Path(out) if out else readings[0].folder / REPORT
     if path.is_dir():
         raise UserError(f"{path} is a folder. --out takes the name of the file to write.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"There is no folder {path.parent} to write {path.name} into. Make it, or choose another --out."
+        )
     write_report(readings, path)
     return path
 

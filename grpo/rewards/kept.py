@@ -171,6 +171,9 @@ class Held(io.StringIO):
             super().write(end)
         return super().write(text[-LARGEST_HELD:])
 
+    def close(self) -> None:
+        """Whoever calls `sys.stdout.close()` is done; what he has printed is shown yet."""
+
 
 @contextmanager
 def printed_to(log: io.TextIOBase) -> Iterator[None]:

@@ -59,13 +59,16 @@ def closing(folder: Path, progress: Progress, steps: int, after: After = IN_A_SH
     adapter = folder / CHECKPOINTS / f"step-{progress.step:06d}"
     best = folder / CHECKPOINTS / f"step-{progress.best_step:06d}"
     places = [(what, folder / name) for what, name in PLACES if (folder / name).exists()]
-    places += [("adapter", adapter)] + [("the best", best)] * (best != adapter and best.exists())
+    places += [("adapter", adapter)] * (progress.step > 0)  # --steps 0 scores the model, and saves none
+    places += [("the best", best)] * (best != adapter and best.exists())
     yield ""
     for what, path in places:
         yield f"{what:<11} {path}"
     yield ""
     yield "next:"
     commands = [(form.format(run=run, more=2 * steps), what) for form, what in after.next]
+    if not progress.step:
+        commands = [(form.format(run=run, more="N"), "train") for form, _ in after.next if "{more}" in form]
     width = max(len(command) for command, _ in commands)
     for command, what in commands:
         yield f"  {command:<{width}}   # {what}"

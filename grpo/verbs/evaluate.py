@@ -23,7 +23,7 @@ from grpo.threads import restored_threads
 from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.live import Live
 from grpo.verbs.opening import opening
-from grpo.verbs.together import same_command, same_questions
+from grpo.verbs.together import HELD_OUT, digest_of_columns, same_command, same_questions
 from grpo.world import ALONE, World
 
 
@@ -65,8 +65,9 @@ def opened(resolved: Resolved, checkpoint: Path | None, world: World = ALONE) ->
             begin(config, policy, run_of(checkpoint) if checkpoint else None, checkpoint, say)
         settle_threads(config, policy, questions.canary_prompts, checkpoint, say)
         if checkpoint:
-            load_trained(checkpoint, policy, say)
+            progress = load_trained(checkpoint, policy, say)
             say(f"adapter of {checkpoint}")
+            _tell_of_rows(progress.rows.get(HELD_OUT), config, questions)
         engine = build_engine(
             share_of_rank(config, world),
             policy,
@@ -79,6 +80,16 @@ def opened(resolved: Resolved, checkpoint: Path | None, world: World = ALONE) ->
             say(line)
         world.does("sampling")
         return Live(config, policy, engine, questions, torch.get_num_threads(), checkpoint, world)
+
+
+def _tell_of_rows(scored: str | None, config: Config, questions: Questions) -> None:
+    """Whether the score will be one of what the run's own scores are of. scored: that, where the checkpoint says it."""
+    held_out = questions.test if config.engine != "none" else [each.prompt for each in questions.held_out or ()]
+    if scored and scored != digest_of_columns(held_out):
+        say(
+            "note: the held-out rows are not those that the run was scored on: this score and those of the run do not "
+            "compare."
+        )
 
 
 def tell(target: str, live: Live, scores: Mapping[str, float]) -> None:

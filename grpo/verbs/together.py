@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from grpo.checkpoint import read_state
+from grpo.data import as_bytes
 from grpo.errors import UserError
 from grpo.folder import alone_in
 from grpo.policy.load import choose_device
@@ -22,6 +23,8 @@ from grpo.questions import Questions
 from grpo.resolve import Resolved
 from grpo.types import Prompt
 from grpo.world import World
+
+TRAINED_ON, HELD_OUT = "training rows", "held-out rows"  # whose fingerprints a checkpoint has: Progress.rows
 
 
 def same_command(world: World, resolved: Resolved, checkpoint: Path | None) -> None:
@@ -89,7 +92,7 @@ def same_questions(world: World, questions: Questions) -> None:
         ),
     )
     world.require_same(
-        lambda: [_digest_of_columns(questions.train), _digest_of_columns(questions.test)],
+        lambda: [digest_of_columns(questions.train), digest_of_columns(questions.test)],
         lambda others: (
             f"The prompts are the same on all ranks, but ranks {', '.join(map(str, others))} have other columns in "
             "their rows than rank 0, such as other answers, and would score what they sample by them. The task's "
@@ -105,16 +108,11 @@ def _digest(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_columns(prompts: Sequence[Prompt]) -> str:
-    """Of what rewards are given, and lessons made of. What is no text, number, list or dictionary: its class."""
+def digest_of_columns(prompts: Sequence[Prompt]) -> str:
+    """Of what rewards are given, and lessons made of."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        for name, value in sorted(prompt.fields.items()):
-            try:
-                written = json.dumps(value, skipkeys=True, default=lambda each: type(each).__qualname__)
-            except (ValueError, RecursionError):  # it holds itself
-                written = type(value).__qualname__
-            digest.update(f"{name}\n{written}\n".encode(errors="backslashreplace"))
+        digest.update(as_bytes(prompt.fields))
     return digest.hexdigest()
 
 

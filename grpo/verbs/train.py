@@ -54,7 +54,7 @@ from grpo.verbs.announce import announce, over_its_adapter
 from grpo.verbs.closing import IN_A_SHELL, After, closing
 from grpo.verbs.live import Live
 from grpo.verbs.opening import device_in_words, engine_in_words, opening, what_comes
-from grpo.verbs.together import alone_with, same_command, same_questions
+from grpo.verbs.together import HELD_OUT, TRAINED_ON, alone_with, digest_of_columns, same_command, same_questions
 from grpo.world import ALONE, FOLDER, World
 
 _MOST_PRINTED = 2000  # characters of what rewards printed before one failed
@@ -127,13 +127,16 @@ def start(
             asked_by, starts_over = replace(questions, rewards=staff, move=staff.move), bool(saved and not checkpoint)
             run = _built(resolved, as_saved, asked_by, checkpoint, starts_over, world)
             run.progress.placed = staff.placed
-            how = {"command": command, "changed": saved.changes_to(resolved.config) if saved else {}}
+            rows, rows_before = _rows_of(run, questions), run.progress.rows
+            changed = (saved.changes_to(resolved.config) if saved else {}) | _changed_rows(rows_before, rows)
+            how = {"command": command, "changed": changed}
             world.first(_record_start, run, resolved, as_saved, asked_by, how)
             with run.recorder, stops_gently(run, partial(_told_to_stop, run)):
                 stop = partial(setattr, run, "stop_requested", signal.SIGINT)
                 for sink in sinks:
                     run.recorder.add(Theirs(sink, run.recorder.message, stop))
-                _score_anew(run, resolved.task)
+                _go_on_with(run, rows)
+                _score_anew(run, resolved.task, rows_before)
                 _train_and_keep(run)
         threads = torch.get_num_threads()
     _tell_the_end(run, after)
@@ -260,15 +263,39 @@ def _record_start(run: Run, resolved: Resolved, saved: Saved, questions: Questio
         run.recorder.add(sink)
 
 
-def _score_anew(run: Run, task: Task) -> None:
+def _rows_of(run: Run, questions: Questions) -> dict[str, str]:
+    """Fingerprints of the rows that a run is trained and scored on."""
+    return {TRAINED_ON: questions.rows, HELD_OUT: digest_of_columns(run.evaluator.prompts)}
+
+
+def _changed_rows(before: dict[str, str], now: dict[str, str]) -> dict[str, list[str]]:
+    """Which of them are others than before, as `Saved.changes_to` says it. Nobody knows of runs of earlier versions."""
+    changed = [name for name in now if before.get(name, now[name]) != now[name]]
+    return {name: [f"SHA-256 {before[name][:12]}", f"SHA-256 {now[name][:12]}"] for name in changed}
+
+
+def _go_on_with(run: Run, rows: dict[str, str]) -> None:
+    """Other rows to train on are told: the cursor of the checkpoint stands in an order of those that it had."""
+    if TRAINED_ON in _changed_rows(run.progress.rows, rows):
+        run.recorder.message(
+            "note: the training rows are not those that the run has learnt from so far: rows were added, taken out, "
+            "changed or put in another order. The run goes on with those that are there now; of the epoch that it is "
+            "in, some may come twice and others not at all."
+        )
+    run.progress.rows = rows
+
+
+def _score_anew(run: Run, task: Task, rows_before: dict[str, str]) -> None:
     """What is held out is what the scores so far are of. Otherwise they are no measure of what comes: not for the best
     checkpoint, nor for the comparison at the end. Then the policy is scored on it now."""
     progress, prompts = run.progress, [prompt.tokens for prompt in run.evaluator.prompts]
     held_out = fingerprint_of_held_out(prompts, task.solved, run.config)
-    if progress.held_out and progress.held_out != held_out:
+    other_rows = HELD_OUT in _changed_rows(rows_before, progress.rows)
+    if progress.held_out and (progress.held_out != held_out or other_rows):
         run.recorder.message(
-            "note: the held-out prompts, their samples, their measure or the base weights are not those of the scores "
-            "so far. The policy is scored anew; the best checkpoint and the comparison at the end begin here."
+            "note: the held-out prompts, their answers, their samples, their measure or the base weights are not those "
+            "of the scores so far. The policy is scored anew; the best checkpoint and the comparison at the end begin "
+            "here."
         )
         progress.best, progress.best_step, progress.first_scores = -1.0, -1, {}
         evaluate(run)
