@@ -9,9 +9,7 @@ from toy_task import SMALL, TASK
 
 from grpo import dpo, sft
 from grpo.checkpoint import read_state
-from grpo.embedded import MODEL_DIR
 from grpo.folder import list_checkpoints
-from grpo.resolve import resolve
 from grpo.run import main
 
 FLAGS = [flag for flag in SMALL if flag != "--no-mask-truncated"]
@@ -191,12 +189,6 @@ def test_a_run_is_scored_as_it_was(of_gold, of_pairs, capsys):
     assert main(["--eval", str(of_pairs)]) == 0
     out = capsys.readouterr().out
     assert "accuracy 100.0%" in out and "2 held-out pairs" in out
-
-
-def test_a_model_is_scored_on_rows_without_a_task_file(pairs):
-    """As it is taught: a merged export, say."""
-    _, resolved = resolve(["--eval", str(MODEL_DIR), "--data", pairs], method="dpo")
-    assert resolved.task.name == "pairs" and resolved.config.model == str(MODEL_DIR)
 
 
 @pytest.mark.parametrize(
