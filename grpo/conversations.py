@@ -4,7 +4,6 @@ models.
 asked_in(row), answer_in(row)       of a row with an answer, for SFT
 asked_of_pair(row), side_in(...)    of a row with a better and a worse answer, for DPO
 tools_in(row)                       the tools that either shows
-joined(rows)                        rows that are single messages of trees, as chats
 
 A form is read where its columns have one meaning, and as its authors mean it:
 
@@ -22,10 +21,8 @@ Whatever has two meanings is refused with the column, as any other fault of a ro
 from __future__ import annotations
 
 import json
-import math
 import re
 import reprlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo.errors import UserError
@@ -50,7 +47,7 @@ ROLES = {
 # Columns of forms that are not read: what they hold, and what is to be done about it.
 FOREIGN = {
     ("message_id", "parent_id", "text"): "single messages of a tree, as OpenAssistant's have it: `joined` of "
-    "grpo.conversations makes chats of such rows",
+    "grpo.trees makes chats of such rows",
     ("prompt", "completion", "label"): "answers with a thumb up or down, as KTO's have it",
     ("text",): "whole conversations in one text, it seems: say where the answer begins",
     ("chat",): "whole conversations in one text, it seems: say where the answer begins",
@@ -273,36 +270,6 @@ def _said(value: Any, column: str) -> Any:
 def _is_written(value: Any) -> bool:
     """Whether a text is messages, written as JSON or as Python shows them: nobody says that to a model."""
     return isinstance(value, str) and bool(_SHOWN.match(value))
-
-
-# ---- trees of messages
-
-_OF_TREES = {"message_id", "parent_id", "role", "text"}
-
-
-def joined(rows: Sequence[Row]) -> Sequence[Row]:
-    """Rows that are single messages of trees, as OpenAssistant's, as chats: of each tree the path of the replies that
-    are ranked best, up to its last answer, as those of openassistant-guanaco were chosen. Other rows as they are."""
-    first = next(iter(rows), None)
-    if not (isinstance(first, dict) and first.keys() >= _OF_TREES):
-        return rows
-    replies: dict[Any, list[Row]] = {}
-    for row in rows:
-        if not row.get("deleted"):
-            replies.setdefault(row.get("parent_id") or None, []).append(row)
-    paths = [_best_path(root, replies) for root in replies.pop(None, [])]
-    return [{"messages": [{"from": row["role"], "value": row["text"]} for row in path]} for path in paths if path]
-
-
-def _best_path(root: Row, replies: dict[Any, list[Row]]) -> list[Row]:
-    """From the first message of a tree on the reply of the lowest rank, or where none has one the first; up to the last
-    that is the assistant's. Takes the replies away, so that a circle ends."""
-    path = [root]
-    while following := replies.pop(path[-1]["message_id"], []):
-        path.append(min(following, key=lambda row: math.inf if row.get("rank") in (None, "") else float(row["rank"])))
-    while path and path[-1]["role"] != "assistant":
-        path.pop()
-    return path
 
 
 # ---- a row with an answer

@@ -58,7 +58,7 @@ def read_rows(data: str, split: str, name: str = "", **hub_arguments: Any) -> Se
     return reading.rows
 
 
-# ---- columns
+# ---- what a row says
 
 
 def as_bytes(row: Mapping[Any, Any]) -> bytes:
@@ -71,6 +71,9 @@ def as_bytes(row: Mapping[Any, Any]) -> bytes:
         except (ValueError, RecursionError):  # it holds itself
             pieces.append(f"{name}\n{type(row[name]).__qualname__}\n")
     return "".join(pieces).encode(errors="backslashreplace")
+
+
+# ---- columns
 
 
 def _renamed(source: str, rows: Any, columns: Mapping[str, str]) -> Sequence[Row]:

@@ -62,9 +62,9 @@ LEAST_STATE = STATE_BYTES["adamw8bit"]  # bytes of the optimizer's state for a p
 # Batches to choose from: a step in so many equal parts, of at most so many tokens. Larger ones gain nothing.
 MOST_PARTS, LARGEST_BATCH = 64, 32768
 
-# Time, in tokens of a layer that keeps its activations, as seen on an H100 with an 8B of 218 million weights a layer: a
-# token whose layer is computed again, but for its last product; the same with its input away; a batch's own; launching
-# a batch's kernels.
+# Time, in tokens of a layer that keeps its activations, seen with an 8B of 218 million weights a layer. On an H200: a
+# token whose layer is computed again, but for its last product; the same with its input away. On an H100: what a batch
+# itself costs; launching its kernels.
 RECOMPUTED, OFFLOADED, OF_A_BATCH, OF_LAUNCHES = 1.35, 1.37, 620, 3140
 OF_SO_MANY_WEIGHTS = 218e6
 

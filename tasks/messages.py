@@ -5,8 +5,9 @@ forms of grpo/conversations.py; and `tools` and `chat_template_kwargs` where the
 """
 
 from grpo import Config, Task
-from grpo.conversations import asked_in, joined, tools_in
+from grpo.conversations import asked_in, tools_in
 from grpo.data import read_rows
+from grpo.trees import joined
 
 
 def rows(split, data):

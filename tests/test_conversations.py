@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from grpo.conversations import answer_in, asked_in, asked_of_pair, joined, messages_of, side_in, tools_in
+from grpo.conversations import answer_in, asked_in, asked_of_pair, messages_of, side_in, tools_in
 from grpo.errors import UserError
+from grpo.trees import joined
 
 SYSTEM, USER, SAID, AGAIN, LAST, WORSE = (
     {"role": role, "content": text}
@@ -100,8 +101,13 @@ def test_of_a_tree_of_messages_the_best_ranked_path_is_a_chat():
         ("loop", "loop", "assistant", "Again", None, False),
     ]
     names = ("message_id", "parent_id", "role", "text", "rank", "deleted")
-    [chat] = joined([dict(zip(names, each, strict=True)) for each in said])
+    rows = [dict(zip(names, each, strict=True)) for each in said]
+    [chat] = joined(rows)
     assert asked_in(chat) == [USER, SAID, AGAIN] and answer_in(chat) == CHAT[1:]
+    as_text = [
+        {name: "" if value is None else str(value) for name, value in zip(names, each, strict=True)} for each in said
+    ]
+    assert joined(as_text) == [chat]  # of a CSV
     rows = [{"prompt": "1 + 1?", "completion": "2"}]
     assert joined(rows) is rows and joined([]) == []
 

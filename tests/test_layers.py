@@ -52,6 +52,7 @@ LAYERS = (
             "grpo.cautions",
             "grpo.chat_template",
             "grpo.conversations",
+            "grpo.trees",
             "grpo.lessons",
             "grpo.pairs",
         ),

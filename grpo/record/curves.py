@@ -160,7 +160,7 @@ _HELD_OUT = {
 def _draw_held_out(axes: Axes, curves: Points) -> None:
     main = next((name for name in HEADLINES if f"{name}/low" in curves), HEADLINES[0])
     names = sorted(name for name in curves if re.fullmatch(r"eval/(pass|majority)@\d+", name) or name == main)
-    axes.set_title(_HELD_OUT[main], y=1.0)
+    axes.set_title(_HELD_OUT[main], y=1.0)  # without y the axis is laid out once more, to find where nothing is
     if is_share(main):
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     styles = {main: (_MAIN, "-", 2.4)}

@@ -24,7 +24,6 @@ from grpo_kernels.dispatch import Impl, choose, isolated, num_multiprocessors, s
 from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.lora import (
     LoraFactors,
-    add_low_rank,
     decoded,
     gradient_of_input,
     is_decoding,
@@ -34,6 +33,7 @@ from grpo_kernels.lora import (
     product_with_b,
     scaled,
 )
+from grpo_kernels.low_rank import add_low_rank
 from grpo_kernels.nf4 import NF4
 from grpo_kernels.saving import kept_now, tensors_of
 
