@@ -28,16 +28,16 @@ def joined(rows: Sequence[Row]) -> Sequence[Row]:
         if not _is_deleted(row):
             replies.setdefault(row.get("parent_id") or None, []).append(row)
     paths = [_best_path(root, replies) for root in replies.pop(None, [])]
-    return [{"messages": [{"from": row["role"], "value": row["text"]} for row in path]} for path in paths if path]
+    return [{"messages": [{"from": row.get("role"), "value": row.get("text")} for row in path]} for path in paths if path]
 
 
 def _best_path(root: Row, replies: dict[Any, list[Row]]) -> list[Row]:
     """From the first message of a tree on the reply of the lowest rank, or where none has one the first; up to the last
     that is the assistant's. Takes the replies away, so that a circle ends."""
     path = [root]
-    while following := replies.pop(path[-1]["message_id"], []):
+    while following := replies.pop(path[-1].get("message_id"), []):
         path.append(min(following, key=_rank))
-    while path and path[-1]["role"] != "assistant":
+    while path and path[-1].get("role") != "assistant":
         path.pop()
     return path
 
