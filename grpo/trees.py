@@ -28,7 +28,7 @@ def joined(rows: Sequence[Row]) -> Sequence[Row]:
         if not _is_deleted(row):
             replies.setdefault(row.get("parent_id") or None, []).append(row)
     paths = [_best_path(root, replies) for root in replies.pop(None, [])]
-    return [{"messages": [{"from": row.get("role"), "value": row.get("text")} for row in path]} for path in paths if path]
+    return [{"messages": [_said(row) for row in path]} for path in paths if path]
 
 
 def _best_path(root: Row, replies: dict[Any, list[Row]]) -> list[Row]:
@@ -40,6 +40,10 @@ def _best_path(root: Row, replies: dict[Any, list[Row]]) -> list[Row]:
     while path and path[-1].get("role") != "assistant":
         path.pop()
     return path
+
+
+def _said(row: Row) -> dict[str, Any]:
+    return {"from": row.get("role"), "value": row.get("text")}
 
 
 def _is_deleted(row: Row) -> bool:
