@@ -68,10 +68,10 @@ COLUMNS = {name: [row[name] for row in WANTED] for name in WANTED[0]}
         ("rows.json", json.dumps({"data": WANTED}, indent=2).encode()),
         ("rows.json", json.dumps(COLUMNS, indent=2).encode()),
         ("rows.json", json.dumps({"examples": WANTED, "split": "train"}).encode()),
-        ("rows.jsonl.gz", gzip.compress(LINES)),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("rows.json.bz2", bz2.compress(json.dumps(WANTED).encode())),
         ("rows.csv", CSV),
-        ("ROWS.CSV.gz", gzip.compress(CSV)),
+        ("ROWS.CSV.gz", gzip.compress(CSV, mtime=0)),
         ("rows.csv", CSV.replace(b'"a,', b"'").replace(b",", b";").replace(b"'", b'"a,')),
         ("rows.tsv", CSV.replace(b'"a,', b"'").replace(b",", b"\t").replace(b"'", b'"a,')),
         ("rows.csv", CSV.replace(b"question,answer", b",question, answer").replace(b'"a', b'0, "a').replace(
@@ -128,13 +128,13 @@ def test_arrow_s_own_files(tmp_path, name):
         ("r.json", b'[{"a": 1},', "is not JSON"),
         ("r.jsonl", b'{\n "a": 1\n}\n', "line 1 is not JSON"),
         ("r.jsonl.gz", b"no gzip", "cannot be read: BadGzipFile"),
-        ("r.jsonl", gzip.compress(LINES), "it is compressed by gzip. If so, call it r.jsonl.gz"),
+        ("r.jsonl", gzip.compress(LINES, mtime=0), "it is compressed by gzip. If so, call it r.jsonl.gz"),
         ("r.json", lzma.compress(LINES), "it is compressed by xz"),
         ("r.tsv", b"PK\x03\x04\x14", "it is a ZIP archive, or a sheet of Excel"),
         ("r.csv", b"PAR1\x15", "it is Parquet. If so, call it r.parquet"),
         ("r.parquet", b"no parquet", "cannot be read"),
         ("r.txt", b"a\n", "is no file of rows by its name"),
-        ("r.tar.gz", gzip.compress(b"a\n"), "is no file of rows by its name"),
+        ("r.tar.gz", gzip.compress(b"a\n", mtime=0), "is no file of rows by its name"),
     ],
 )
 def test_a_file_that_is_none_is_told(tmp_path, name, content, told):
