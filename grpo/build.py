@@ -40,6 +40,7 @@ from grpo.policy import Policy, load_model
 from grpo.policy.actor_critic import ActorCritic
 from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
+from grpo.policy.host_embedding import to_host
 from grpo.policy.load import choose_device
 from grpo.policy.optimizer import STATE_BYTES, check_optimizer
 from grpo.policy.promises import Progressed, no_progress
@@ -211,6 +212,9 @@ def plan_memory(
         if config.memory_gib:
             note("note: --memory-gib is of a GPU's memory, and the policy is on a CPU: nothing is kept to it.")
         return None
+    if not samples_with_vllm(config, policy) and (size := to_host(policy.model)):
+        torch.cuda.empty_cache()
+        note(f"The embedding, {size / memory.GIB:.2f} GiB, is in the host's memory, from where the GPU reads its rows.")
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
@@ -251,7 +255,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
 def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Need:
     from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
 
-    with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
+    with_vllm = samples_with_vllm(config, policy)
     shares = isinstance(policy.model, FusedModel)
     of_group = longest + (config.group_size - 1) * config.max_completion_tokens  # its prompt is there once
     per_token = kv_bytes_per_token(policy.source, policy.store.compute_dtype)
@@ -289,6 +293,11 @@ def rehearse(
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine."""
     return not why_not(config, policy.device)
+
+
+def samples_with_vllm(config: Config, policy: Policy) -> bool:
+    """Whether there will be a vLLM in this process."""
+    return config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
 
 
 def build_scorer(

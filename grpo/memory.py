@@ -7,19 +7,20 @@
 A step has two peaks. In the rollout there is the KV cache, in the update there are activations; where the engine gives
 its cache back in between, each may have all that the rest leaves. That takes time, so with memory enough it stays. Of
 the update, over n tokens in a batch of a model of L layers, of which the last k keep their activations and the first o
-park their inputs in the host's memory, two moments are the highest: when the head is at work, and when the backward
-pass is in its first layer, the last one:
+park their inputs in the host's memory, three moments are the highest: when the head is at work; when the backward pass
+is in its first layer, the last one, where that keeps its activations; and when it is in one that is computed again:
 
-    bytes(n, k, o) = gradients + max(head_fixed + n (head + k keeping - max(0, o - 2) input),
-                                     fixed + n (recomputing + max(0, k - 1) keeping - max(0, o - 2) input))
+    bytes(n, k, o) = gradients + max(head_fixed + n (head + k keeping - away),
+                                     kept_fixed + n (one_kept + (k - 1) keeping - away)     where k > 0,
+                                     fixed + n (recomputing - away)),     away = max(0, o - 2) input
 
-`head` and `recomputing` (every layer but its input computed again) and `keeping` (what one more kept layer adds) are
-measured, each where it alone changes. In the backward pass the kept layers are gone when the first is computed again,
-so the two never add up, and the first kept layer costs nothing, because one that is computed again keeps as much while
-it is at work. The head holds some hundred megabytes of logits however few the tokens: taken together, as one line
-through two small trials, the two moments made a kept layer 17 to 25% larger than it is. Two parked inputs are on the
-GPU at a time. A batch of few tokens takes most at the end of its backward pass, when there are all of its gradients;
-the trial must be above that, or it measures the slope of something else.
+`head`, `one_kept` and `recomputing` (every layer, or every other one, but its input computed again) and `keeping` (what
+one more kept layer adds) are measured, each where it alone changes. A layer that is computed again has its MLP in
+parts, so it takes less at work than one that keeps. In the backward pass the kept layers are gone when the first is
+computed again, so the two never add up. The head holds some hundred megabytes of logits however few the tokens: taken
+together, as one line through two small trials, head and layers made a kept layer 17 to 25% larger than it is. Two
+parked inputs are on the GPU at a time. A batch of few tokens takes most at the end of its backward pass, when there are
+all of its gradients; the trial must be above that, or it measures the slope of something else.
 
 Time is counted in tokens, of a layer that keeps its activations: one computed again takes a third more, a batch
 costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.

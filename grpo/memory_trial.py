@@ -44,9 +44,11 @@ class Sizes:
     parameters: int  # numbers that are trained
     layers: int
     weights_per_layer: float  # numbers
-    fixed: int  # of a batch in its backward pass, whatever its size
-    recomputing: float  # a token likewise, every layer recomputed
-    keeping: float  # a token, for each layer that keeps its activations
+    fixed: int  # of a batch in its backward pass through layers that are computed again, whatever its size
+    recomputing: float  # a token likewise
+    kept_fixed: int  # of a batch in its backward pass through the last layer, which keeps its activations, likewise
+    one_kept: float  # a token likewise, of the other layers the input alone being there
+    keeping: float  # a token, for each further layer that keeps its activations
     layer_input: int  # a token
     head_fixed: int = 0  # of a batch while its head is at work, whatever its size
     head: float = 0.0  # a token likewise, every layer to be recomputed
@@ -71,10 +73,11 @@ class Sizes:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
         parked = max(0, offloaded - 2) * self.layer_input
         in_head = self.head_fixed + tokens * (self.head + kept * self.keeping - parked)
-        in_layers = self.fixed + tokens * (self.recomputing + max(0, kept - 1) * self.keeping - parked)
+        again = self.fixed + tokens * (self.recomputing - parked)
+        in_kept = self.kept_fixed + tokens * (self.one_kept + (kept - 1) * self.keeping - parked) if kept else 0
         gradients = 4 * self.parameters
-        at_the_end = gradients + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
-        return int(gradients + max(in_head, in_layers, at_the_end))  # those so far, and the batch's own
+        at_the_end = gradients + self.fixed + tokens * (self.recomputing - (self.layers - 1) * self.layer_input)
+        return int(gradients + max(in_head, again, in_kept, at_the_end))  # those so far, and the batch's own
 
 
 def measure(policy: Policy, longest: int, limit: int = 0) -> Sizes:
@@ -118,11 +121,13 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     num_few, num_more = len(few.tokens), len(more.tokens)
     keeps = min(layers, TRIAL_KEPT)
-    _, kept = _peaks(policy, few, keeps)
     at_few, at_more = _peaks(policy, few, 0), _peaks(policy, more, 0)
     (head_fixed, head), (fixed, recomputing) = (
         _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
     )
+    (_, one), (_, one_of_more) = _peaks(policy, few, 1), _peaks(policy, more, 1)
+    _, some = _peaks(policy, few, keeps)
+    kept_fixed, one_kept = _line(num_few, one, num_more, one_of_more)
     adapter = _adapter_bytes(policy)
     return Sizes(
         others=_others(device),
@@ -134,7 +139,9 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         met=_met(policy, _batch_of(policy, ROUTED, longest)),
         fixed=fixed,
         recomputing=recomputing,
-        keeping=max(0.0, (kept - at_few[1]) / num_few / max(1, keeps - 1)),
+        kept_fixed=kept_fixed,
+        one_kept=one_kept,
+        keeping=max(0.0, (some - one) / num_few / max(1, keeps - 1)),
         layer_input=_layer_input(policy),
         head_fixed=head_fixed,
         head=head,

@@ -26,6 +26,7 @@ from shapes import SHAPES  # noqa: E402
 from grpo.errors import UserError  # noqa: E402
 from grpo.memory import CACHE_TO_SPARE, ENGINE_BYTES, GIB, Asked, Need, Plan, foresee  # noqa: E402
 from grpo.memory_trial import SMALL_HEAD, Sizes  # noqa: E402
+from grpo.policy.fused import MLP_ROWS  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -121,17 +122,22 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
     of_weights = shape.weights // 2 + 4 * scales if base == "nf4" else 2 * shape.weights
     if ranks > 1:  # and two layers in the buffers
         of_weights = of_weights // ranks + 2 * of_weights // shape.layers
+    # Where no engine is in the process, an embedding that is not the head too is in the host's memory.
+    tables = shape.tables if ranks == 1 or shape.tied else shape.tables // 2
     inputs = 2 * shape.hidden * shape.layers
-    unpacked = 2 * max(inputs * sum(outputs) for inputs, outputs in shape.linears) if base == "nf4" else 0
+    unpacked = [2 * inputs_of * sum(outputs) if base == "nf4" else 0 for inputs_of, outputs in shape.linears]
     return Sizes(
         others=OTHERS,
-        weights=of_weights + 2 * shape.tables,
+        weights=of_weights + 2 * tables,
         adapter=(4 + 2) * shape.trained,
         parameters=shape.trained,
         layers=shape.layers,
         weights_per_layer=shape.weights / shape.layers,
-        fixed=unpacked,
-        recomputing=inputs + shape.kept + IN_A_LAYER * 2 * shape.hidden,
+        # Of the MLP, that of a part of the rows, with the gradient of what its products give, and both its bases.
+        fixed=sum(unpacked[2:]) + 2 * MLP_ROWS * (3 * shape.inner + shape.hidden),
+        recomputing=inputs + shape.kept - 2 * 2 * shape.inner + IN_A_LAYER * 2 * shape.hidden,
+        kept_fixed=max(unpacked),
+        one_kept=inputs + shape.kept + IN_A_LAYER * 2 * shape.hidden,
         keeping=shape.kept,
         layer_input=2 * shape.hidden,
         head_fixed=ROUTE_CHUNK_BYTES,

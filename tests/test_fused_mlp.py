@@ -26,11 +26,12 @@ def dense(made, x):
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "relu2"])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_it_is_down_of_activated_gate_times_up(activation, has_bias):
+@pytest.mark.parametrize("rows", [None, 2])
+def test_it_is_down_of_activated_gate_times_up(activation, has_bias, rows):
     torch.manual_seed(0)
     gate_up, down = projection([24, 24], 16, has_bias), projection([16], 24, has_bias)
     x = torch.randn(5, 16, dtype=torch.float64)
     gate, up = dense(gate_up, x).chunk(2, dim=-1)
     expected = dense(down, ACT2FN[activation](gate) * up)
-    got = build_mlp(gate_up, down, ACT2FN[activation])(x.float())
+    got = build_mlp(gate_up, down, ACT2FN[activation])(x.float(), rows)
     assert (got.double() - expected).norm() < 1e-6 * expected.norm()

@@ -53,6 +53,7 @@ class Offload:
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.last: Callable[[], Parked | None] = _nothing  # weakly: a pass without a backward pass leaves nothing
+        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def __call__(self, layer: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """layer(*arguments); tensors among these, such as hidden states [N, D], are what waits."""
@@ -62,12 +63,26 @@ class Offload:
     def _pack(self, x: Tensor) -> Any:
         if self.stream is None or not x.is_cuda or not x.is_floating_point():
             return x
+        self._leave()
         parked = Parked(x, self.stream, self.last())
         self.last = weakref.ref(parked)
+        self.leaving = x, parked.gone
         return parked
 
     def _unpack(self, packed: Any) -> Tensor:
-        return packed.taken_back() if isinstance(packed, Parked) else packed
+        if not isinstance(packed, Parked):
+            return packed
+        self._leave()
+        return packed.taken_back()
+
+    def _leave(self) -> None:
+        """Give up the tensor that went last, behind its copy. So its memory is free for what the computation takes
+        next; had the other stream been recorded with it, not before the host has seen the copy made, which is behind by
+        some layers: half a gigabyte of an 8B's SFT lay about so."""
+        if self.leaving:
+            x, gone = self.leaving
+            torch.cuda.current_stream(x.device).wait_event(gone)
+            self.leaving = None
 
 
 def _nothing() -> None:
@@ -75,33 +90,40 @@ def _nothing() -> None:
 
 
 class Parked:
-    """A tensor of the GPU that waits in pinned memory. `before`: the one whose turn in the backward pass is next."""
+    """A tensor of the GPU that waits in pinned memory. `before`: the one whose turn in the backward pass is next. On
+    the GPU it is in the memory of the computation's stream, there and back, so there is no pool of another one."""
 
     def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: Parked | None):
         self.device, self.stream = x.device, stream
         self.before = weakref.ref(before) if before is not None else _nothing
         self.there: Tensor = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self.here: Tensor | None = None
+        self.here: tuple[Tensor, torch.cuda.Event] | None = None
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self.there.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is not given to others before the copy is made
+            self.gone = stream.record_event()
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun."""
         if self.here is None:
+            here = torch.empty(self.there.shape, dtype=self.there.dtype, device=self.device)
+            # What the computation had in this memory may not be done with yet.
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                self.here = self.there.to(self.device, non_blocking=True)
+                here.copy_(self.there, non_blocking=True)
+                self.here = here, self.stream.record_event()
 
     def taken_back(self) -> Tensor:
         """The tensor, for the stream of the computation; the next one is on its way."""
         self.fetch()
-        here, self.here = self.here, None
-        assert here is not None
-        computation = torch.cuda.current_stream(self.device)
-        # The one after it is fetched behind this one: what waits here does not wait for that.
-        computation.wait_stream(self.stream)
-        here.record_stream(computation)
+        assert self.here is not None
+        (here, come), self.here = self.here, None
+        torch.cuda.current_stream(self.device).wait_event(come)
         if (before := self.before()) is not None:
             before.fetch()
         return here
+
+    def __del__(self) -> None:
+        if self.here is not None:  # fetched for a backward pass that was given up
+            here, come = self.here
+            torch.cuda.current_stream(here.device).wait_event(come)

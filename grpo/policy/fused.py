@@ -31,7 +31,13 @@ from grpo.types import Batch
 Angles = tuple[Tensor, Tensor]  # cos and sin of each rotated pair of a head's elements, each [N, R / 2]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Scores], Tensor]  # (layer, q, k, v, scores) -> [N, H, E]
 
+Mlp = Callable[[Tensor, int | None], Tensor]  # (x [N, D], rows at once, or all of them) -> [N, D]
+
 ENDLESS = 2**30  # tokens, more than any sequence has
+
+# Rows that pass the MLP at once where its activations are not kept: of the two products of an 8B, 2048 are some whole
+# waves of a large GPU's tiles.
+MLP_ROWS = 2048
 
 
 class FusedLayer(nn.Module):
@@ -56,12 +62,18 @@ class FusedLayer(nn.Module):
         self.mlp = build_mlp(self.gate_up, self.down, activation_of(layer.mlp))
         self.turned = self._normed if form.rotation == "none" else self._rotated
         self.share = times(form.share)
+        self.mlp_rows: int | None = None
+
+    def treated(self, treatment: Treatment) -> None:
+        """An MLP of which nothing is to be kept has some rows at once, and computes what its backward pass reads there.
+        Where a norm reads its result, all of it would be computed once more for that."""
+        self.mlp_rows = MLP_ROWS if treatment != "keep" and "after_mlp" not in self.form.norms else None
 
     def forward(self, x: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """[N, D] -> [N, D]."""
         attended = self._attended(self.before_attention(x), angles, attend)
         normed, x = self.before_mlp.add(self.share(attended), x)
-        return x + self.share(self.after_mlp(self.mlp(normed)))
+        return x + self.share(self.after_mlp(self.mlp(normed, self.mlp_rows)))
 
     def _attended(self, normed: Tensor, angles: Angles, attend: Attend) -> Tensor:
         """The block of attention, [N, D] -> [N, D]."""
@@ -93,7 +105,7 @@ class ParallelLayer(FusedLayer):
         """[N, D] -> [N, D]."""
         normed = self.before_both(x)
         x = x + self.share(self._attended(normed, angles, attend))
-        return x + self.share(self.after_mlp(self.mlp(normed)))
+        return x + self.share(self.after_mlp(self.mlp(normed, self.mlp_rows)))
 
 
 def build_layer(layer: Any, form: LayerForm, projections: Mapping[str, Any], index: int) -> FusedLayer:
@@ -113,19 +125,20 @@ def activation_of(mlp: Any) -> Callable[[Tensor], Tensor]:
     return activation
 
 
-def build_mlp(gate_up: Any, down: Any, activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """[N, D] -> [N, D], down(activation(gate) * up): as one operation where there is one for it."""
+def build_mlp(gate_up: Any, down: Any, activation: Callable[[Tensor], Tensor]) -> Mlp:
+    """[N, D] -> [N, D], down(activation(gate) * up): as one operation where there is one for it, which alone can have
+    some rows at once."""
     known = _known_activation(activation)
     plain = all(isinstance(projection, Projection) and projection.bias is None for projection in (gate_up, down))
     if known is not None and plain and len(gate_up.sizes) == 2:
-        return lambda x: lora_mlp(x, gate_up.base, gate_up.lora, down.base, down.lora, known)
+        return lambda x, rows: lora_mlp(x, gate_up.base, gate_up.lora, down.base, down.lora, known, rows_at_once=rows)
 
     def product(gate: Tensor, up: Tensor) -> Tensor:
         return activation(gate) * up
 
     gates = product if known is None else partial(gated, activation=known)
 
-    def separately(x: Tensor) -> Tensor:
+    def separately(x: Tensor, _rows: int | None) -> Tensor:
         gate, up = gate_up(x).chunk(2, dim=-1)
         return down(gates(gate, up))
 
@@ -190,6 +203,9 @@ class FusedModel(nn.Module):
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)
         self.ways = self.around(ways(treatments, self.head.device))
+        for layer, treatment in zip(self.layers, treatments, strict=True):
+            assert isinstance(layer, FusedLayer)
+            layer.treated(treatment)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""

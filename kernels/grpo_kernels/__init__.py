@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_kernels.nf4_product import nf4_linear
     from grpo_kernels.norms import add_rms_norm, rms_norm
     from grpo_kernels.rotary import rope
+    from grpo_kernels.rows import take_rows
     from grpo_kernels.sampled import token_logprobs
 
 _FILES = {
@@ -33,6 +34,7 @@ _FILES = {
     "nf4_product": ("nf4_linear",),
     "norms": ("add_rms_norm", "rms_norm"),
     "rotary": ("rope",),
+    "rows": ("take_rows",),
     "sampled": ("token_logprobs",),
     "gates": ("swiglu",),
 }
@@ -56,6 +58,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "take_rows",
     "token_logprobs",
 ]
 

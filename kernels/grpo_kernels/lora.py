@@ -16,7 +16,7 @@ if its memory is that of `empty_with_room`. What is left is a product of rank r,
 Shapes: T rows of x (tokens), K inputs, N = sum N_j outputs, r the rank, R = P r rounded up for aligned memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from grpo_kernels.nf4_product import nf4_linear_with_a
 from grpo_kernels.nf4_tilings import is_fused
 
 MOST_DECODED_ROWS = 256
+
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -291,19 +293,25 @@ def gradient_of_input(
 
 def product_with_a(x: Tensor, base: Tensor | NF4, a: Tensor) -> Tensor:
     """[x W^T | x A^T], [T, N + R], for x [T, K] and a [P * r, K]. The columns beyond N + P * r are undefined."""
-    if (joined := _joined(base, a, x.dtype)) is not None:
-        return x @ joined.t()
-    num_outputs, num_inputs = base.shape
-    width = num_outputs + _padded(a.shape[0])
+    return times_a(base, a, x.dtype)(x)
+
+
+def times_a(base: Tensor | NF4, a: Tensor, dtype: torch.dtype) -> Product:
+    """`product_with_a` for any number of x: an NF4 base is dequantised once, and its weights live as long as this."""
+    if (joined := _joined(base, a, dtype)) is not None:
+        return lambda x: x @ joined.t()
     if isinstance(base, NF4):
-        weight = torch.empty(width, num_inputs, dtype=x.dtype, device=x.device)
-        dequantize_into(base, weight[:num_outputs])
-        weight[num_outputs : num_outputs + a.shape[0]] = a
-        return x @ weight.t()
-    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
-    torch.mm(x, base.to(x.dtype).t(), out=out[:, :num_outputs])
-    torch.mm(x, a.t(), out=out[:, num_outputs : num_outputs + a.shape[0]])
-    return out
+        weight, _ = _dequantized_between(base, a, [], None, dtype)
+        return lambda x: x @ weight.t()
+    dense, num_outputs = base.to(dtype), base.shape[0]
+
+    def product(x: Tensor) -> Tensor:
+        out = torch.empty(x.shape[0], num_outputs + _padded(a.shape[0]), dtype=dtype, device=x.device)
+        torch.mm(x, dense.t(), out=out[:, :num_outputs])
+        torch.mm(x, a.t(), out=out[:, num_outputs : num_outputs + a.shape[0]])
+        return out
+
+    return product
 
 
 def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], scale: Tensor) -> Tensor:
@@ -311,17 +319,51 @@ def product_with_b(grad: Tensor, base: Tensor | NF4, b: Sequence[Tensor], scale:
 
     The columns beyond K + P * r are undefined.
     """
-    rank, num_inputs = b[0].shape[1], base.shape[1]
-    width = num_inputs + _padded(len(b) * rank)
+    return times_b(base, b, scale, grad.dtype)(grad)
+
+
+def times_b(base: Tensor | NF4, b: Sequence[Tensor], scale: Tensor, dtype: torch.dtype) -> Product:
+    """`product_with_b` for any number of dy, as `times_a`."""
     if isinstance(base, NF4):
-        weight = torch.empty(base.shape[0], width, dtype=grad.dtype, device=grad.device)
-        dequantize_into(base, weight[:, :num_inputs])
-        place_b(b, scale, weight[:, num_inputs:])
-        return grad @ weight
-    out = torch.empty(grad.shape[0], width, dtype=grad.dtype, device=grad.device)
-    torch.mm(grad, base.to(grad.dtype), out=out[:, :num_inputs])
-    out[:, num_inputs : num_inputs + len(b) * rank] = joined_low_rank(grad, b) * scale
-    return out
+        _, weight = _dequantized_between(base, None, b, scale, dtype)
+        return lambda grad: grad @ weight
+    dense, rank, num_inputs = base.to(dtype), b[0].shape[1], base.shape[1]
+
+    def product(grad: Tensor) -> Tensor:
+        out = torch.empty(grad.shape[0], num_inputs + _padded(len(b) * rank), dtype=dtype, device=grad.device)
+        torch.mm(grad, dense, out=out[:, :num_inputs])
+        out[:, num_inputs : num_inputs + len(b) * rank] = joined_low_rank(grad, b) * scale
+        return out
+
+    return product
+
+
+def times_a_and_b(
+    base: Tensor | NF4, a: Tensor, b: Sequence[Tensor], scale: Tensor, dtype: torch.dtype
+) -> tuple[Product, Product]:
+    """`times_a` and `times_b` over the same dequantised weights."""
+    if not isinstance(base, NF4):
+        return times_a(base, a, dtype), times_b(base, b, scale, dtype)
+    with_a, with_b = _dequantized_between(base, a, b, scale, dtype)
+    return lambda x: x @ with_a.t(), lambda grad: grad @ with_b
+
+
+def _dequantized_between(
+    base: NF4, a: Tensor | None, b: Sequence[Tensor], scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """W dequantised once: with A below it, [N + R, K], and with the s B_j beside it, [N, K + R], of those that are
+    given. What pads them is undefined."""
+    num_outputs, num_inputs = base.shape
+    rows = num_outputs + (_padded(a.shape[0]) if a is not None else 0)
+    columns = num_inputs + (_padded(len(b) * b[0].shape[1]) if b else 0)
+    weight = torch.empty(rows, columns, dtype=dtype, device=base.packed.device)
+    dequantize_into(base, weight[:num_outputs, :num_inputs])
+    if a is not None:
+        weight[num_outputs : num_outputs + a.shape[0], :num_inputs] = a
+    if b:
+        assert scale is not None
+        place_b(b, scale, weight[:num_outputs, num_inputs:])
+    return weight[:, :num_inputs], weight[:num_outputs]
 
 
 def joined_low_rank(grad: Tensor, b: Sequence[Tensor]) -> Tensor:

@@ -13,25 +13,34 @@ need the tile in its registers.
 
     dh = dy W_d + s (dy B_d) A_d      d gate = dh * up * f'(gate)      d up = dh * f(gate)
 
+In parts of some rows at a time it keeps x alone and multiplies by W_gu once more in its backward pass: nothing of size
+T * I exists at any time. For a layer whose activations are not kept that is no more work, for it computes gate and up
+again anyway. A base in 4 bits is dequantised once for all parts.
+
 Shapes: T rows of x (tokens), D inputs and outputs, I inner width, r the rank.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_kernels.dispatch import Impl, choose, isolated, num_multiprocessors, shared_memory, tl, triton
+from grpo_kernels.dispatch import Impl, cdiv, choose, isolated, num_multiprocessors, shared_memory, tl, triton
 from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.lora import (
     LoraFactors,
+    Product,
     decoded,
     gradient_of_input,
     is_decoding,
     lora_linear,
     product_float32,
-    product_with_a,
     product_with_b,
     scaled,
+    times_a,
+    times_a_and_b,
+    times_b,
 )
 from grpo_kernels.low_rank import add_low_rank
 from grpo_kernels.nf4 import NF4
@@ -52,10 +61,13 @@ def lora_mlp(
     down_factors: LoraFactors,
     activation: Activation = "silu",
     impl: Impl = "auto",
+    rows_at_once: int | None = None,
 ) -> Tensor:
     """x [..., D] through the gated MLP: [..., D]. `gate_up_base` is [2 * I, D], gate first; `down_base` is [D, I].
 
-    Ranks that differ, or are too large for the GPU, are computed by `lora_linear` and `gated`, which keep more.
+    rows_at_once: in parts of about so many rows, of which x alone is kept; None: all at once, with what the backward
+    pass reads. Ranks that differ, or are too large for the GPU, are computed by `lora_linear` and `gated`, which keep
+    more.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}. Use 'silu' (SwiGLU), 'gelu' or 'gelu_tanh' (GeGLU).")
@@ -70,8 +82,9 @@ def lora_mlp(
     if not _has_fused_form(x, gate_up_factors.rank, down_factors.rank):
         gate, up = lora_linear(x, gate_up_base, gate_up_factors, impl=impl).chunk(2, dim=-1)
         return lora_linear(gated(gate, up, activation, impl=impl), down_base, down_factors, impl=impl)
-    out = _LoraMlpFused.apply(
-        torch.is_grad_enabled(), rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
+    kind, *size = (_LoraMlpFused,) if rows_at_once is None else (_LoraMlpInParts, rows_at_once)
+    out = kind.apply(
+        torch.is_grad_enabled(), *size, rows, gate_up_base, gate_up_factors, down_base, down_factors, activation,
         gate_up_factors.a, *gate_up_factors.b, down_factors.a, *down_factors.b,
     )  # fmt: skip
     return out.view(x.shape)
@@ -98,21 +111,13 @@ def _activate(gate: Tensor, activation: Activation) -> Tensor:
 class _LoraMlpFused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, has_gradient, x, gate_up_base, gate_up_factors, down_base, down_factors, activation, *_masters):
-        gate_up = product_with_a(x, gate_up_base, gate_up_factors.a_mirror)  # [T, 2 * I + R]
+        gate_up = times_a(gate_up_base, gate_up_factors.a_mirror, x.dtype)(x)  # [T, 2 * I + R]
         if has_gradient:
-            ctx.kept = kept_now(
-                x, gate_up,
-                gate_up_factors.scale, gate_up_factors.a_mirror, *gate_up_factors.b_mirror,
-                down_factors.scale, down_factors.a_mirror, *down_factors.b_mirror,
-            )  # fmt: skip
-        inner = down_base.shape[1]
-        h = torch.empty(x.shape[0], inner, dtype=x.dtype, device=x.device)
-        _launch_gated(gate_up, gate_up_factors.b_mirror, gate_up_factors.scale, activation, h)
-        extended = product_with_a(h, down_base, down_factors.a_mirror)  # [T, D + R]
-        del h
+            ctx.kept = kept_now(x, gate_up, *_read_by_backward(gate_up_factors, down_factors))
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        ha = extended[:, x.shape[1] : x.shape[1] + down_factors.rank]  # [T, r]
-        add_low_rank(extended, ha, [down_factors.b_mirror[0].t()], down_factors.scale, None, out)
+        ha = _times_down(
+            gate_up, times_a(down_base, down_factors.a_mirror, x.dtype), gate_up_factors, down_factors, activation, out
+        )
         ctx.bases, ctx.activation = (gate_up_base, down_base), activation
         ctx.ha = scaled(ha, down_factors.scale)  # r numbers a token, which stay even where the rest is computed again
         return out
@@ -120,12 +125,7 @@ class _LoraMlpFused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # grad [T, D]
-        if ctx.kept is None:
-            raise RuntimeError(
-                "lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again."
-            )
-        x, gate_up, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down = tensors_of(ctx.kept)
-        ha, ctx.kept, ctx.ha = ctx.ha, None, None  # freed with this call, as autograd frees what it keeps itself
+        (x, gate_up, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down), ha = _taken(ctx)
         gate_up_base, down_base = ctx.bases
         inner = down_base.shape[1]
         grad_b_down = product_float32(grad.t(), ha)  # [D, r]
@@ -140,6 +140,104 @@ class _LoraMlpFused(torch.autograd.Function):
         grad_x, grad_xa = gradient_of_input(gate_up[:, : 2 * inner], gate_up_base, gu_a, [b_gate, b_up], gu_scale)
         grad_a = product_float32(grad_xa.t(), x)
         return None, grad_x, None, None, None, None, None, grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down
+
+
+class _LoraMlpInParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        has_gradient,
+        rows_at_once,
+        x,
+        gate_up_base,
+        gate_up_factors,
+        down_base,
+        down_factors,
+        activation,
+        *_masters,
+    ):
+        if has_gradient:
+            ctx.kept = kept_now(x, *_read_by_backward(gate_up_factors, down_factors))
+        times_gate_up = times_a(gate_up_base, gate_up_factors.a_mirror, x.dtype)
+        times_down = times_a(down_base, down_factors.a_mirror, x.dtype)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        ha = torch.empty(x.shape[0], down_factors.rank, dtype=x.dtype, device=x.device)
+        for part in _parts(x.shape[0], rows_at_once):
+            gate_up = times_gate_up(x[part])
+            ha[part] = _times_down(gate_up, times_down, gate_up_factors, down_factors, activation, out[part])
+            del gate_up  # or it is there beside the next one
+        ctx.bases, ctx.activation, ctx.rows_at_once = (gate_up_base, down_base), activation, rows_at_once
+        ctx.ha = scaled(ha, down_factors.scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # grad [T, D]
+        (x, gu_scale, gu_a, b_gate, b_up, down_scale, down_a, b_down), ha = _taken(ctx)
+        gate_up_base, down_base = ctx.bases
+        inner, width = down_base.shape[1], x.shape[1]
+        times_gate_up, times_back = times_a_and_b(gate_up_base, gu_a, [b_gate, b_up], gu_scale, x.dtype)
+        times_down_back = times_b(down_base, [b_down], down_scale, x.dtype)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        sums: list[Tensor] = []  # of dA, dB_gate, dB_up, dA_down
+        for part in _parts(x.shape[0], ctx.rows_at_once):
+            gate_up = times_gate_up(x[part])
+            grad_h = times_down_back(grad[part])
+            of_gates = _launch_gated_backward(gate_up, (b_gate, b_up), gu_scale, grad_h, down_a, ctx.activation)
+            del grad_h
+            extended = times_back(gate_up[:, : 2 * inner])
+            del gate_up
+            grad_xa = extended[:, width : width + gu_a.shape[0]]
+            add_low_rank(extended, grad_xa, [gu_a], None, None, grad_x[part])
+            gradients = [product_float32(grad_xa.t(), x[part]), *of_gates]
+            del extended, grad_xa
+            sums = [total.add_(each) for total, each in zip(sums, gradients, strict=True)] if sums else gradients
+        grad_a, grad_b_gate, grad_b_up, grad_a_down = sums
+        grad_b_down = product_float32(grad.t(), ha)  # [D, r]
+        return (
+            None, None, grad_x, None, None, None, None, None,
+            grad_a, grad_b_gate, grad_b_up, grad_a_down, grad_b_down,
+        )  # fmt: skip
+
+
+def _read_by_backward(gate_up: LoraFactors, down: LoraFactors) -> tuple[Tensor, ...]:
+    return gate_up.scale, gate_up.a_mirror, *gate_up.b_mirror, down.scale, down.a_mirror, *down.b_mirror
+
+
+def _times_down(
+    gate_up: Tensor,
+    times_down: Product,
+    gate_up_factors: LoraFactors,
+    down_factors: LoraFactors,
+    activation: Activation,
+    out: Tensor,
+) -> Tensor:
+    """y [T, D] into `out`, and h A_d^T [T, r], of gate_up [T, 2 * I + R] = [x W_gu^T | x A_gu^T]."""
+    inner = gate_up_factors.b_mirror[0].shape[0]
+    h = torch.empty(gate_up.shape[0], inner, dtype=gate_up.dtype, device=gate_up.device)
+    _launch_gated(gate_up, gate_up_factors.b_mirror, gate_up_factors.scale, activation, h)
+    extended = times_down(h)  # [T, D + R]
+    del h
+    ha = extended[:, out.shape[1] : out.shape[1] + down_factors.rank]
+    add_low_rank(extended, ha, [down_factors.b_mirror[0].t()], down_factors.scale, None, out)
+    return ha
+
+
+def _taken(ctx) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What was kept, and s h A_d^T [T, r]: freed with this call, as autograd frees what it keeps itself."""
+    if ctx.kept is None:
+        raise RuntimeError(
+            "lora_mlp's backward writes over what its forward kept, so it runs once. Run the forward again."
+        )
+    kept, ha = tensors_of(ctx.kept), ctx.ha
+    ctx.kept = ctx.ha = None
+    return kept, ha
+
+
+def _parts(num_rows: int, at_once: int) -> Sequence[slice]:
+    """Rows in parts of one size, whole tiles of 128, and a smaller last one; one of none where there are no rows."""
+    size = max(1, cdiv(cdiv(num_rows, max(1, cdiv(num_rows, at_once))), 128)) * 128
+    return [slice(start, start + size) for start in range(0, max(1, num_rows), size)]
 
 
 @triton.jit

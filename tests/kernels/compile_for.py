@@ -26,6 +26,7 @@ from grpo_kernels import (
     nf4_linear,
     rms_norm,
     rope,
+    take_rows,
 )
 from grpo_kernels.attention import _merge, sum_of_copies
 from grpo_kernels.attention_tiles import tiled_attention
@@ -200,11 +201,16 @@ def attention() -> None:
     _merge(zeros(12, 4, 128), torch.zeros(4, 12), zeros(7, 4, 128), torch.zeros(4, 7), 5)
 
 
+def tables() -> None:
+    for index in (torch.zeros(5, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)):
+        take_rows(index, zeros(8, 128, requires_grad=False), "triton")
+
+
 if __name__ == "__main__":
     driver.set_active(Driver())
     JITFunction.run = compile_only
     pretend()
-    for compile_all in (norms, rotary, activations, head, nf4, lora, attention):
+    for compile_all in (norms, rotary, activations, head, nf4, lora, attention, tables):
         compile_all()
     for name in kernels():
         print(name, shared.get(name, "-"))
