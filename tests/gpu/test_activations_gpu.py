@@ -82,7 +82,10 @@ def test_the_same_gradient_in_less_memory(policy):
         peaks.append(torch.cuda.max_memory_allocated() - before)
     policy.model.treat(["keep"] * layers)
     allowed = 3 * noise(policy, batch) + 1e-6
-    assert all(distance(results[0], others) <= allowed for others in results[1:])
+    # Products over some rows at once are added up in another order: what is rounded to bfloat16 is half a unit off.
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    assert all(distance(results[0], others) <= allowed + rounding for others in results[1:])
+    assert distance(results[2], results[3]) <= allowed
     kept, half, recomputed, offloaded = peaks
     assert offloaded < recomputed < half < kept
     # All but two inputs are on the host, and the last layer's.

@@ -13,12 +13,6 @@ from grpo.policy.load import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-# A model whose embedding is its own, and one that no form is known of.
-MODELS = {
-    "fused": (QWEN3, {}),
-    "generic": (QWEN3, {"model_impl": "generic"}),
-}
-
 
 def policy_of(folder, **options):
     config = Config(model=str(folder), base="nf4", device="cuda", lora_rank=8, **options)
