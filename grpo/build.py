@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -212,14 +213,18 @@ def plan_memory(
         if config.memory_gib:
             note("note: --memory-gib is of a GPU's memory, and the policy is on a CPU: nothing is kept to it.")
         return None
-    if not samples_with_vllm(config, policy) and (size := to_host(policy.model)):
-        torch.cuda.empty_cache()
-        note(f"The embedding, {size / memory.GIB:.2f} GiB, is in the host's memory, from where the GPU reads its rows.")
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
+        host_embedding(policy, note)  # which the trial, too, has no place for
     sizes = memory_trial.measure(policy, longest, limit if config.memory_gib else 0)
-    plan = memory.foresee(sizes, _need(config, policy, longest, batch_before), limit, _asked(config))
+    foresee = partial(memory.foresee, need=_need(config, policy, longest, batch_before), limit=limit)
+    plan = None
+    with suppress(UserError):
+        plan = foresee(sizes, asked=_asked(config))
+    if (plan is None or plan.is_short) and (size := host_embedding(policy, note)):
+        sizes, plan = replace(sizes, weights=sizes.weights - size), None
+    plan = plan or foresee(sizes, asked=_asked(config))
     if plan.sizes.double_quantised:
         policy.store.double_quantize()
         torch.cuda.empty_cache()
@@ -227,6 +232,15 @@ def plan_memory(
     if config.memory_gib:
         memory.keep_within(plan, policy.device)
     return plan
+
+
+def host_embedding(policy: Policy, note: Callable[[str], object]) -> int:
+    """The bytes of a GPU that are free with the embedding in the host's memory, 0 where it stays; `note` is told."""
+    size = to_host(policy.model)
+    if size:
+        torch.cuda.empty_cache()
+        note(f"The embedding, {size / memory.GIB:.2f} GiB, is in the host's memory, from where the GPU reads its rows.")
+    return size
 
 
 def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Plan:
@@ -255,7 +269,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
 def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Need:
     from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
 
-    with_vllm = samples_with_vllm(config, policy)
+    with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
     shares = isinstance(policy.model, FusedModel)
     of_group = longest + (config.group_size - 1) * config.max_completion_tokens  # its prompt is there once
     per_token = kv_bytes_per_token(policy.source, policy.store.compute_dtype)
@@ -293,11 +307,6 @@ def rehearse(
 def suits_vllm(config: Config, policy: Policy) -> bool:
     """Whether vLLM is the better engine."""
     return not why_not(config, policy.device)
-
-
-def samples_with_vllm(config: Config, policy: Policy) -> bool:
-    """Whether there will be a vLLM in this process."""
-    return config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
 
 
 def build_scorer(

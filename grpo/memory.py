@@ -147,6 +147,13 @@ class Plan:
         held = 0 if self.gives_cache_back else self.kv_cache
         return self.standing + self.kv_cache, self.standing + held + self.update
 
+    @property
+    def is_short(self) -> bool:
+        """Whether a run would be faster with more memory."""
+        wanted = full_cache_bytes(self.need.sequences, self.need.longest, self.need.kv_bytes_per_token)
+        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised
+        return bool(spares) or self.kept < self.sizes.layers or self.kv_cache < wanted
+
     def fits(self, usable: int) -> bool:
         """Whether both peaks do. Of a rollout whose cache stands nothing is left to foresee: it may take what was kept
         to spare."""

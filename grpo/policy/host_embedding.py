@@ -1,7 +1,10 @@
-"""Embedding in the host's memory: a table that is read once a pass, and by nobody but the policy, needs none of a GPU.
+"""Embedding in the host's memory: a table of which a pass reads a row a token needs no memory of a GPU.
 
-That of an 8B has 0.98 GiB, where the head is another table. vLLM, which samples with the policy's own weights, has the
-table in its CUDA graphs: beside it in one process the embedding stays where it is.
+That of an 8B has 0.98 GiB, where the head is another table. vLLM, which samples with the policy's own weights, reads
+its rows there too (grpo/rollout/vllm_weights.py), some microseconds a step that it decodes.
+
+    is_hosted(model)
+    to_host(model)      -> bytes of the GPU that are free now; 0 where the embedding stays
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ def to_host(model: Any) -> int:
         ends = torch.tensor([0, len(table) - 1], device=table.device)
         if torch.equal(take_rows(ends, hosted), table[ends]):
             embed.weight = nn.Parameter(hosted, requires_grad=False)
-            embed.forward = lambda input: take_rows(input, hosted)
+            embed.forward = lambda input: take_rows(input, embed.weight)
             return table.nbytes
     return 0
+
+
+def is_hosted(model: Any) -> bool:
+    """Whether the embedding is elsewhere than the head."""
+    return model.embed.weight.device != model.head.device

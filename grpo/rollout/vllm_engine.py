@@ -306,7 +306,7 @@ class SharedLink:
             "load_format": vllm_weights.SHARED,
             # vLLM keeps compiled code on disk and knows nothing of our tensors: without this, code compiled over a bf16
             # base would be run over an NF4 base of the same model.
-            "additional_config": {"grpo": vllm_weights.layout_key(policy.store)},
+            "additional_config": {"grpo": vllm_weights.layout_key(policy.model, policy.store)},
             **vllm_weights.text_alone(policy.model, policy.source),
         }
 

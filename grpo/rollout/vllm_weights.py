@@ -8,7 +8,7 @@ the method notes which come to its layer, and in what order. It gives the layer 
 
     a layer of vLLM's        <-  rows of projections        base (dense or NF4), LoRA mirrors, scale
     a layer of experts       <-  the policy's own module    (vllm_experts.py)
-    embed_tokens, lm_head    <-  the policy's embedding and head
+    embed_tokens, lm_head    <-  the policy's embedding, wherever it is, and head
 
 So no model is named here. The base exists once, and an optimizer step followed by `ProjectionStore.refresh` is seen by
 the next token that is sampled, captured CUDA graphs included: the addresses never change. What vLLM holds in one layer
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from grpo_kernels.rows import next_number, numbered
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -43,6 +44,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy.experts import Experts
 from grpo.policy.fused import FusedModel
+from grpo.policy.host_embedding import is_hosted
 from grpo.policy.load import Model
 from grpo.policy.projections import Masters, ProjectionStore
 from grpo.rollout.vllm_compat import reason_of
@@ -114,9 +116,12 @@ def pad_vocabulary(model: Model) -> tuple[Tensor, Tensor]:
 
 
 def _padded(table: Tensor) -> Tensor:
-    """[V, D] -> [V rounded up, D], the table itself where nothing is missing."""
+    """[V, D] -> [V rounded up, D], the table itself where nothing is missing; in pinned memory where it was."""
     missing = -table.shape[0] % VOCABULARY_MULTIPLE
-    return nn.functional.pad(table, (0, 0, 0, missing)) if missing else table
+    if not missing:
+        return table
+    padded = nn.functional.pad(table, (0, 0, 0, missing))
+    return padded.pin_memory() if table.is_pinned() else padded
 
 
 def text_alone(model: Model, source: str) -> dict[str, Any]:
@@ -140,10 +145,12 @@ def _as_text(model: Model, name: str) -> str:
     return name
 
 
-def layout_key(store: ProjectionStore) -> str:
-    """A digest of what vLLM's compiled code depends on: shapes and dtypes of all that is lent, not their values."""
+def layout_key(model: Model, store: ProjectionStore) -> str:
+    """A digest of what vLLM's compiled code depends on: shapes and dtypes of all that is lent, not their values, and
+    where the embedding is read."""
     lent = [[(tuple(t.shape), str(t.dtype)) for t in _tensors(p, store)] for p in store.adapted()]
-    return hashlib.sha256(repr(lent).encode()).hexdigest()
+    table = next_number() if is_hosted(model) else None
+    return hashlib.sha256(repr([lent, table]).encode()).hexdigest()
 
 
 def _is_shared(layer: nn.Module) -> bool:
@@ -158,7 +165,8 @@ def check_shared(model: Any, lender: Model, store: ProjectionStore) -> None:
                 f"vLLM built this model without the trainer's weights ({name}), so it cannot sample from the policy. "
                 "Use --engine torch, and please report this with the model's name."
             )
-    tables = {layer.weight.data_ptr() for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)}
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    tables = {layer.quant_method.read_by(layer).data_ptr() for layer in layers}
     assert tables == {lender.embed.weight.data_ptr(), lender.head.data_ptr()}, "embedding or head is a copy"
 
 
@@ -306,8 +314,16 @@ class SharedTable(UnquantizedEmbeddingMethod):
             raise NotShareableError(f"it has a table of {list(wanted)} where the policy's is {list(self.table.shape)}")
         layer.register_parameter("weight", nn.Parameter(self.table, requires_grad=False))
 
+    def weight_on(self, device: torch.device) -> Tensor:
+        """What a layer has as its weight, on the device of the policy."""
+        return self.table
+
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """See SharedDense.process_weights_after_loading."""
+
+    def read_by(self, layer: Any) -> Tensor:
+        """What a layer reads."""
+        return layer.weight
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Hidden states [M, D] -> logits [M, V], float32."""
@@ -315,6 +331,49 @@ class SharedTable(UnquantizedEmbeddingMethod):
         if x.is_cuda and x.dtype != torch.float32:
             return torch.mm(x, layer.weight.t(), out_dtype=torch.float32)
         return nn.functional.linear(x, layer.weight)
+
+
+class HostTable(SharedTable):
+    """The policy's embedding in the host's memory. The layer has a stand-in of one element: vLLM would bring a
+    parameter of the host's to the GPU while it loads, and compiles no graph with one."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__(weight)
+        self.number = numbered(weight)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """The stand-in, in the shape that is asked for."""
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        layer.register_parameter("weight", _frozen(torch.empty(1, 1, dtype=params_dtype).expand(shape)))
+
+    def weight_on(self, device: torch.device) -> Tensor:
+        """See SharedTable."""
+        return torch.empty(1, 1, dtype=self.table.dtype, device=device).expand(self.table.shape)
+
+    def read_by(self, layer: Any) -> Tensor:
+        """See SharedTable."""
+        return self.table
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """Tokens [M] -> [M, D]."""
+        return torch.ops.grpo_kernels.numbered_rows(input_, self.number)
+
+
+def _method_of(layer: nn.Module, loan: Loan) -> SharedTable:
+    """Of the embedding or the head, as the layer is."""
+    embedding, head = loan.tables
+    if isinstance(layer, ParallelLMHead):
+        return SharedTable(head)
+    return HostTable(embedding) if is_hosted(loan.model) else SharedTable(embedding)
 
 
 @register_quantization_config(SHARED)
@@ -357,7 +416,7 @@ class SharedConfig(QuantizationConfig):
         """The method of a layer by its full name (model.layers.3.mlp.down_proj); None for attention and others."""
         loan = _lent()
         if isinstance(layer, VocabParallelEmbedding):
-            return SharedTable(_table_of(layer, loan))
+            return _method_of(layer, loan)
         if isinstance(layer, RoutedExperts):
             return SharedExperts(layer, prefix, loan.experts)
         return SharedLinear(loan.store) if isinstance(layer, LinearBase) else None
@@ -402,7 +461,9 @@ class SharedLoader(BaseModelLoader):
         loan = _lent()
         projections = [t for p in loan.store.projections.values() for t in _tensors(p, loan.store)]
         experts = [weights.base for each in loan.experts.values() for weights in each.maps()]
-        return sum(tensor.nbytes for tensor in [*projections, *loan.tables, *experts])
+        embedding, head = loan.tables
+        tables = [head] if is_hosted(loan.model) else [embedding, head]
+        return sum(tensor.nbytes for tensor in [*projections, *tables, *experts])
 
 
 def _without_experts(loan: Loan) -> Iterator[tuple[str, Tensor]]:
@@ -423,19 +484,15 @@ def _names_of_tables(model: Any) -> set[str]:
     return {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, VocabParallelEmbedding)}
 
 
-def _table_of(layer: nn.Module, loan: Loan) -> Tensor:
-    embedding, head = loan.tables
-    return head if isinstance(layer, ParallelLMHead) else embedding
-
-
 def _share_tables(model: Any, loan: Loan) -> None:
     """Some classes do not ask for a table's method, and have made one of their own, which their head may be too."""
     for layer in model.modules():
         if isinstance(layer, VocabParallelEmbedding):
-            table = _table_of(layer, loan)
-            if layer.weight.shape != table.shape:
-                raise NotShareableError(f"it has a table of {list(layer.weight.shape)}, the policy {list(table.shape)}")
-            layer.quant_method, layer.weight = SharedTable(table), _frozen(table)
+            method = _method_of(layer, loan)
+            shape = method.table.shape
+            if layer.weight.shape != shape:
+                raise NotShareableError(f"it has a table of {list(layer.weight.shape)}, the policy {list(shape)}")
+            layer.quant_method, layer.weight = method, _frozen(method.weight_on(loan.model.head.device))
 
 
 def _check_all_are_held(store: ProjectionStore, pieces: list[Rows]) -> None:

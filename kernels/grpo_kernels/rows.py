@@ -3,14 +3,38 @@
 A table that is looked up once a pass, such as an embedding that is not the head too, need not be in the GPU's memory:
 pinned memory has an address on the GPU, and a kernel that copies rows from there reads what the bus carries, some 8 KB
 a token of an 8B: 16,384 tokens are 0.13 GB, 3 to 5 ms of PCIe 4 and 5.
+
+A compiler has no graph with tensors of two devices. For it there is an operator that knows a table by its number:
+
+    grpo_kernels::numbered_rows(index, number)      take_rows(index, the table that `numbered` gave this number)
 """
+
+import itertools
+import weakref
 
 import torch
 from torch import Tensor
 
-from grpo_kernels.dispatch import Impl, cdiv, choose, isolated, tl, triton
+from grpo_kernels.dispatch import Impl, Operator, cdiv, choose, isolated, tl, triton
 
 BLOCK = 1024
+
+_tables: dict[int, weakref.ref[Tensor]] = {}
+
+
+def numbered(table: Tensor) -> int:
+    """The number of a table [V, D] for as long as it lives."""
+    for number, known in _tables.items():
+        if known() is table:
+            return number
+    number = next_number()
+    _tables[number] = weakref.ref(table)
+    return number
+
+
+def next_number() -> int:
+    """The number of the next table, the lowest that none has: compiled code that is kept has it in it."""
+    return next(number for number in itertools.count() if number not in _tables or _tables[number]() is None)
 
 
 @isolated
@@ -31,6 +55,25 @@ def take_rows(index: Tensor, table: Tensor, impl: Impl = "auto") -> Tensor:
         grid = (index.numel(), cdiv(table.shape[1], BLOCK))
         _take_rows_kernel[grid](table, index.contiguous(), out, table.shape[1], BLOCK=BLOCK, num_warps=4)
     return out
+
+
+def _table_of(number: int) -> Tensor:
+    table = _tables[number]() if number in _tables else None
+    if table is None:
+        raise ValueError(f"No table has number {number}.")
+    return table
+
+
+def _numbered_rows(index: Tensor, number: int) -> Tensor:
+    return take_rows(index, _table_of(number))
+
+
+def _fake_numbered_rows(index, number):
+    table = _table_of(number)
+    return index.new_empty(*index.shape, table.shape[1], dtype=table.dtype)
+
+
+numbered_rows = Operator("numbered_rows", _numbered_rows, _fake_numbered_rows)
 
 
 @triton.jit

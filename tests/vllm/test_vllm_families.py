@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from grpo_kernels import rows
 from grpo_kernels.nf4 import nf4_quantize
 from tiny_engines import Letters, batch_of, contexts, learn, prompts, rollout, tokens_of
 from tiny_models import FUSED, GENERIC, MIXTURES, build_policy, randomise, write_checkpoint
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
 from grpo.policy.fused import FusedModel
 from grpo.policy.projections import Projection, ProjectionStore
-from grpo.rollout import vllm_weights
+from grpo.rollout import vllm_compat, vllm_weights
 from grpo.rollout.torch_engine import TorchEngine
 from grpo.rollout.vllm_engine import SharedLink, VllmEngine
 from grpo.rollout.vllm_weights import NotShareableError, Rows, StandIns, joined
@@ -81,6 +83,30 @@ def test_shared_and_the_same(name, base, tmp_path, monkeypatch):
         monkeypatch.setattr(engine, "config", SimpleNamespace(max_completion_tokens=23, temperature=0.0))
         greedy = tokens_of(rollout(engine, prompts(), 1, seed=0))
         assert greedy == tokens_of(rollout(theirs, prompts(), 1, seed=0))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("name", "base"), [("llama", "nf4"), ("phi3", "float32"), ("starcoder2", "float32")])
+def test_an_embedding_in_the_hosts_memory_is_read_there(name, base, tmp_path, monkeypatch):
+    """As on a GPU, but that there the policy's rows come from where vLLM's do."""
+    config = config_of(tmp_path, name, base, tie_word_embeddings=False)
+    policy, read = build_policy(config), []
+    randomise(policy)
+    monkeypatch.setattr(vllm_weights, "is_hosted", lambda model: True)
+    take = rows.take_rows
+    monkeypatch.setattr(rows, "take_rows", lambda index, table: read.append(table.data_ptr()) or take(index, table))
+    engine = VllmEngine(policy, Letters(), contexts(prompts()), config, 160)
+    try:
+        [layer] = [
+            each for each in vllm_compat.inner_model(engine.llm).modules() if type(each) is VocabParallelEmbedding
+        ]
+        assert layer.weight.untyped_storage().nbytes() == layer.weight.itemsize
+        learn(policy, 2)
+        assert engine.sync()["sync/gap"] < 1e-5  # the canary
+        batch = batch_of(rollout(engine, prompts(), 4, seed=1), config)
+        torch.testing.assert_close(batch.sampler_logprobs, policy.logprobs(batch)[0], atol=1e-4, rtol=1e-4)
+        assert set(read) == {policy.model.embed.weight.data_ptr()}
     finally:
         engine.close()
 
