@@ -11,6 +11,7 @@ from tiny_engines import contexts, rollout, z_of
 from grpo.config import Config
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
+from grpo.policy.host_embedding import to_host
 from grpo.policy.load import load_model
 from grpo.types import Prompt
 
@@ -73,17 +74,19 @@ def test_the_embedded_model_trains(base, tmp_path):
     train("embedded", base, tmp_path, engine="vllm")
 
 
-@pytest.mark.parametrize("base", ["bf16", "nf4"])
-def test_sampler_and_policy_agree_through_updates_and_sleep(base, tmp_path):
-    """Captured graphs see the update; the weights outlive the release of the cache."""
+@pytest.mark.parametrize(("base", "hosted"), [("bf16", False), ("nf4", False), ("nf4", True)])
+def test_sampler_and_policy_agree_through_updates_and_sleep(base, hosted, tmp_path):
+    """Captured graphs see the update; the weights outlive the release of the cache; the embedding may be the host's."""
     from grpo.rollout.vllm_engine import VllmEngine
 
-    folder = write_checkpoint(QWEN3_0_6B, tmp_path / "model")
+    shape = {**QWEN3_0_6B.to_dict(), "tie_word_embeddings": not hosted}
+    folder = write_checkpoint(transformers.Qwen3Config(**shape), tmp_path / "model")
     config = Config(
         model=str(folder), base=base, engine="vllm", prompts_per_step=4, group_size=4, max_completion_tokens=64,
         eval_prompts=4, kv_cache_gib=2.0,
     )  # fmt: skip
     policy = Policy(load_model(config, torch.device("cuda"), 256), config)
+    assert (to_host(policy.model) > 0) == hosted
     engine = VllmEngine(policy, NoText(), contexts(ask(0)), config, 256)
     try:
         fresh = gap(engine, policy, 1)
