@@ -12,15 +12,16 @@ is in its first layer, the last one, where that keeps its activations; and when 
 
     bytes(n, k, o) = gradients + max(head_fixed + n (head + k keeping - away),
                                      kept_fixed + n (one_kept + (k - 1) keeping - away)     where k > 0,
-                                     fixed + n (recomputing - away)),     away = max(0, o - 2) input
+                                     fixed + n (recomputing - away)),     away = max(0, o - 4) input
 
 `head`, `one_kept` and `recomputing` (every layer, or every other one, but its input computed again) and `keeping` (what
 one more kept layer adds) are measured, each where it alone changes. A layer that is computed again has its MLP in
 parts, so it takes less at work than one that keeps. In the backward pass the kept layers are gone when the first is
 computed again, so the two never add up. The head holds some hundred megabytes of logits however few the tokens: taken
-together, as one line through two small trials, head and layers made a kept layer 17 to 25% larger than it is. Two
-parked inputs are on the GPU at a time. A batch of few tokens takes most at the end of its backward pass, when there are
-all of its gradients; the trial must be above that, or it measures the slope of something else.
+together, as one line through two small trials, head and layers made a kept layer 17 to 25% larger than it is. Of what
+is parked the GPU has two layers' at a time, inputs and what attention gave. A batch of few tokens takes most at the end
+of its backward pass, when there are all of its gradients; the trial must be above that, or it measures the slope of
+something else.
 
 Time is counted in tokens, of a layer that keeps its activations: one computed again takes a third more, a batch
 costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.

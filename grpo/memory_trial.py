@@ -31,6 +31,10 @@ ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 # to so much less than a limit.
 OF_CUDA_LATER = 160 * 2**20
 
+# Of what is parked, on the GPU at a time: the input of the layer at work and of the next, and what attention gave in
+# both, which is about as large.
+ON_THEIR_WAY = 4
+
 SMALL_HEAD = 256  # tokens whose logits there are at once, where memory is short
 
 
@@ -71,7 +75,7 @@ class Sizes:
 
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
-        parked = max(0, offloaded - 2) * self.layer_input
+        parked = max(0, offloaded - ON_THEIR_WAY) * self.layer_input
         in_head = self.head_fixed + tokens * (self.head + kept * self.keeping - parked)
         again = self.fixed + tokens * (self.recomputing - parked)
         in_kept = self.kept_fixed + tokens * (self.one_kept + (kept - 1) * self.keeping - parked) if kept else 0

@@ -2,12 +2,14 @@
 
     keep        all that the backward pass reads stays where it is
     recompute   the layer's input stays; the layer is computed once more when its gradient is asked for
-    offload     as recompute, and the input waits in pinned memory of the host; it goes there and comes back on a stream
-                beside the computation, one layer ahead
+    offload     as recompute, and the input waits in pinned memory of the host, beside it what attention gave, which is
+                not computed again; they go there and come back on a stream beside the computation, one layer ahead
 
 All three compute the same numbers. What they cost: keeping, some 110 KB a token and layer of an 8B; recomputing, a
 quarter of the layer's time (its last product is not computed again, see grpo_kernels/saving.py) and 8 KB; offloading,
-that time and no memory of the GPU (Chen et al. 2016, arXiv 1604.06174; Rhu et al. 2016, arXiv 1602.08124).
+that time without attention's share, which grows with the length of sequences, no memory of the GPU and 16 KB of the
+host's (Chen et al. 2016, arXiv 1604.06174; Rhu et al. 2016, arXiv 1602.08124; Korthikanti et al. 2022, arXiv
+2205.05198).
 """
 
 from __future__ import annotations
@@ -31,9 +33,8 @@ def as_they_are(ways: list[RunLayer]) -> list[RunLayer]:
     return ways
 
 
-def ways(treatments: Sequence[Treatment], device: torch.device) -> list[RunLayer]:
+def ways(treatments: Sequence[Treatment], offload: Offload) -> list[RunLayer]:
     """How each layer of a model is run."""
-    offload = Offload(device)
     run: dict[Treatment, RunLayer] = {"keep": _kept, "recompute": _recomputed, "offload": offload}
     return [run[treatment] for treatment in treatments]
 
@@ -52,56 +53,80 @@ class Offload:
 
     def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.last: Callable[[], Parked | None] = _nothing  # weakly: a pass without a backward pass leaves nothing
-        self.leaving: tuple[Tensor, torch.cuda.Event] | None = None
+        self.layer: list[weakref.ref[Parked]] = []  # what the layer that runs has parked
+        self.before: list[weakref.ref[Parked]] = []  # what the one before it has: weakly, a pass may have no backward
+        self.leaving: list[Parked] = []
 
     def __call__(self, layer: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """layer(*arguments); tensors among these, such as hidden states [N, D], are what waits."""
-        with saved_tensors_hooks(self._pack, self._unpack):  # of the inputs alone: inside are those of `checkpoint`
+        self._leave()
+        self.before, self.layer = self.layer, []
+        with saved_tensors_hooks(self.park, self.take_back):  # of the inputs alone: inside are those of `checkpoint`
             return _recomputed(layer, *arguments, **named)
 
-    def _pack(self, x: Tensor) -> Any:
+    def park(self, x: Tensor) -> Any:
+        """What stands for a tensor that is wanted in the backward pass of the layer that runs."""
         if self.stream is None or not x.is_cuda or not x.is_floating_point():
             return x
-        self._leave()
-        parked = Parked(x, self.stream, self.last())
-        self.last = weakref.ref(parked)
-        self.leaving = x, parked.gone
+        parked = Parked(x, self.stream, self.before)
+        self.layer.append(weakref.ref(parked))
+        self.leaving.append(parked)
         return parked
 
-    def _unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, Parked):
-            return packed
+    def take_back(self, parked: Any) -> Tensor:
+        """The tensor that it stands for."""
+        if not isinstance(parked, Parked):
+            return parked
         self._leave()
-        return packed.taken_back()
+        return parked.taken_back()
 
     def _leave(self) -> None:
-        """Give up the tensor that went last, behind its copy. So its memory is free for what the computation takes
-        next; had the other stream been recorded with it, not before the host has seen the copy made, which is behind by
-        some layers: half a gigabyte of an 8B's SFT lay about so."""
-        if self.leaving:
-            x, gone = self.leaving
-            torch.cuda.current_stream(x.device).wait_event(gone)
-            self.leaving = None
+        """Give up the tensors that went last, behind their copies. So their memory is free for what the computation
+        takes next; had the other stream been recorded with them, not before the host has seen the copies made, which is
+        behind by some layers: half a gigabyte of an 8B's SFT lay about so."""
+        for parked in self.leaving:
+            parked.leave()
+        self.leaving.clear()
 
 
-def _nothing() -> None:
-    return None
+class Remembered:
+    """What attention gave in a layer that is offloaded, for when the layer is computed again: a
+    `grpo_kernels.attention.Memory`."""
+
+    def __init__(self, offload: Offload):
+        self.offload = offload
+        self.parked: list[Any] | None = None
+
+    def keep(self, *tensors: Tensor) -> None:
+        """See Memory."""
+        self.parked = [self.offload.park(tensor) for tensor in tensors] if torch.is_grad_enabled() else None
+
+    def recall(self) -> tuple[Tensor, ...] | None:
+        """See Memory."""
+        if self.parked is None:
+            return None
+        parked, self.parked = self.parked, None
+        return tuple(map(self.offload.take_back, parked))
 
 
 class Parked:
-    """A tensor of the GPU that waits in pinned memory. `before`: the one whose turn in the backward pass is next. On
-    the GPU it is in the memory of the computation's stream, there and back, so there is no pool of another one."""
+    """A tensor of the GPU that waits in pinned memory. `before`: those whose turn in the backward pass is next. On the
+    GPU it is in the memory of the computation's stream, there and back, so there is no pool of another one."""
 
-    def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: Parked | None):
-        self.device, self.stream = x.device, stream
-        self.before = weakref.ref(before) if before is not None else _nothing
+    def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: list[weakref.ref[Parked]]):
+        self.device, self.stream, self.before = x.device, stream, before
         self.there: Tensor = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        self.here: tuple[Tensor, torch.cuda.Event] | None = None
+        self.here: tuple[Tensor, torch.cuda.Event] | None = None  # and when it has come
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self.there.copy_(x, non_blocking=True)
-            self.gone = stream.record_event()
+            self.gone: tuple[Tensor, torch.cuda.Event] | None = x, stream.record_event()
+
+    def leave(self) -> None:
+        """Give up the tensor itself: what the computation does from now on is behind its copy."""
+        if self.gone is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.gone[1])
+            self.gone = None
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun."""
@@ -114,13 +139,15 @@ class Parked:
                 self.here = here, self.stream.record_event()
 
     def taken_back(self) -> Tensor:
-        """The tensor, for the stream of the computation; the next one is on its way."""
+        """The tensor, for the stream of the computation; the layer before it is on its way."""
         self.fetch()
         assert self.here is not None
         (here, come), self.here = self.here, None
         torch.cuda.current_stream(self.device).wait_event(come)
-        if (before := self.before()) is not None:
-            before.fetch()
+        for each in self.before:
+            if (parked := each()) is not None:
+                parked.fetch()
+        self.before = []  # once
         return here
 
     def __del__(self) -> None:

@@ -9,18 +9,19 @@ each of S sequences. What attention does with them is the caller's choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
 from grpo_kernels import lora_mlp, rope
-from grpo_kernels.attention import group_attention
+from grpo_kernels.attention import Memory, group_attention
 from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
 
-from grpo.policy.activations import Around, Treatment, as_they_are, ways
+from grpo.policy.activations import Around, Offload, Remembered, Treatment, as_they_are, ways
 from grpo.policy.cache import KeyValueCache
 from grpo.policy.form import AngleOrder, LayerForm, ModelForm, Scores
 from grpo.policy.linears import NF4Linear
@@ -202,14 +203,17 @@ class FusedModel(nn.Module):
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)
-        self.ways = self.around(ways(treatments, self.head.device))
+        self.offload = Offload(self.head.device)
+        self.ways = self.around(ways(treatments, self.offload))
         for layer, treatment in zip(self.layers, treatments, strict=True):
             assert isinstance(layer, FusedLayer)
             layer.treated(treatment)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
-        return self._run(batch.tokens, batch.positions, packed(batch.layout))
+        memories = [Remembered(self.offload) if each == "offload" else None for each in self.treatments]
+        attends = [packed(batch.layout, memory) for memory in memories]
+        return self._run(batch.tokens, batch.positions, attends)
 
     def prefill(
         self, tokens: Tensor, layout: GroupLayout, copies: list[int], max_tokens: int
@@ -222,13 +226,13 @@ class FusedModel(nn.Module):
             cache.fill(index, k, v, layout.prompt_lengths, copies, max_tokens)
             return attention(index, q, k, v, scores)
 
-        return self._run(tokens, layout.positions(), attend), cache
+        return self._run(tokens, layout.positions(), repeat(attend)), cache
 
     def decode(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
         """One new token a sequence, [S] -> hidden states [S, D]."""
         positions = torch.tensor(cache.lengths, device=tokens.device)
         cache.advance()
-        return self._run(tokens, positions, cache.append)
+        return self._run(tokens, positions, repeat(cache.append))
 
     def small_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, tensor) of all that is neither a projection's base nor a table: norms and biases."""
@@ -240,20 +244,23 @@ class FusedModel(nn.Module):
             for name in layer.form.linears:
                 yield from getattr(layer, name).biases()
 
-    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def _run(self, tokens: Tensor, positions: Tensor, attends: Iterable[Attend]) -> Tensor:
+        """attends: of each layer."""
         x = self.embedded(self.embed(tokens))
         twice = [self.rope(x, positions.unsqueeze(0), *asked) for asked in self.rotaries]
         angles = [(self.once(cos), self.once(sin)) for cos, sin in twice]
-        for layer, run, rotary in zip(self.layers, self.ways, self.rotary_of, strict=True):
+        of_layers = zip(self.layers, self.ways, self.rotary_of, strict=True)
+        for (layer, run, rotary), attend in zip(of_layers, attends, strict=False):  # they may be endless
             x = run(layer, x, angles[rotary], attend)
         return self.norm(x)
 
 
-def packed(layout: GroupLayout) -> Attend:
-    """Attention among the tokens of a packed batch: each to its prompt and its own past."""
+def packed(layout: GroupLayout, memory: Memory | None = None) -> Attend:
+    """Attention among the tokens of a packed batch: each to its prompt and its own past. memory: of one layer's."""
 
     def attend(_index: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-        return group_attention(q, k, v, layout, scale=scores.scale, window=scores.window, softcap=scores.softcap)
+        options = {"scale": scores.scale, "window": scores.window, "softcap": scores.softcap}
+        return group_attention(q, k, v, layout, **options, memory=memory)
 
     return attend
 

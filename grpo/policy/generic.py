@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from grpo.errors import UserError, is_out_of_memory
-from grpo.policy.activations import Treatment, ways
+from grpo.policy.activations import Offload, Treatment, ways
 from grpo.policy.experts import AdaptedExperts, Experts, ExpertWeights, are_experts
 from grpo.policy.head import Logits, read_logits
 from grpo.policy.linears import Linear, is_linear
@@ -81,7 +81,7 @@ class GenericModel(nn.Module):
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)
-        runs = ways(treatments, self.head.device)
+        runs = ways(treatments, Offload(self.head.device))
         for layer, forward, run in zip(self.layers, self.forwards, runs, strict=True):
             layer.forward = partial(run, forward)
 

@@ -21,16 +21,34 @@ so two calls suffice: every prompt and completion causally with itself, and all 
 their prompt. The backward of each call needs only probabilities exp(s - l) and rowsum(dout * out), hence the merged out
 and l: it is exact, and a prompt's keys sum over all completions by themselves.
 
+Under `torch.utils.checkpoint` a layer's forward pass is run once more for its backward pass. Where something remembers
+the result and its log-sum-exp (`Memory`), the second run is given them: attention's share of the work grows with the
+length of sequences, what it leaves does not.
+
 A sliding window (a token attends to the last so many up to itself) is one of flash attention's arguments where keys are
 gathered; merged, and where scores are capped, the kernels of attention_tiles.py do it.
 """
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from grpo_kernels.attention_tiles import tiled_attention
 from grpo_kernels.dispatch import Impl, Operator, capability, cdiv, choose, isolated, next_power_of_2, tl, triton
 from grpo_kernels.layout import GroupLayout
+
+
+class Memory(Protocol):
+    """Of one attention in one layer's pass: what its first run leaves to its second."""
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Remember these."""
+
+    def recall(self) -> tuple[Tensor, ...] | None:
+        """What `keep` was given, once; None where that is nothing."""
 
 
 @isolated
@@ -44,13 +62,15 @@ def group_attention(
     window: int | None = None,
     softcap: float | None = None,
     impl: Impl = "auto",
+    memory: Memory | None = None,
 ) -> Tensor:  # [N, Hq, E]
     """Attention of packed tokens, each to its prompt and what precedes it in its completion; differentiable in q, k, v.
 
     `scale` multiplies the scores, 1 / sqrt(E) unless given; `softcap` c makes c tanh(s / c) of a scaled score s. With a
     `window` a token attends to so many tokens of its sequence, the last of which it is itself. Flash attention runs it
     on a CUDA device of compute capability 8.0 and up in float16 and bfloat16, SDPA one sequence at a time elsewhere;
-    Triton kernels where scores are capped, or there is a window and flash attention cannot.
+    Triton kernels where scores are capped, or there is a window and flash attention cannot. Flash attention alone asks
+    `memory`.
     Raises ValueError for shapes that do not belong together, and for a window or cap that is not positive.
     """
     _check(q, k, v, layout, window, softcap)
@@ -59,7 +79,7 @@ def group_attention(
         return _torch_attention(q, k, v, layout, scale, window, softcap)
     window = None if window is not None and window >= layout.longest_sequence else window
     if _flash_knows(q, layout, window, softcap) and choose("group_attention", impl, q, k, v) == "triton":
-        return _flash_attention(q, k, v, layout, scale, window)
+        return _flash_attention(q, k, v, layout, scale, window, memory)
     if window is None and softcap is None:
         if impl == "triton":
             raise ValueError(
@@ -74,19 +94,46 @@ def group_attention(
 
 
 def _flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float, window: int | None
+    q: Tensor, k: Tensor, v: Tensor, layout: GroupLayout, scale: float, window: int | None, memory: Memory | None
 ) -> Tensor:  # fmt: skip
     # Flash attention lays its result out as q lies, and what merges results takes heads beside each other.
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     if (gathered := layout.gathered) is not None:
         lists = gathered.keys, gathered.starts, gathered.copies, gathered.copy_starts
         longest = [layout.longest[0], gathered.longest]
-        return _gathered_op(q, k, v, layout.segments, *lists, longest, scale, window)[0]
-    out, _ = _merged_op(
-        q, k, v, layout.segments, layout.groups, layout.prompts, list(layout.longest), layout.num_prompt_tokens, scale,
-        window,
-    )  # fmt: skip
+        inputs = q, k, v, layout.segments, *lists, longest, scale, window
+        return _remembered(memory, _gathered_op, _setup_gathered, _backward_gathered, inputs)
+    starts = layout.segments, layout.groups, layout.prompts
+    inputs = q, k, v, *starts, list(layout.longest), layout.num_prompt_tokens, scale, window
+    return _remembered(memory, _merged_op, _setup_merged, _backward_merged, inputs)
+
+
+def _remembered(
+    memory: Memory | None, launch: Operator, setup: Callable[..., None], backward: Callable[..., Any], inputs: tuple
+) -> Tensor:
+    """The attention by an operator, of whose two results the memory is told; or by what it remembers of them."""
+    known = memory.recall() if memory else None
+    if known is not None:
+        return _Known.apply(setup, backward, *known, *inputs)
+    out, lse = launch(*inputs)
+    if memory:
+        memory.keep(out.detach(), lse)
     return out
+
+
+class _Known(torch.autograd.Function):
+    """An operator's node in the graph, its result being there."""
+
+    @staticmethod
+    def forward(ctx, setup, backward, out, lse, *inputs):
+        setup(ctx, inputs, (out, lse))
+        ctx.of_operator = backward
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return None, None, None, None, *ctx.of_operator(ctx, grad, None)
 
 
 def _check(

@@ -88,8 +88,8 @@ def test_the_same_gradient_in_less_memory(policy):
     assert distance(results[2], results[3]) <= allowed
     kept, half, recomputed, offloaded = peaks
     assert offloaded < recomputed < half < kept
-    # All but two inputs are on the host, and the last layer's.
-    assert recomputed - offloaded >= (layers - 4) * TOKENS * 1024 * 2
+    # All but the last layer's input are on the host, and of two layers that and what attention gave, twice as large.
+    assert recomputed - offloaded >= (layers - 7) * TOKENS * 1024 * 2
 
 
 def test_a_pass_without_a_backward_pass_leaves_nothing_behind(policy):

@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from grpo_kernels import GroupLayout, group_attention
+import torch.utils.checkpoint
+from grpo_kernels import GroupLayout, attention, group_attention
 from grpo_kernels.attention import sum_of_copies
 
 ON_GPU = torch.cuda.is_available()
@@ -192,3 +193,85 @@ def test_compiles_into_one_graph(most_copies, device, relative_error):
     run(eager).backward()
     torch.compile(run, fullgraph=True, backend="aot_eager")(compiled).backward()
     assert relative_error(compiled.grad, eager.grad) < 1e-2
+
+
+class Told:
+    """A memory of the GPU's own."""
+
+    def __init__(self):
+        self.kept = None
+
+    def keep(self, *tensors):
+        self.kept = tensors if torch.is_grad_enabled() else None
+
+    def recall(self):
+        kept, self.kept = self.kept, None
+        return kept
+
+
+def flash_by_torch(q, k, v, q_starts, k_starts, _longest_q, _longest_k, is_causal, scale, window=None):
+    """PyTorch's flash attention as its documentation has it, masked from the lower right corner."""
+    assert window is None
+    out, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), -torch.inf)
+    for queries, scores, values in pieces(q, k, v, q_starts, k_starts, is_causal, scale):
+        out[queries] = (scores.softmax(-1) @ values).transpose(0, 1)
+        lse[:, queries] = scores.logsumexp(-1)
+    return out, lse
+
+
+def flash_backward_by_torch(
+    grad, q, k, v, out, lse, q_starts, k_starts, longest_q, longest_k, is_causal, scale, window=None
+):
+    """By the probabilities exp(s - lse) and rowsum(dout * out), as FlashAttention's paper has it (arXiv 2205.14135)."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    with torch.enable_grad():
+        total = torch.zeros(())
+        for queries, scores, values in pieces(*leaves, q_starts, k_starts, is_causal, scale):
+            p = torch.exp(scores.detach() - lse[:, queries, None])
+            dout = grad[queries].transpose(0, 1)
+            rows = (dout * out[queries].transpose(0, 1)).sum(-1, keepdim=True)
+            total = total + ((p @ values) * dout).sum() + (p * (dout @ values.detach().mT - rows) * scores).sum()
+        return torch.autograd.grad(total, leaves)
+
+
+def pieces(q, k, v, q_starts, k_starts, is_causal, scale):
+    repeats = q.shape[1] // k.shape[1]
+    for (first, last), (start, stop) in zip(pairwise(q_starts.tolist()), pairwise(k_starts.tolist()), strict=True):
+        if last > first and stop > start:
+            keys, values = (each[start:stop].repeat_interleave(repeats, 1).transpose(0, 1) for each in (k, v))
+            scores = q[first:last].transpose(0, 1) @ keys.mT * scale
+            above = torch.ones(last - first, stop - start, dtype=torch.bool).triu(stop - start - last + first + 1)
+            yield slice(first, last), scores.masked_fill(above & is_causal, -torch.inf), values
+
+
+@pytest.mark.parametrize("most_copies", [0, math.inf])
+@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layer_computed_again_is_told_what_its_attention_gave(lengths, most_copies, monkeypatch, relative_error):
+    """Flash attention is called once, its gradient is the same to the last bit, and the float64 truth's."""
+    device, dtype = (torch.device("cuda"), torch.bfloat16) if ON_GPU else (torch.device("cpu"), torch.float32)
+    layout = GroupLayout.of(*lengths, device=device, most_copies=most_copies)
+    if not ON_GPU:
+        monkeypatch.setattr(attention, "_flash_backward", flash_backward_by_torch)
+    flash, called = attention._flash if ON_GPU else flash_by_torch, []
+    monkeypatch.setattr(attention, "_flash", lambda *inputs: called.append(1) or flash(*inputs))
+    q = torch.randn(layout.num_tokens, 4, 32, device=device).to(dtype).requires_grad_()
+    k, v = (torch.randn(layout.num_tokens, 2, 32, device=device).to(dtype).requires_grad_() for _ in range(2))
+    grad = torch.randn(layout.num_tokens, 4, 32, device=device).to(dtype)
+
+    def gradients(memory, calls):
+        def layer(q, k, v):
+            return 2 * attention._flash_attention(2 * q, 2 * k, 2 * v, layout, 0.3, None, memory)
+
+        called.clear()
+        out = torch.utils.checkpoint.checkpoint(layer, q, k, v, use_reentrant=False)
+        got = torch.autograd.grad(out, [q, k, v], grad)
+        assert len(called) == calls
+        return out, *got
+
+    once = 1 if layout.gathered is not None or layout.num_tokens == layout.num_prompt_tokens else 2
+    plain, told = gradients(None, 2 * once), gradients(Told(), once)
+    truth, *leaves = float64_truth(2 * q, 2 * k, 2 * v, layout, 0.3)
+    truth.backward(2 * grad.double().cpu())
+    for ours, again, true in zip(plain, told, [2 * truth, *(2 * leaf.grad for leaf in leaves)], strict=True):
+        assert ON_GPU or torch.equal(ours, again)
+        assert relative_error(again, true) < 4 * TOLERANCE[dtype]
