@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
@@ -316,6 +317,27 @@ def test_a_state_that_was_lifted_is_off_and_comes_back(kind):
     assert all(map(torch.equal, lifted.param_groups[0]["params"], whole.param_groups[0]["params"]))
 
 
+class OnGpu:
+    """A parameter that is said to be on a GPU."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_the_gpu_has_written_before_its_pages_are_read(paged, monkeypatch):
+    parameter, page, waited = OnGpu(), torch.zeros(2), []
+
+    def synchronize(device):
+        waited.append(device)
+        page.fill_(3)  # which the GPU was still about to write
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    state = {parameter: {"state1": page}} if paged else {}
+    optimizer = SimpleNamespace(is_paged=paged, param_groups=[{"params": [parameter]}], state=state)
+    assert [tensor.tolist() for tensor in optimizer_tensors(optimizer).values()] == [[3, 3]] * paged
+    assert waited == [OnGpu.device] * paged
+
+
 def test_pages_are_not_turned_on_over_a_state():
     walk(optimizer := in_8_bits(parameters(), paged=False), 1)
     with pytest.raises(AssertionError, match="stays where it is"):
@@ -336,6 +358,37 @@ def test_pages_where_there_are_none_are_told_before_a_model_is_loaded(flags, tol
     assert told in (said := capsys.readouterr().err) and "Traceback" not in said
     assert not (tmp_path / "run").exists()
     assert not has_pages(CPU)
+
+
+class Driver:
+    """CUDA's, of a machine whose second GPU is asked about."""
+
+    def __init__(self, shares, failure):
+        self.shares, self.failure = shares, failure
+
+    def cuDeviceGet(self, handle, index):
+        handle._obj.value = 70 + index
+        return 0
+
+    def cuDeviceGetAttribute(self, told, what, handle):
+        assert (what, handle.value) == (89, 71)  # cudaDevAttrConcurrentManagedAccess
+        told._obj.value = self.shares
+        return self.failure
+
+
+@pytest.mark.parametrize(("shares", "failure", "found"), [(1, 0, True), (0, 0, False), (1, 3, False)])
+def test_the_driver_says_whether_there_are_pages(shares, failure, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Driver(shares, failure))
+    assert has_pages(torch.device("cuda", 1)) is found
+
+
+def test_without_a_driver_there_are_none(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    assert not has_pages(torch.device("cuda"))
 
 
 def test_pages_are_tried(monkeypatch, pages):
