@@ -316,8 +316,16 @@ def test_the_optimizer_is_in_pages_where_nothing_fits_otherwise_and_only_there(s
     plan = foreseen(with_pages, may, sizes)
     assert plan.need.paged and plan.need.engine_bytes < ENGINE_BYTES and plan.sizes.double_quantised == bool(spared)
     assert max(plan.peaks) <= with_pages * GIB
+    # Where pages would be enough, so is a smaller engine, or scales that are quantised too: these are tried before.
+    as_it_is = least(lambda gib: foreseen(gib, need))
+    if spared:
+        plan = foreseen(as_it_is - 0.05, may, sizes)
+        assert plan.sizes.double_quantised and not plan.need.paged
+    expected = least(lambda gib: foreseen(gib, replace(need, engine_bytes=ENGINE_BYTES - 1)))
+    plan = foreseen(expected - 0.05, may, sizes)
+    assert plan.need.engine_bytes < ENGINE_BYTES - 1 and not plan.need.paged
     # With a little less than is enough without, pages are enough by themselves, and the base stays as it is.
-    near = foreseen(least(lambda gib: foreseen(gib, need)) - OF_PAGES / GIB / 2, may)
+    near = foreseen(as_it_is - OF_PAGES / GIB / 2, may)
     assert near.need.paged and not near.sizes.double_quantised
 
 
