@@ -168,7 +168,8 @@ class Plan:
     def is_short(self) -> bool:
         """Whether a run would be faster with more memory."""
         wanted = full_cache_bytes(self.need.sequences, self.need.longest, self.need.kv_bytes_per_token)
-        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised
+        pages = self.need.may_page and self.need.paged  # by the plan's own choice
+        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised or pages
         return bool(spares) or self.kept < self.sizes.layers or self.kv_cache < wanted
 
     def fits(self, usable: int) -> bool:

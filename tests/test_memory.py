@@ -348,6 +348,11 @@ def test_pages_that_were_asked_for_are_there_with_plenty_too():
     assert re.search(r"optimizer +0\.16  --optimizer$", plenty.table(), re.M) and "pages" not in plenty.table()
 
 
+def test_a_plan_with_pages_is_short_of_memory_unless_they_were_asked_for():
+    plan = foreseen(141, replace(IN_8_BITS, paged=True), asked=FREE)
+    assert not plan.is_short and replace(plan, need=replace(plan.need, may_page=True)).is_short
+
+
 @pytest.mark.parametrize("may_page", [True, False])
 def test_8_bits_are_named_where_they_make_room_with_pages_too(may_page):
     """Asked of the run itself, which has the plan put its optimizer into pages by itself."""
