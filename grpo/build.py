@@ -43,7 +43,15 @@ from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
 from grpo.policy.host_embedding import to_host
 from grpo.policy.load import choose_device
-from grpo.policy.optimizer import STATE_BYTES, check_optimizer
+from grpo.policy.optimizer import (
+    STATE_BYTES,
+    beside_pages,
+    check_optimizer,
+    has_pages,
+    lift_state,
+    page_state,
+    restore_optimizer,
+)
 from grpo.policy.promises import Progressed, no_progress
 from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
@@ -244,8 +252,8 @@ def host_embedding(policy: Policy, note: Callable[[str], object]) -> int:
 
 
 def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Plan:
-    """The plan once more, now that it can be measured what the engine takes, and the policy's layers as it has them.
-    `note` is told.
+    """The plan once more, now that it can be measured what the engine takes, and the policy's layers as it has them, as
+    its optimizer has, which is without its state. `note` is told.
 
     Raises:
         UserError: the engine takes so much that nothing fits any more.
@@ -259,8 +267,10 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
         cache_stands=plan.kv_cache,
         gives_cache_back=(plan.gives_cache_back,),
     )
-    plan = memory.choose(plan.sizes, need, plan.limit, _asked(config))
+    plan = memory.settle(plan.sizes, need, plan.limit, _asked(config))
     policy.model.treat(plan.treatments)
+    if plan.need.paged:
+        page_state(policy.optimizer)
     policy.head_rows = plan.sizes.head_rows or None
     note(plan.table())
     return plan
@@ -284,6 +294,9 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
         gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
         batch_before=batch_before,
+        may_page=config.page_optimizer == "auto" and has_pages(policy.device),
+        paged=config.page_optimizer == "on",
+        beside_pages=beside_pages(policy.optimizer),
     )
 
 
@@ -370,6 +383,7 @@ def build_run(
     of_rank = share_of_rank(config, world)
     planned = planned_for(of_rank, questions)
     world.prepare(policy.masters())
+    moments = lift_state(policy.optimizer)  # or they would be measured as weights, and counted as moments too
     plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     world.require_same(lambda: [progress.dense, progress.double_quant], rounded_otherwise)
@@ -383,6 +397,7 @@ def build_run(
     )
     engine = OnCall(engine) if questions.lessons else engine
     plan = settle_memory(plan, planned, policy, engine, note) if plan else None
+    restore_optimizer(policy.optimizer, moments)
     tokens = plan.tokens_per_batch if plan else config.tokens_per_batch or progress.tokens_per_batch
     config = replace(config, tokens_per_batch=tokens)
     progress.tokens_per_batch = config.tokens_per_batch

@@ -344,6 +344,9 @@ class UpdateConfig(Part):
     speed, never the result."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit: bitsandbytes' AdamW, whose moments take 2 bytes a parameter instead of 8; it needs bitsandbytes."""
+    page_optimizer: Literal["auto", "on", "off"] = "auto"
+    """Of adamw8bit on a CUDA GPU: its moments in pages of the host's memory, which come to the GPU for the optimizer's
+    step. auto: where the GPU's memory does not hold the run otherwise. Changes memory and speed, never the result."""
     learning_rate: float = 2e-5
     """AdamW's learning rate. LoRA wants about ten times that of full training."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -364,6 +367,11 @@ class UpdateConfig(Part):
             *super().checks(),
             *self.between(1, MOST_COMPLETIONS, "mini_batches", "epochs"),
             *self.between(0, 10**9, "tokens_per_batch"),
+            (
+                self.page_optimizer == "on" and self.optimizer != "adamw8bit",
+                f"page_optimizer on is of optimizer adamw8bit, and optimizer is {self.optimizer}. Use optimizer "
+                "adamw8bit, or page_optimizer auto.",
+            ),
             # AdamW moves each number by about the rate, whatever the gradient: beyond this nothing of a model is left.
             *self.between(TINY, 1000, "learning_rate"),
             *self.between(0, 10**9, "warmup_steps"),

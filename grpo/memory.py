@@ -2,6 +2,7 @@
 
     memory_trial.measure(...)        what a token takes in the update, by trial on a few tokens -> Sizes
     foresee, choose(sizes, need, ..) the settings that fit, the fastest of them -> Plan; arithmetic alone
+    settle(sizes, need, ...)         the same once an engine stands
     Plan.table()                     what was chosen, what it costs, and how far the card is filled
 
 A step has two peaks. In the rollout there is the KV cache, in the update there are activations; where the engine gives
@@ -22,6 +23,10 @@ together, as one line through two small trials, head and layers made a kept laye
 is parked the GPU has two layers' at a time, inputs and what attention gave. A batch of few tokens takes most at the end
 of its backward pass, when there are all of its gradients; the trial must be above that, or it measures the slope of
 something else.
+
+Moments in 8 bits may be in pages of the host's memory, and then count nothing here: they are on the GPU for the
+optimizer's step, when activations are not, and make way where these want the room. They are moved in every step, so
+this is the last resort.
 
 Time is counted in tokens, of a layer that keeps its activations: one computed again takes a third more, a batch
 costs some hundred whatever is in it (a 4-bit base is unpacked), and no batch is done before its kernels are launched.
@@ -95,6 +100,18 @@ class Need:
     engine_bytes: int  # beside the cache: expected, or measured
     cache_stands: int = 0  # bytes of a cache that is there already
     batch_before: int = 0  # tokens: a resumed run's, which it goes on with where they fit; 0: a new run
+    may_page: bool = False  # where the optimizer's state is in 8 bits, it may be in pages of the host's memory
+    paged: bool = False  # and is
+    beside_pages: int = 0  # bytes of it that stay on the GPU then
+
+    def state(self, parameters: int) -> int:
+        """Bytes of the optimizer's state on the GPU."""
+        return self.beside_pages if self.paged else self.bytes_per_parameter * parameters
+
+    def resorts(self) -> list[Need]:
+        """The same, and with the optimizer's state in pages, where that may be: to be tried one after the other."""
+        pages = self.may_page and not self.paged and self.bytes_per_parameter == LEAST_STATE
+        return [self, replace(self, paged=True)] if pages else [self]
 
 
 @dataclass(frozen=True)
@@ -133,7 +150,7 @@ class Plan:
     @property
     def standing(self) -> int:
         """Bytes that are there in rollout and update."""
-        optimizer = self.need.bytes_per_parameter * self.sizes.parameters
+        optimizer = self.need.state(self.sizes.parameters)
         return self.sizes.others + self.sizes.weights + self.sizes.adapter + optimizer + self.need.engine_bytes
 
     @property
@@ -152,7 +169,8 @@ class Plan:
     def is_short(self) -> bool:
         """Whether a run would be faster with more memory."""
         wanted = full_cache_bytes(self.need.sequences, self.need.longest, self.need.kv_bytes_per_token)
-        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised
+        pages = self.need.may_page and self.need.paged  # by the plan's own choice
+        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised or pages
         return bool(spares) or self.kept < self.sizes.layers or self.kv_cache < wanted
 
     def fits(self, usable: int) -> bool:
@@ -195,7 +213,7 @@ class Plan:
             ("CUDA and other processes", self.sizes.others, ""),
             self._weights_row(),
             ("adapter", self.sizes.adapter, "--lora-rank"),
-            ("optimizer", self.need.bytes_per_parameter * self.sizes.parameters, "--optimizer"),
+            self._optimizer_row(),
             ("engine beside its cache" if self.need.kv_bytes_per_token else "the rest", self.need.engine_bytes, ""),
             (cache, self.kv_cache if self.need.kv_bytes_per_token else 0, "--kv-cache-gib"),
             (batches, self.update, "--tokens-per-batch"),
@@ -215,6 +233,12 @@ class Plan:
             return "base weights, their scales in 8 bits too", self.sizes.weights, "--base, --double-quant"
         return "base weights", self.sizes.weights, "--base"
 
+    def _optimizer_row(self) -> tuple[str, int, str]:
+        state = self.need.state(self.sizes.parameters)
+        if self.need.paged:
+            return "optimizer, its state in pages of the host's memory", state, "--optimizer, --page-optimizer"
+        return "optimizer", state, "--optimizer"
+
     def _told(self) -> str:
         recomputed = self.sizes.layers - self.kept - self.offloaded
         parts = [(self.kept, "kept"), (recomputed, "recomputed"), (self.offloaded, "recomputed from host memory")]
@@ -228,8 +252,8 @@ class Plan:
 
 def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     """The plan before there is an engine, `need` being with what it is expected to take; where nothing fits beside
-    that, with less; and where that does not either, with the scales of a base in 4 bits quantised too, which costs
-    some of a rollout's speed.
+    that, with less; where that does not either, with the scales of a base in 4 bits quantised too, which costs some of
+    a rollout's speed; and at last all of these again with the optimizer's state in pages, where that may be.
 
     Raises:
         UserError: nothing fits beside the least either.
@@ -237,10 +261,26 @@ def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     # Where an engine was expected to have a copy of the weights, it may share them after all. 0: there is to be none.
     engines = [need.engine_bytes, LEAST_ENGINE_BYTES] if need.engine_bytes >= ENGINE_BYTES else [need.engine_bytes]
     weights = [sizes, sizes.with_double_quant()] if sizes.spared else [sizes]
-    *others, last = [(each, replace(need, engine_bytes=engine)) for each in weights for engine in engines]
-    for each, needed in others:
+    cases = product(need.resorts(), weights, engines)
+    return _first([(each, replace(needed, engine_bytes=engine)) for needed, each, engine in cases], limit, asked)
+
+
+def settle(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
+    """The plan once an engine stands, `need` being with what it takes: what is left to try is the optimizer's state in
+    pages.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    return _first([(sizes, each) for each in need.resorts()], limit, asked)
+
+
+def _first(cases: list[tuple[Sizes, Need]], limit: int, asked: Asked) -> Plan:
+    """Of the first of these that there is a plan for. Raises UserError: there is none for the last either."""
+    *others, last = cases
+    for each in others:
         with suppress(UserError):
-            return choose(each, needed, limit, asked)
+            return choose(*each, limit, asked)
     return choose(*last, limit, asked)
 
 
@@ -264,7 +304,7 @@ def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     told = _refusal(small, need, asked, limit, usable)
     if need.bytes_per_parameter > LEAST_STATE:
         with suppress(UserError):
-            choose(sizes, replace(need, bytes_per_parameter=LEAST_STATE), limit, asked)
+            settle(sizes, replace(need, bytes_per_parameter=LEAST_STATE), limit, asked)
             told += " With --optimizer adamw8bit it fits as it is."
     raise UserError(told)
 

@@ -8,9 +8,10 @@ from itertools import product
 
 import pytest
 
-from grpo.build import build_policy, plan_memory
+from grpo import memory_trial
+from grpo.build import build_policy, plan_memory, settle_memory
 from grpo.errors import UserError
-from grpo.memory import ENGINE_BYTES, GIB, OF_A_BATCH, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee
+from grpo.memory import ENGINE_BYTES, GIB, OF_A_BATCH, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee, settle
 from grpo.memory_trial import Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
@@ -278,6 +279,128 @@ def fits_in(gib, need):
     with suppress(UserError):
         return bool(plan_for(gib, need))
     return False
+
+
+IN_8_BITS = replace(NEED, bytes_per_parameter=2, beside_pages=10 * 2**20)
+OF_PAGES = 2 * SIZES.parameters - IN_8_BITS.beside_pages  # bytes that they take off the GPU
+ONE_WAY = Asked("layer", 768, 0)  # which leaves the plan little to try
+
+
+def least(holds):
+    """The least memory, GiB, that this is true with, where it is with all that is more."""
+    low, high = 4.0, 20.0
+    while high - low > 0.002:
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def foreseen(gib, need, sizes=SIZES, asked=ONE_WAY):
+    with suppress(UserError):
+        return foresee(sizes, need, int(gib * GIB), asked)
+    return None
+
+
+@pytest.mark.parametrize("spared", [0, GIB // 2])
+def test_the_optimizer_is_in_pages_where_nothing_fits_otherwise_and_only_there(spared):
+    """After a smaller engine than expected, and after scales that are quantised too."""
+    sizes = replace(SIZES, spared=spared)
+    need = replace(IN_8_BITS, engine_bytes=ENGINE_BYTES)
+    may = replace(need, may_page=True)
+    without, with_pages = least(lambda gib: foreseen(gib, need, sizes)), least(lambda gib: foreseen(gib, may, sizes))
+    assert without - with_pages == pytest.approx(OF_PAGES / GIB / (1 - SPARE_SHARE), abs=0.01)
+    for gib in (without, without + 0.3, 24, 80):
+        assert foreseen(gib, may, sizes).need.paged is False
+        # The plan is the one that is made where there are no pages to choose.
+        assert replace(foreseen(gib, may, sizes), need=need) == replace(foreseen(gib, need, sizes), need=need)
+    plan = foreseen(with_pages, may, sizes)
+    assert plan.need.paged and plan.need.engine_bytes < ENGINE_BYTES and plan.sizes.double_quantised == bool(spared)
+    assert max(plan.peaks) <= with_pages * GIB
+    # Where pages would be enough, so is a smaller engine, or scales that are quantised too: these are tried before.
+    as_it_is = least(lambda gib: foreseen(gib, need))
+    if spared:
+        plan = foreseen(as_it_is - 0.05, may, sizes)
+        assert plan.sizes.double_quantised and not plan.need.paged
+    expected = least(lambda gib: foreseen(gib, replace(need, engine_bytes=ENGINE_BYTES - 1)))
+    plan = foreseen(expected - 0.05, may, sizes)
+    assert plan.need.engine_bytes < ENGINE_BYTES - 1 and not plan.need.paged
+    # With a little less than is enough without, pages are enough by themselves, and the base stays as it is.
+    near = foreseen(as_it_is - OF_PAGES / GIB / 2, may)
+    assert near.need.paged and not near.sizes.double_quantised
+
+
+def test_pages_are_for_8_bits_and_where_they_may_be():
+    may = replace(NEED, may_page=True, beside_pages=IN_8_BITS.beside_pages)
+    short = least(lambda gib: foreseen(gib, NEED))
+    assert not foreseen(short, may).need.paged
+    assert foreseen(short - 0.01, may) is None  # moments in float32 have no pages
+    short = least(lambda gib: foreseen(gib, IN_8_BITS))
+    assert foreseen(short - 0.01, IN_8_BITS) is None and foreseen(short - 0.01, replace(IN_8_BITS, may_page=True))
+
+
+def test_pages_that_were_asked_for_are_there_with_plenty_too():
+    asked, plenty = replace(IN_8_BITS, paged=True), foreseen(80, IN_8_BITS)
+    plan = foreseen(80, asked)
+    assert plan.need.paged and plan.standing == plenty.standing - OF_PAGES
+    assert re.search(
+        r"optimizer, its state in pages of the host's memory +0\.01  --optimizer, --page-opt", plan.table()
+    )
+    assert re.search(r"optimizer +0\.16  --optimizer$", plenty.table(), re.M) and "pages" not in plenty.table()
+
+
+def test_a_plan_with_pages_is_short_of_memory_unless_they_were_asked_for():
+    plan = foreseen(141, replace(IN_8_BITS, paged=True), asked=FREE)
+    assert not plan.is_short and replace(plan, need=replace(plan.need, may_page=True)).is_short
+
+
+@pytest.mark.parametrize("may_page", [True, False])
+def test_8_bits_are_named_where_they_make_room_with_pages_too(may_page):
+    """Asked of the run itself, which has the plan put its optimizer into pages by itself."""
+    need = replace(NEED, may_page=may_page, beside_pages=IN_8_BITS.beside_pages)
+    in_8_bits = replace(IN_8_BITS, may_page=may_page)
+    enough = least(lambda gib: foreseen(gib, in_8_bits))
+    assert foreseen(enough, in_8_bits).need.paged == may_page
+    with pytest.raises(UserError, match=r"With --optimizer adamw8bit it fits as it is\.$"):
+        foresee(SIZES, need, int(enough * GIB), ONE_WAY)
+    for each in (need, in_8_bits):
+        with pytest.raises(UserError, match=r"^(?!.*adamw8bit)"):
+            foresee(SIZES, each, int((enough - 0.01) * GIB), ONE_WAY)
+
+
+def test_an_engine_that_takes_more_than_was_foreseen_has_the_optimizer_in_pages():
+    gib = least(lambda gib: foreseen(gib, IN_8_BITS))
+    before = foreseen(gib, replace(IN_8_BITS, may_page=True))
+    measured = replace(before.need, engine_bytes=before.need.engine_bytes + OF_PAGES // 2, cache_stands=before.kv_cache)
+    plan = settle(before.sizes, measured, before.limit, ONE_WAY)
+    assert not before.need.paged and plan.need.paged
+    with pytest.raises(UserError):
+        settle(before.sizes, replace(measured, may_page=False), before.limit, ONE_WAY)
+    with pytest.raises(UserError):
+        settle(before.sizes, replace(measured, engine_bytes=before.need.engine_bytes + GIB), before.limit, ONE_WAY)
+
+
+class Standing:
+    """An engine that is there and takes what the test says."""
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize("more", [0, OF_PAGES // 2])
+def test_the_policys_optimizer_is_as_planned(more, tiny_config, monkeypatch):
+    config = tiny_config(optimizer="adamw8bit", lora_rank=8, recompute="layer", tokens_per_batch=768)
+    policy = build_policy(config, load_tokenizer("embedded"), 32)
+    layers = replace(SIZES, layers=len(policy.model.layers))
+    gib = least(lambda gib: foreseen(gib, IN_8_BITS, layers))
+    before = foreseen(gib, replace(IN_8_BITS, may_page=True), layers)
+    held = 0 if before.gives_cache_back else before.kv_cache
+    engine = before.need.engine_bytes + more
+    in_use = before.sizes.others + before.sizes.weights + before.sizes.adapter + held + engine
+    monkeypatch.setattr(memory_trial, "taken", lambda device: in_use)
+    told = []
+    plan = settle_memory(before, config, policy, Standing(), told.append)
+    assert plan.need.engine_bytes == engine
+    assert policy.optimizer.is_paged == plan.need.paged == ("in pages" in told[0]) == bool(more)
 
 
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):

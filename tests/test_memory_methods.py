@@ -15,6 +15,7 @@ from grpo.memory import GIB, Asked, choose, foresee
 from grpo.methods import planned_for
 from grpo.packing import PACKERS, batch_limit, lay_out_longest, lay_out_longest_pairs
 from grpo.policy import load_tokenizer
+from grpo.policy.optimizer import beside_pages
 from grpo.types import Completion, Group, Prompt
 from grpo.world import ALONE
 
@@ -60,6 +61,20 @@ def test_a_cache_is_planned_for_who_samples(engine, has_cache, tiny_config):
     config = tiny_config(method="sft", engine=engine)
     policy = build_policy(config, load_tokenizer("embedded"), 32)
     assert bool(_need(config, policy, 32, 0).kv_bytes_per_token) == has_cache
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "may_page", "paged"), [("auto", True, False), ("on", False, True), ("off", False, False)]
+)
+def test_the_optimizer_is_planned_in_pages_as_asked(mode, may_page, paged, there, tiny_config, monkeypatch):
+    """By itself only where such pages are to be had."""
+    config = tiny_config(optimizer="adamw8bit", page_optimizer=mode)
+    policy = build_policy(config, load_tokenizer("embedded"), 32)
+    monkeypatch.setattr(build, "has_pages", lambda device: there)
+    need = _need(config, policy, 32, 0)
+    assert (need.may_page, need.paged) == (may_page and there, paged)
+    assert need.bytes_per_parameter == 2 and 0 < need.beside_pages == beside_pages(policy.optimizer)
 
 
 def all_that_is_left(engine_bytes):
