@@ -100,6 +100,7 @@ class Need:
     engine_bytes: int  # beside the cache: expected, or measured
     cache_stands: int = 0  # bytes of a cache that is there already
     batch_before: int = 0  # tokens: a resumed run's, which it goes on with where they fit; 0: a new run
+    parkable: int = 2**60  # bytes of the host's memory that may be pinned for what layers leave there
     may_page: bool = False  # where the optimizer's state is in 8 bits, it may be in pages of the host's memory
     paged: bool = False  # and is
     beside_pages: int = 0  # bytes of it that stay on the GPU then
@@ -193,7 +194,8 @@ class Plan:
         whole, batch = self.need.tokens_per_step, max(self.tokens_per_batch, self.need.longest)
         # What the last completion leaves of a batch, and a prompt that comes again, are at most a sequence.
         batches = 1 if batch >= whole else math.ceil(whole / max(batch - self.need.longest, batch / 2))
-        again = (RECOMPUTED - 1) * (self.sizes.layers - self.kept) + (OFFLOADED - RECOMPUTED) * self.offloaded
+        recomputed = self.sizes.layers - self.kept - self.offloaded
+        again = (RECOMPUTED - 1 + self._attention()) * recomputed + (OFFLOADED - 1) * self.offloaded
         factor = 1 + again / max(1, self.sizes.layers)
         head = OF_SMALL_HEAD if self.sizes.head_rows else 1.0
         smaller = OF_SO_MANY_WEIGHTS / max(1.0, self.sizes.met * self.sizes.weights_per_layer)
@@ -201,6 +203,12 @@ class Plan:
         giving_back = OF_GIVING_BACK * smaller * OF_SO_MANY_LAYERS / max(1, self.sizes.layers)
         # All of a base is unpacked, whatever share of it a token meets.
         return of_batches + OF_A_BATCH / self.sizes.met * batches + giving_back * self.gives_cache_back
+
+    def _attention(self) -> float:
+        """Of its time what attention takes in a forward pass, which an offloaded layer does not do again: 2 products of
+        a hidden state with half of a sequence, where each weight has 2 forward and 2 backward."""
+        hidden = self.sizes.layer_input / 2  # in 16 bits
+        return hidden * self.need.longest / (2 * max(1.0, self.sizes.met * self.sizes.weights_per_layer))
 
     def table(self) -> str:
         """Row by row, in GiB, with the flags that decide otherwise."""
@@ -241,7 +249,9 @@ class Plan:
 
     def _told(self) -> str:
         recomputed = self.sizes.layers - self.kept - self.offloaded
-        parts = [(self.kept, "kept"), (recomputed, "recomputed"), (self.offloaded, "recomputed from host memory")]
+        of_host = self.offloaded * _parked(self.tokens_per_batch, self.sizes, self.need) / GIB
+        from_host = f"recomputed from {of_host:.1f} GiB of host memory"
+        parts = [(self.kept, "kept"), (recomputed, "recomputed"), (self.offloaded, from_host)]
         told = " and ".join(f"{count} {what}" for count, what in parts if count)
         head = f", logits of {self.sizes.head_rows} tokens at once" if self.sizes.head_rows else ""
         return f"layers: {told or 'none'} (--recompute){head}"
@@ -319,13 +329,25 @@ def _caches(need: Need, asked: Asked, left: int) -> list[int]:
 
 
 def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Iterator[Plan]:
-    """For each size of a batch the plan that keeps most and offloads least, if one fits. From one split of the layers
-    to the next less is taken, so the first that fits is found by halving."""
-    splits = _splits(plan.sizes.layers, asked.recompute)
+    """For each size of a batch, and each way of splitting the layers, the plan that keeps most, if one fits. From one
+    split to the next less is taken, so the first that fits is found by halving."""
+    layers = plan.sizes.layers
     for tokens in batches:
         of = partial(_with, plan, tokens)
-        first = bisect_left(splits, True, key=lambda split: of(*split).fits(usable))
-        yield from (of(*split) for split in splits[first : first + 1])
+        for splits in _splits(layers, _most_offloaded(tokens, plan.sizes, plan.need), asked.recompute):
+            first = bisect_left(splits, True, key=lambda split: of(*split).fits(usable))
+            yield from (of(*split) for split in splits[first : first + 1])
+
+
+def _parked(tokens: int, sizes: Sizes, need: Need) -> int:
+    """Bytes of the host's memory that an offloaded layer takes: its input, and what attention gives, about as large."""
+    return 2 * sizes.layer_input * max(tokens, need.longest)
+
+
+def _most_offloaded(tokens: int, sizes: Sizes, need: Need) -> int:
+    """Layers that may be. The last one's input is wanted at once, and never is."""
+    of_a_layer = _parked(tokens, sizes, need)
+    return max(0, min(sizes.layers - 1, need.parkable // of_a_layer if of_a_layer else sizes.layers))
 
 
 def _with(plan: Plan, tokens: int, kept: int, offloaded: int) -> Plan:
@@ -346,16 +368,18 @@ def _batches(need: Need, asked: Asked) -> list[list[int]]:
     return [*before, sorted(sizes, reverse=True)]
 
 
-def _splits(layers: int, recompute: str) -> list[tuple[int, int]]:
-    """(kept, offloaded) layers, the fastest first. The last layer's input is wanted at once, and never offloaded."""
-    most = max(0, layers - 1)
+def _splits(layers: int, most: int, recompute: str) -> list[list[tuple[int, int]]]:
+    """(kept, offloaded) layers, in lists that begin with the fastest: offloaded, of which there may be so many, where
+    nothing else is left; or instead of computed again, which is faster where sequences are long."""
     if recompute == "none":
-        return [(layers, 0)]
+        return [[(layers, 0)]]
     if recompute == "layer":
-        return [(0, 0)]
+        return [[(0, 0)]]
     if recompute == "offload":
-        return [(0, most)]
-    return [*((kept, 0) for kept in range(layers, -1, -1)), *((0, offloaded) for offloaded in range(1, most + 1))]
+        return [[(0, most)]]
+    keeping = range(layers, -1, -1)
+    at_last = [*((kept, 0) for kept in keeping), *((0, offloaded) for offloaded in range(1, most + 1))]
+    return [at_last, [(kept, min(layers - kept, most)) for kept in keeping]]
 
 
 def _least_cache(need: Need) -> int:
@@ -366,7 +390,7 @@ def _least_cache(need: Need) -> int:
 def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) -> str:
     """What does not fit, and what would."""
     gives_back = any(need.gives_cache_back)
-    smallest = Plan(sizes, need, limit, need.longest, 0, max(0, sizes.layers - 1), 0, gives_back)
+    smallest = Plan(sizes, need, limit, need.longest, 0, _most_offloaded(need.longest, sizes, need), 0, gives_back)
     left = usable - smallest.standing
     flags = _flags(asked)
     told = f"A run of sequences of {need.longest:,} tokens does not fit into {limit / GIB:.1f} GiB"

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 try:
     import fcntl
@@ -39,6 +41,19 @@ def lacking() -> Iterator[str]:
         )
     if not (fcntl and _OPENS_FOLDERS):
         yield "this system has no locks for folders, so nothing keeps a second process from training in the same one"
+
+
+def free_memory() -> int:
+    """Bytes of the machine's memory, or of what a container gives, that nobody uses; files that are cached count as
+    nobody's. All of it where the system does not say what is used."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
+    with suppress(OSError, ValueError, StopIteration):
+        [available] = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        total = min(total, 1024 * int(available))
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        group = Path("/sys/fs/cgroup")
+        total = min(total, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, total)
 
 
 def signals(*names: str) -> tuple[signal.Signals, ...]:

@@ -102,6 +102,27 @@ def test_no_other_plan_that_fits_is_faster(gib, longest):
                     assert other.time() >= 0.98 * plan.time()  # sizes of batches are a few
 
 
+def test_where_sequences_are_long_layers_are_offloaded_and_not_computed_again():
+    """An offloaded layer is given what attention gave, whose share of the time grows with the length."""
+    kept = {}
+    for longest in (768, 33_792):
+        plan = plan_for(24, replace(NEED, longest=longest, longest_completion=longest - 256, sequences=2))
+        kept[longest] = plan.treatments.count("keep")
+        assert 0 < kept[longest] < 32 if longest == 768 else "offload" in plan.treatments
+        assert ("recompute" in plan.treatments[:-1]) == (longest == 768)
+
+
+@pytest.mark.parametrize("longest", [768, 33_792])
+@pytest.mark.parametrize("parkable", [0, int(0.9 * GIB), int(5 * GIB), int(100 * GIB)])
+def test_no_more_is_parked_than_the_host_has_memory_for(parkable, longest):
+    need = replace(NEED, longest=longest, longest_completion=longest - 256, sequences=2)
+    for asked in (FREE, Asked("offload", 0, 0)):
+        plan = plan_for(32, replace(need, parkable=parkable), asked)
+        of_a_layer = 2 * SIZES.layer_input * max(plan.tokens_per_batch, longest)
+        assert plan.offloaded * of_a_layer <= parkable
+        assert max(plan.peaks) <= 32 * GIB
+
+
 @pytest.mark.parametrize("gib", LIMITS)
 def test_a_step_is_laid_out_in_as_many_batches_as_were_counted(gib):
     plan = plan_for(gib)

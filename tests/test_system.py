@@ -3,12 +3,15 @@
 The libraries of others know themselves what they do there, and are imported before anything is taken away.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from toy_task import SMALL, TASK
+
+from grpo import system
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,3 +101,28 @@ def test_in_the_package_s_own_folder_a_sentence_says_what_is_wrong():
         [sys.executable, "-S", "-m", "grpo.run", "--help"], cwd=ROOT / "grpo", capture_output=True, text=True
     )
     assert "Traceback" not in made.stderr and "error: In the package's own folder" in made.stderr
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"meminfo": "MemTotal: 64 kB\nMemAvailable:    4096 kB\n"}, 4096 * 1024),
+        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "max\n", "memory.current": "7\n"}, 4096 * 1024),
+        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "3000000\n", "memory.current": "1000000\n"}, 2000000),
+        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "3000\n", "memory.current": "3001\n"}, 0),
+        ({"memory.max": "3000\n", "memory.current": "1000\n"}, 2000),
+    ],
+)
+def test_free_memory_is_what_machine_and_container_leave(files, expected, monkeypatch):
+    def read(path):
+        if path.name not in files:
+            raise FileNotFoundError(path)
+        return files[path.name]
+
+    monkeypatch.setattr(system.Path, "read_text", read)
+    assert system.free_memory() == expected
+
+
+def test_free_memory_where_no_system_says_so_is_all_of_it(monkeypatch):
+    monkeypatch.setattr(system.Path, "read_text", lambda path: "")
+    assert system.free_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -66,7 +66,7 @@ class Offload:
 
     def park(self, x: Tensor) -> Any:
         """What stands for a tensor that is wanted in the backward pass of the layer that runs."""
-        if self.stream is None or not x.is_cuda or not x.is_floating_point():
+        if self.stream is None or not x.is_cuda or not x.is_floating_point() or not x.numel():
             return x
         parked = Parked(x, self.stream, self.before)
         self.layer.append(weakref.ref(parked))
@@ -109,18 +109,26 @@ class Remembered:
         return tuple(map(self.offload.take_back, parked))
 
 
+# Bytes that lie together in pinned memory. PyTorch rounds what it pins up to a power of two: a large tensor in one
+# piece would have up to twice its size.
+PIECE = 2**26
+
+
 class Parked:
     """A tensor of the GPU that waits in pinned memory. `before`: those whose turn in the backward pass is next. On the
     GPU it is in the memory of the computation's stream, there and back, so there is no pool of another one."""
 
     def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: list[weakref.ref[Parked]]):
         self.device, self.stream, self.before = x.device, stream, before
-        self.there: Tensor = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self.shape = x.shape
+        pieces = x.contiguous().view(-1).split(PIECE // x.itemsize)
+        self.there = [torch.empty(len(piece), dtype=x.dtype, pin_memory=True) for piece in pieces]
         self.here: tuple[Tensor, torch.cuda.Event] | None = None  # and when it has come
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
-            self.there.copy_(x, non_blocking=True)
-            self.gone: tuple[Tensor, torch.cuda.Event] | None = x, stream.record_event()
+            for there, piece in zip(self.there, pieces, strict=True):
+                there.copy_(piece, non_blocking=True)
+            self.gone: tuple[Any, torch.cuda.Event] | None = pieces, stream.record_event()
 
     def leave(self) -> None:
         """Give up the tensor itself: what the computation does from now on is behind its copy."""
@@ -131,11 +139,12 @@ class Parked:
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun."""
         if self.here is None:
-            here = torch.empty(self.there.shape, dtype=self.there.dtype, device=self.device)
+            here = torch.empty(self.shape, dtype=self.there[0].dtype, device=self.device)
             # What the computation had in this memory may not be done with yet.
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                here.copy_(self.there, non_blocking=True)
+                for piece, there in zip(here.view(-1).split(len(self.there[0])), self.there, strict=True):
+                    piece.copy_(there, non_blocking=True)
                 self.here = here, self.stream.record_event()
 
     def taken_back(self) -> Tensor:
