@@ -276,6 +276,8 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     if plan.need.paged:
         page_state(policy.optimizer)
     policy.head_rows = plan.sizes.head_rows or None
+    if config.memory_gib:
+        memory.keep_within_now(plan, policy.device)
     note(plan.table())
     return plan
 

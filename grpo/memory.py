@@ -49,7 +49,7 @@ import torch
 
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.memory_trial import OF_CUDA_LATER, Sizes
+from grpo.memory_trial import OF_CUDA_LATER, Sizes, taken
 from grpo.policy.activations import Treatment
 from grpo.policy.allocator import hold_to
 from grpo.policy.cache import full_cache_bytes
@@ -432,3 +432,10 @@ def keep_within(plan: Plan, device: torch.device) -> None:
     """
     own = plan.limit - plan.sizes.others - OF_CUDA_LATER
     hold_to(own + plan.kv_cache * plan.gives_cache_back, device)
+
+
+def keep_within_now(plan: Plan, device: torch.device) -> None:
+    """The same once the engine stands, and a cache that it gives back is given back: what CUDA itself has grown by is
+    seen then, and most of what it will. PyTorch may take what is left in addition to what it counts as its own."""
+    left = plan.limit - taken(device) - OF_CUDA_LATER // 2
+    hold_to(torch.cuda.memory_reserved(device) + left, device)

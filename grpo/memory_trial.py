@@ -23,8 +23,9 @@ from grpo.policy.projections import Projection
 from grpo.policy.routing import experts_in, watched
 from grpo.types import Batch, Completion, Group, Prompt
 
-# Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations.
-TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, 5
+# Of the trial: completions of a group; tokens, and the least of them; layers that keep their activations, a few and
+# more. With one alone the highest moment of few tokens may be that of a layer that is computed again.
+TRIAL_GROUP, TRIAL, LEAST_TRIAL, TRIAL_KEPT = 4, 4096, 512, (2, 5)
 ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 
 # What CUDA's own memory grows by while a run goes on, as kernels are loaded: 70 to 180 MiB were seen. PyTorch is held
@@ -124,14 +125,15 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     parameters, device, layers = policy.masters(), policy.device, len(policy.model.layers)
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     num_few, num_more = len(few.tokens), len(more.tokens)
-    keeps = min(layers, TRIAL_KEPT)
+    some, most = (min(layers, kept) for kept in TRIAL_KEPT)
     at_few, at_more = _peaks(policy, few, 0), _peaks(policy, more, 0)
     (head_fixed, head), (fixed, recomputing) = (
         _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
     )
-    (_, one), (_, one_of_more) = _peaks(policy, few, 1), _peaks(policy, more, 1)
-    _, some = _peaks(policy, few, keeps)
-    kept_fixed, one_kept = _line(num_few, one, num_more, one_of_more)
+    (_, some_of_few), (_, some_of_more) = _peaks(policy, few, some), _peaks(policy, more, some)
+    _, most_of_few = _peaks(policy, few, most)
+    keeping = max(0.0, (most_of_few - some_of_few) / num_few / max(1, most - some))
+    kept_fixed, some_kept = _line(num_few, some_of_few, num_more, some_of_more)
     adapter = _adapter_bytes(policy)
     return Sizes(
         others=_others(device),
@@ -144,8 +146,8 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         fixed=fixed,
         recomputing=recomputing,
         kept_fixed=kept_fixed,
-        one_kept=one_kept,
-        keeping=max(0.0, (some - one) / num_few / max(1, keeps - 1)),
+        one_kept=some_kept - (some - 1) * keeping,
+        keeping=keeping,
         layer_input=_layer_input(policy),
         head_fixed=head_fixed,
         head=head,

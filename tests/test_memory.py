@@ -5,14 +5,28 @@ import re
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from grpo import memory_trial
 from grpo.build import build_policy, plan_memory, settle_memory
 from grpo.errors import UserError
-from grpo.memory import ENGINE_BYTES, GIB, OF_A_BATCH, SPARE_BYTES, SPARE_SHARE, Asked, Need, choose, foresee, settle
-from grpo.memory_trial import Sizes
+from grpo.memory import (
+    ENGINE_BYTES,
+    GIB,
+    OF_A_BATCH,
+    SPARE_BYTES,
+    SPARE_SHARE,
+    Asked,
+    Need,
+    choose,
+    foresee,
+    keep_within_now,
+    settle,
+)
+from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
 from grpo.types import Completion, Group, Prompt
@@ -430,3 +444,23 @@ def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
     assert plan_memory(config, policy, 32, 0, told.append) is None
     [note] = told
     assert "--memory-gib is of a GPU's memory" in note
+
+
+@pytest.mark.parametrize("cuda_gib", [0.8, 1.1])
+def test_what_cuda_has_grown_by_is_not_pytorchs_to_take(cuda_gib, monkeypatch):
+    """All of a card together stays below the limit, whatever CUDA itself had when the plan was made; a cache that was
+    given back is still counted by PyTorch, and does not lie on the card."""
+    card, limit, own, cache = 80 * GIB, 14 * GIB, 9 * GIB, 2 * GIB
+    shares = []
+    for name, instead in {
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: own + cache,
+        "mem_get_info": lambda device: (card - own - int(cuda_gib * GIB), card),
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=card),
+        "set_per_process_memory_fraction": lambda fraction, device: shares.append(fraction),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, instead)
+    plan = replace(plan_for(14), limit=limit, kv_cache=cache, gives_cache_back=True)
+    keep_within_now(plan, torch.device("cuda"))
+    more = shares[0] * card - own - cache  # than PyTorch has
+    assert own + int(cuda_gib * GIB) + more == pytest.approx(limit - OF_CUDA_LATER / 2)

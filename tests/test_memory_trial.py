@@ -3,6 +3,7 @@ batch several times its size is what that batch takes."""
 
 import weakref
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,3 +199,20 @@ def test_memory_that_no_trial_fits_is_memory_that_ran_out(policy, monkeypatch):
         counter.most = counter.now + 1
         with pytest.raises(torch.OutOfMemoryError):
             measure(policy, 96)
+
+
+def test_what_kept_layers_take_is_measured_where_they_are_the_highest_moment(policy, monkeypatch):
+    """A layer that is computed again has its MLP in parts: of few tokens the room for one is more than a kept layer."""
+
+    def peaks(_policy, batch, kept):
+        tokens = len(batch.tokens)
+        again, in_kept = 400_000 + 1200 * tokens, 200_000 + (1300 + 400 * (kept - 1)) * tokens
+        return 100_000 + (900 + 400 * kept) * tokens, max(again, in_kept if kept else 0)
+
+    with counted(policy, monkeypatch):
+        monkeypatch.setattr(memory_trial, "_peaks", peaks)
+        sizes = measure(policy, 96)
+    for kept in range(7):
+        for tokens in (20_000, 200_000):
+            foretold = sizes.update(tokens, kept, 0) - 4 * sizes.parameters
+            assert foretold == pytest.approx(max(peaks(None, SimpleNamespace(tokens=range(tokens)), kept)), rel=0.001)
