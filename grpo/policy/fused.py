@@ -203,17 +203,17 @@ class FusedModel(nn.Module):
     def treat(self, treatments: Sequence[Treatment]) -> None:
         """What of each layer waits for the backward pass, and where."""
         self.treatments = list(treatments)
-        self.offload = Offload(self.head.device)
-        self.ways = self.around(ways(treatments, self.offload))
+        offload = Offload(self.head.device)
+        self.ways = self.around(ways(treatments, offload))
+        memories: dict[Treatment, Callable[[], Memory | None]] = {"offload": partial(Remembered, offload)}
+        self.memories = [memories.get(treatment, _no_memory) for treatment in treatments]
         for layer, treatment in zip(self.layers, treatments, strict=True):
             assert isinstance(layer, FusedLayer)
             layer.treated(treatment)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
-        memories = [Remembered(self.offload) if each == "offload" else None for each in self.treatments]
-        attends = [packed(batch.layout, memory) for memory in memories]
-        return self._run(batch.tokens, batch.positions, attends)
+        return self._run(batch.tokens, batch.positions, [packed(batch.layout, memory()) for memory in self.memories])
 
     def prefill(
         self, tokens: Tensor, layout: GroupLayout, copies: list[int], max_tokens: int
@@ -253,6 +253,10 @@ class FusedModel(nn.Module):
         for (layer, run, rotary), attend in zip(of_layers, attends, strict=False):  # they may be endless
             x = run(layer, x, angles[rotary], attend)
         return self.norm(x)
+
+
+def _no_memory() -> None:
+    return None
 
 
 def packed(layout: GroupLayout, memory: Memory | None = None) -> Attend:
