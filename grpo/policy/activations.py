@@ -123,12 +123,12 @@ class Parked:
         self.shape = x.shape
         pieces = x.contiguous().view(-1).split(PIECE // x.itemsize)
         self.there = [torch.empty(len(piece), dtype=x.dtype, pin_memory=True) for piece in pieces]
-        self.here: tuple[Tensor, torch.cuda.Event] | None = None  # and when it has come
+        self.here: tuple[Tensor, Any] | None = None  # and when it has come
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             for there, piece in zip(self.there, pieces, strict=True):
                 there.copy_(piece, non_blocking=True)
-            self.gone: tuple[Any, torch.cuda.Event] | None = pieces, stream.record_event()
+            self.gone: tuple[Any, Any] | None = pieces, stream.record_event()
 
     def leave(self) -> None:
         """Give up the tensor itself: what the computation does from now on is behind its copy."""
