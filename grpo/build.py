@@ -79,9 +79,6 @@ from grpo.world import ALONE, World
 # Sequences, and tokens of a prompt, that the number of threads is measured with.
 PROBE_ROWS, PROBE_TOKENS = 64, 32
 
-# Of the host's memory that is free, what layers may leave there: rewards, data and the rest of the machine live on.
-OF_FREE_MEMORY = 0.5
-
 # Where the largest batch is run before the first step. What a CPU's memory holds is no plan: it is swapped and shared.
 REHEARSED = ("cuda",)
 
@@ -300,11 +297,18 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
         gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
         batch_before=batch_before,
-        parkable=int(OF_FREE_MEMORY * system.free_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        parkable=parkable(),
         may_page=config.page_optimizer == "auto" and has_pages(policy.device),
         paged=config.page_optimizer == "on",
         beside_pages=beside_pages(policy.optimizer),
     )
+
+
+def parkable() -> int:
+    """Bytes of the host's memory that layers may take: half of what is free, of each process of this host as much;
+    rounded down to a power of two, that what else runs there decides nothing as a rule."""
+    half = system.free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 1 << max(0, half.bit_length() - 1)
 
 
 def _asked(config: Config) -> Asked:

@@ -102,3 +102,10 @@ def test_an_engine_that_leaves_an_update_no_memory_is_told_with_its_cache():
     need = replace(all_that_is_left(GIB), gives_cache_back=(True,), cache_stands=20 * GIB)
     with pytest.raises(UserError, match=r"24\.0 GiB beside a KV cache of 20\.0 GiB\. Give it less with --kv-cache-gib"):
         choose(SIZES, need, 24 * GIB, Asked("auto", 0, 0))
+
+
+@pytest.mark.parametrize(("free", "ranks", "expected"), [(20, 1, 8), (20, 2, 4), (16, 1, 8), (15.9, 1, 4), (250, 8, 8)])
+def test_half_of_the_hosts_free_memory_may_be_taken(free, ranks, expected, monkeypatch):
+    monkeypatch.setattr(build.system, "free_memory", lambda: int(free * GIB))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert build.parkable() == expected * GIB
