@@ -210,10 +210,11 @@ def build_vllm_engine(
 
 
 def plan_memory(
-    config: Config, policy: Policy, longest: int, batch_before: int, note: Callable[[str], object]
+    config: Config, policy: Policy, longest: int, batch_before: int, room: int, note: Callable[[str], object]
 ) -> Plan | None:
     """What fits a GPU's memory, by trial on a few tokens, before there is an engine; None on a CPU, whose memory is
-    shared with everything else. batch_before: tokens of a resumed run's batches; 0: a new run.
+    shared with everything else. batch_before: tokens of a resumed run's batches; 0: a new run. room: bytes of the
+    host's memory that may be pinned.
 
     Raises:
         UserError: nothing fits.
@@ -225,15 +226,16 @@ def plan_memory(
     limit = torch.cuda.get_device_properties(policy.device).total_memory
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
-        host_embedding(policy, note)  # which the trial, too, has no place for
+        room -= host_embedding(policy, room, note)  # which the trial, too, has no place for
     sizes = memory_trial.measure(policy, longest, limit if config.memory_gib else 0)
-    foresee = partial(memory.foresee, need=_need(config, policy, longest, batch_before), limit=limit)
+    need, asked = _need(config, policy, longest, batch_before, room), _asked(config)
     plan = None
     with suppress(UserError):
-        plan = foresee(sizes, asked=_asked(config))
-    if (plan is None or plan.is_short) and (size := host_embedding(policy, note)):
+        plan = memory.foresee(sizes, need, limit, asked)
+    if (plan is None or plan.is_short(asked)) and (size := host_embedding(policy, room, note)):
         sizes, plan = replace(sizes, weights=sizes.weights - size), None
-    plan = plan or foresee(sizes, asked=_asked(config))
+        need = replace(need, parkable=room - size)
+    plan = plan or memory.foresee(sizes, need, limit, asked)
     if plan.sizes.double_quantised:
         policy.store.double_quantize()
         torch.cuda.empty_cache()
@@ -243,9 +245,10 @@ def plan_memory(
     return plan
 
 
-def host_embedding(policy: Policy, note: Callable[[str], object]) -> int:
-    """The bytes of a GPU that are free with the embedding in the host's memory, 0 where it stays; `note` is told."""
-    size = to_host(policy.model)
+def host_embedding(policy: Policy, room: int, note: Callable[[str], object]) -> int:
+    """The bytes of a GPU that are free with the embedding in the host's memory, where so many may be pinned; 0 where it
+    stays. `note` is told."""
+    size = to_host(policy.model, room)
     if size:
         torch.cuda.empty_cache()
         note(f"The embedding, {size / memory.GIB:.2f} GiB, is in the host's memory, from where the GPU reads its rows.")
@@ -279,7 +282,7 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     return plan
 
 
-def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Need:
+def _need(config: Config, policy: Policy, longest: int, batch_before: int, room: int) -> Need:
     from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
 
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
@@ -297,7 +300,7 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int) -> Ne
         gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
         engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
         batch_before=batch_before,
-        parkable=parkable(),
+        parkable=room,
         may_page=config.page_optimizer == "auto" and has_pages(policy.device),
         paged=config.page_optimizer == "on",
         beside_pages=beside_pages(policy.optimizer),
@@ -395,7 +398,8 @@ def build_run(
     planned = planned_for(of_rank, questions)
     world.prepare(policy.masters())
     moments = lift_state(policy.optimizer)  # or they would be measured as weights, and counted as moments too
-    plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, note)
+    room = min(world.gather(parkable()))  # or ranks would plan, and round, otherwise than each other
+    plan = plan_memory(planned, policy, questions.longest_sequence, progress.tokens_per_batch, room, note)
     progress.double_quant = policy.config.double_quant == "on" or bool(plan and plan.sizes.double_quantised)
     world.require_same(lambda: [progress.dense, progress.double_quant], rounded_otherwise)
     engine = build_engine(

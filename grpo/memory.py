@@ -13,7 +13,7 @@ is in its first layer, the last one, where that keeps its activations; and when 
 
     bytes(n, k, o) = gradients + max(head_fixed + n (head + k keeping - away),
                                      kept_fixed + n (one_kept + (k - 1) keeping - away)     where k > 0,
-                                     fixed + n (recomputing - away)),     away = max(0, o - 4) input
+                                     fixed + n (recomputing - away)),     away = max(0, o input - 2 (input + result))
 
 `head`, `one_kept` and `recomputing` (every layer, or every other one, but its input computed again) and `keeping` (what
 one more kept layer adds) are measured, each where it alone changes. A layer that is computed again has its MLP in
@@ -50,7 +50,7 @@ import torch
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory_trial import OF_CUDA_LATER, Sizes, taken
-from grpo.policy.activations import Treatment
+from grpo.policy.activations import PIECE, Treatment
 from grpo.policy.allocator import hold_to
 from grpo.policy.cache import full_cache_bytes
 from grpo.policy.optimizer import STATE_BYTES
@@ -166,13 +166,19 @@ class Plan:
         held = 0 if self.gives_cache_back else self.kv_cache
         return self.standing + self.kv_cache, self.standing + held + self.update
 
-    @property
-    def is_short(self) -> bool:
-        """Whether a run would be faster with more memory."""
+    def is_short(self, asked: Asked) -> bool:
+        """Whether a run would be faster with more memory, where it was left to the plan what to do with it."""
         wanted = full_cache_bytes(self.need.sequences, self.need.longest, self.need.kv_bytes_per_token)
-        pages = self.need.may_page and self.need.paged  # by the plan's own choice
-        spares = self.gives_cache_back or self.sizes.head_rows or self.sizes.double_quantised or pages
-        return bool(spares) or self.kept < self.sizes.layers or self.kv_cache < wanted
+        return any(
+            [
+                self.gives_cache_back and False in self.need.gives_cache_back,
+                self.need.paged and self.need.may_page,
+                self.sizes.head_rows,
+                self.sizes.double_quantised,
+                self.kept < self.sizes.layers and asked.recompute == "auto",
+                self.kv_cache < wanted and not asked.kv_cache,
+            ]
+        )
 
     def fits(self, usable: int) -> bool:
         """Whether both peaks do. Of a rollout whose cache stands nothing is left to foresee: it may take what was kept
@@ -207,8 +213,8 @@ class Plan:
     def _attention(self) -> float:
         """Of its time what attention takes in a forward pass, which an offloaded layer does not do again: 2 products of
         a hidden state with half of a sequence, where each weight has 2 forward and 2 backward."""
-        hidden = self.sizes.layer_input / 2  # in 16 bits
-        return hidden * self.need.longest / (2 * max(1.0, self.sizes.met * self.sizes.weights_per_layer))
+        queries = self.sizes.remembered / 2  # in 16 bits
+        return queries * self.need.longest / (2 * max(1.0, self.sizes.met * self.sizes.weights_per_layer))
 
     def table(self) -> str:
         """Row by row, in GiB, with the flags that decide otherwise."""
@@ -340,8 +346,9 @@ def _fitting(plan: Plan, batches: list[int], asked: Asked, usable: int) -> Itera
 
 
 def _parked(tokens: int, sizes: Sizes, need: Need) -> int:
-    """Bytes of the host's memory that an offloaded layer takes: its input, and what attention gives, about as large."""
-    return 2 * sizes.layer_input * max(tokens, need.longest)
+    """Bytes of the host's memory that an offloaded layer takes, in whole pieces."""
+    whole = max(tokens, need.longest)
+    return sum(math.ceil(each * whole / PIECE) * PIECE for each in (sizes.layer_input, sizes.remembered))
 
 
 def _most_offloaded(tokens: int, sizes: Sizes, need: Need) -> int:

@@ -32,9 +32,7 @@ ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 # to so much less than a limit.
 OF_CUDA_LATER = 160 * 2**20
 
-# Of what is parked, on the GPU at a time: the input of the layer at work and of the next, and what attention gave in
-# both, which is about as large.
-ON_THEIR_WAY = 4
+ON_THEIR_WAY = 2  # layers whose parked tensors are on the GPU at a time: that at work, and the next
 
 SMALL_HEAD = 256  # tokens whose logits there are at once, where memory is short
 
@@ -62,6 +60,7 @@ class Sizes:
     spared: int = 0  # of the weights, were the scales of a base in 4 bits quantised too; 0: they stay as they are
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
     shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
+    remembered: int = 0  # a token of what attention leaves to an offloaded layer's second pass; 0: it leaves nothing
     met: float = 1.0  # share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
 
     def with_double_quant(self) -> Sizes:
@@ -76,7 +75,8 @@ class Sizes:
 
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
-        parked = max(0, offloaded - ON_THEIR_WAY) * self.layer_input
+        on_their_way = ON_THEIR_WAY * (self.layer_input + self.remembered)
+        parked = max(0, offloaded * self.layer_input - on_their_way)
         in_head = self.head_fixed + tokens * (self.head + kept * self.keeping - parked)
         again = self.fixed + tokens * (self.recomputing - parked)
         in_kept = self.kept_fixed + tokens * (self.one_kept + (kept - 1) * self.keeping - parked) if kept else 0
@@ -125,14 +125,16 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     parameters, device, layers = policy.masters(), policy.device, len(policy.model.layers)
     few, more = (_batch_of(policy, size, longest) for size in (tokens, 2 * tokens))
     num_few, num_more = len(few.tokens), len(more.tokens)
-    some, most = (min(layers, kept) for kept in TRIAL_KEPT)
+    most = min(layers, TRIAL_KEPT[1])
+    some = max(1, min(most - 1, TRIAL_KEPT[0]))
     at_few, at_more = _peaks(policy, few, 0), _peaks(policy, more, 0)
     (head_fixed, head), (fixed, recomputing) = (
         _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
     )
     (_, some_of_few), (_, some_of_more) = _peaks(policy, few, some), _peaks(policy, more, some)
     _, most_of_few = _peaks(policy, few, most)
-    keeping = max(0.0, (most_of_few - some_of_few) / num_few / max(1, most - some))
+    beside = some_of_few if most > some else at_few[1]  # of one layer it is what keeping it adds
+    keeping = max(0.0, (most_of_few - beside) / num_few / max(1, most - some))
     kept_fixed, some_kept = _line(num_few, some_of_few, num_more, some_of_more)
     adapter = _adapter_bytes(policy)
     return Sizes(
@@ -149,6 +151,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         one_kept=some_kept - (some - 1) * keeping,
         keeping=keeping,
         layer_input=_layer_input(policy),
+        remembered=policy.model.remembered,
         head_fixed=head_fixed,
         head=head,
         small_head=_small_head(policy, few, head),

@@ -29,6 +29,11 @@ except ImportError:
 # Whether a process can be given open files, and be ended together with all that it started.
 HAS_FORK = hasattr(os, "fork")
 _OPENS_FOLDERS = hasattr(os, "O_DIRECTORY")
+# Control groups of Linux, as both versions have them: where, the limit, what is used, how counts of cached files begin.
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts in bytes on macOS, in KiB on Linux
 
 
@@ -44,16 +49,34 @@ def lacking() -> Iterator[str]:
 
 
 def free_memory() -> int:
-    """Bytes of the machine's memory, or of what a container gives, that nobody uses; files that are cached count as
-    nobody's. All of it where the system does not say what is used."""
+    """Bytes of the machine's memory, or of what a container or a batch system gives, that nobody uses; files that are
+    cached count as nobody's. All of it where the system does not say what is used."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
-    with suppress(OSError, ValueError, StopIteration):
+    with suppress(OSError, ValueError):
         [available] = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
         total = min(total, 1024 * int(available))
+    return max(0, min([total, *(_left_of(kind, group) for kind in _GROUPS for group in _own_groups())]))
+
+
+def _own_groups() -> list[Path]:
+    """The control groups that this process is in, with those that they are in, as paths from their root."""
+    names = [Path("/")]
+    with suppress(OSError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        names += [Path(line.split(":", 2)[2]) for line in lines if line.count(":") > 1]
+    return sorted({each for name in names for each in (name, *name.parents)})
+
+
+def _left_of(kind: tuple[str, str, str, str], group: Path) -> int:
+    """Bytes that a control group may have yet; more than there is of anything where it has no limit."""
+    root, limit, used, prefix = kind
+    folder, left = Path(root) / group.relative_to("/"), 2**60
     with suppress(OSError, ValueError):  # no such file, or "max"
-        group = Path("/sys/fs/cgroup")
-        total = min(total, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(0, total)
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+    with suppress(OSError, ValueError):
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        left += sum(int(counts.get(f"{prefix}{state}_file", 0)) for state in ("active", "inactive"))
+    return left
 
 
 def signals(*names: str) -> tuple[signal.Signals, ...]:

@@ -140,6 +140,7 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
         one_kept=inputs + shape.kept + IN_A_LAYER * 2 * shape.hidden,
         keeping=shape.kept,
         layer_input=2 * shape.hidden,
+        remembered=2 * shape.queries,
         head_fixed=ROUTE_CHUNK_BYTES,
         head=inputs + IN_THE_HEAD * 2 * shape.hidden,
         small_head=SMALL_HEAD * 8 * shape.vocabulary,  # float32, and 16 bits twice; less on a Hopper

@@ -47,6 +47,7 @@ SIZES = Sizes(
     one_kept=440.0 * KIB,
     keeping=102.0 * KIB,
     layer_input=8 * KIB,
+    remembered=8 * KIB,
     head_fixed=int(0.75 * GIB),
     head=290.0 * KIB,
     small_head=int(0.25 * GIB),
@@ -132,7 +133,7 @@ def test_no_more_is_parked_than_the_host_has_memory_for(parkable, longest):
     need = replace(NEED, longest=longest, longest_completion=longest - 256, sequences=2)
     for asked in (FREE, Asked("offload", 0, 0)):
         plan = plan_for(32, replace(need, parkable=parkable), asked)
-        of_a_layer = 2 * SIZES.layer_input * max(plan.tokens_per_batch, longest)
+        of_a_layer = (SIZES.layer_input + SIZES.remembered) * max(plan.tokens_per_batch, longest)
         assert plan.offloaded * of_a_layer <= parkable
         assert max(plan.peaks) <= 32 * GIB
 
@@ -385,7 +386,7 @@ def test_pages_that_were_asked_for_are_there_with_plenty_too():
 
 def test_a_plan_with_pages_is_short_of_memory_unless_they_were_asked_for():
     plan = foreseen(141, replace(IN_8_BITS, paged=True), asked=FREE)
-    assert not plan.is_short and replace(plan, need=replace(plan.need, may_page=True)).is_short
+    assert not plan.is_short(FREE) and replace(plan, need=replace(plan.need, may_page=True)).is_short(FREE)
 
 
 @pytest.mark.parametrize("may_page", [True, False])
@@ -441,7 +442,7 @@ def test_the_policys_optimizer_is_as_planned(more, tiny_config, monkeypatch):
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
     config, told = tiny_config(memory_gib=1.0), []
     policy = build_policy(config, load_tokenizer("embedded"), 32)
-    assert plan_memory(config, policy, 32, 0, told.append) is None
+    assert plan_memory(config, policy, 32, 0, GIB, told.append) is None
     [note] = told
     assert "--memory-gib is of a GPU's memory" in note
 

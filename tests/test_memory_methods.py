@@ -47,7 +47,7 @@ def longest_step(config, method):
 def test_a_step_has_as_many_tokens_as_were_planned(method, tiny_config):
     config, planned = of_method(method)
     policy = build_policy(tiny_config(), load_tokenizer("embedded"), PROMPT + ANSWER)
-    need = _need(planned, policy, PROMPT + ANSWER, 0)
+    need = _need(planned, policy, PROMPT + ANSWER, 0, GIB)
     [batches] = PACKERS[method](config, CPU, batch_limit(config), ALONE)(list(longest_step(config, method)))
     assert sum(len(batch.tokens) for batch in batches) == need.tokens_per_step
     # and what is tried before the first step is the largest batch that can come
@@ -60,7 +60,7 @@ def test_a_step_has_as_many_tokens_as_were_planned(method, tiny_config):
 def test_a_cache_is_planned_for_who_samples(engine, has_cache, tiny_config):
     config = tiny_config(method="sft", engine=engine)
     policy = build_policy(config, load_tokenizer("embedded"), 32)
-    assert bool(_need(config, policy, 32, 0).kv_bytes_per_token) == has_cache
+    assert bool(_need(config, policy, 32, 0, GIB).kv_bytes_per_token) == has_cache
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -72,7 +72,7 @@ def test_the_optimizer_is_planned_in_pages_as_asked(mode, may_page, paged, there
     config = tiny_config(optimizer="adamw8bit", page_optimizer=mode)
     policy = build_policy(config, load_tokenizer("embedded"), 32)
     monkeypatch.setattr(build, "has_pages", lambda device: there)
-    need = _need(config, policy, 32, 0)
+    need = _need(config, policy, 32, 0, GIB)
     assert (need.may_page, need.paged) == (may_page and there, paged)
     assert need.bytes_per_parameter == 2 and 0 < need.beside_pages == beside_pages(policy.optimizer)
 

@@ -103,21 +103,37 @@ def test_in_the_package_s_own_folder_a_sentence_says_what_is_wrong():
     assert "Traceback" not in made.stderr and "error: In the package's own folder" in made.stderr
 
 
+MACHINE = {"/proc/meminfo": "MemTotal: 64 kB\nMemAvailable:    4096 kB\n"}
+IN_A_JOB = {"/proc/self/cgroup": "0::/slurm/job_7\n"}
+IN_AN_OLD_JOB = {"/proc/self/cgroup": "4:cpu:/\n7:memory:/slurm/job_7\n"}
+JOB = "/sys/fs/cgroup/slurm/job_7/memory"
+OLD = "/sys/fs/cgroup/memory/slurm/job_7/memory"
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"meminfo": "MemTotal: 64 kB\nMemAvailable:    4096 kB\n"}, 4096 * 1024),
-        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "max\n", "memory.current": "7\n"}, 4096 * 1024),
-        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "3000000\n", "memory.current": "1000000\n"}, 2000000),
-        ({"meminfo": "MemAvailable: 4096 kB\n", "memory.max": "3000\n", "memory.current": "3001\n"}, 0),
-        ({"memory.max": "3000\n", "memory.current": "1000\n"}, 2000),
+        (MACHINE, 4096 * 1024),
+        ({**MACHINE, "/sys/fs/cgroup/memory.max": "max\n", "/sys/fs/cgroup/memory.current": "7\n"}, 4096 * 1024),
+        ({**MACHINE, "/sys/fs/cgroup/memory.max": "3000000\n", "/sys/fs/cgroup/memory.current": "1000000\n"}, 2000000),
+        ({"/sys/fs/cgroup/memory.max": "3000\n", "/sys/fs/cgroup/memory.current": "3001\n"}, 0),
+        # Files that are cached make way.
+        ({**IN_A_JOB, f"{JOB}.max": "3000", f"{JOB}.current": "2900",
+          f"{JOB}.stat": "anon 1\nactive_file 300\ninactive_file 500\n"}, 900),
+        # The group around it gives less.
+        ({**IN_A_JOB, "/sys/fs/cgroup/slurm/memory.max": "2000", "/sys/fs/cgroup/slurm/memory.current": "500",
+          f"{JOB}.max": "9000", f"{JOB}.current": "400"}, 1500),
+        ({**MACHINE, **IN_AN_OLD_JOB, f"{OLD}.limit_in_bytes": "5000", f"{OLD}.usage_in_bytes": "4000",
+          f"{OLD}.stat": "total_inactive_file 200\ninactive_file 9\n"}, 1200),
+        ({**MACHINE, **IN_AN_OLD_JOB, f"{OLD}.limit_in_bytes": str(2**63 - 4096), f"{OLD}.usage_in_bytes": "4000"},
+         4096 * 1024),
     ],
-)
-def test_free_memory_is_what_machine_and_container_leave(files, expected, monkeypatch):
+)  # fmt: skip
+def test_free_memory_is_what_machine_container_and_job_leave(files, expected, monkeypatch):
     def read(path):
-        if path.name not in files:
+        if str(path) not in files:
             raise FileNotFoundError(path)
-        return files[path.name]
+        return files[str(path)]
 
     monkeypatch.setattr(system.Path, "read_text", read)
     assert system.free_memory() == expected

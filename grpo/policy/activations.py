@@ -109,42 +109,47 @@ class Remembered:
         return tuple(map(self.offload.take_back, parked))
 
 
-# Bytes that lie together in pinned memory. PyTorch rounds what it pins up to a power of two: a large tensor in one
-# piece would have up to twice its size.
-PIECE = 2**26
+# Bytes that lie together in pinned memory. PyTorch rounds what it pins up to a power of two and keeps what was freed
+# for the next of that size: a large tensor in one piece would have up to twice its size, each length its own memory.
+PIECE = 2**23
 
 
 class Parked:
     """A tensor of the GPU that waits in pinned memory. `before`: those whose turn in the backward pass is next. On the
     GPU it is in the memory of the computation's stream, there and back, so there is no pool of another one."""
 
+    # A tensor and when it has been copied: that which went, until it is given up; that which came, until it is taken.
+    gone: tuple[Any, Any] | None = None
+    here: tuple[Tensor, Any] | None = None
+
     def __init__(self, x: Tensor, stream: torch.cuda.Stream, before: list[weakref.ref[Parked]]):
-        self.device, self.stream, self.before = x.device, stream, before
-        self.shape = x.shape
+        self.stream, self.before = stream, before
+        self.computation = torch.cuda.current_stream(x.device)
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
         pieces = x.contiguous().view(-1).split(PIECE // x.itemsize)
-        self.there = [torch.empty(len(piece), dtype=x.dtype, pin_memory=True) for piece in pieces]
-        self.here: tuple[Tensor, Any] | None = None  # and when it has come
-        stream.wait_stream(torch.cuda.current_stream(x.device))
+        # Whole pieces, the last one too, of which some is used.
+        self.there = [torch.empty(PIECE // x.itemsize, dtype=x.dtype, pin_memory=True) for _ in pieces]
+        stream.wait_stream(self.computation)
         with torch.cuda.stream(stream):
             for there, piece in zip(self.there, pieces, strict=True):
-                there.copy_(piece, non_blocking=True)
-            self.gone: tuple[Any, Any] | None = pieces, stream.record_event()
+                there[: len(piece)].copy_(piece, non_blocking=True)
+            self.gone = pieces, stream.record_event()
 
     def leave(self) -> None:
         """Give up the tensor itself: what the computation does from now on is behind its copy."""
         if self.gone is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.gone[1])
+            self.computation.wait_event(self.gone[1])
             self.gone = None
 
     def fetch(self) -> None:
         """Begin to bring it back, unless that has begun."""
         if self.here is None:
-            here = torch.empty(self.shape, dtype=self.there[0].dtype, device=self.device)
+            here = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             # What the computation had in this memory may not be done with yet.
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.stream.wait_stream(self.computation)
             with torch.cuda.stream(self.stream):
                 for piece, there in zip(here.view(-1).split(len(self.there[0])), self.there, strict=True):
-                    piece.copy_(there, non_blocking=True)
+                    piece.copy_(there[: len(piece)], non_blocking=True)
                 self.here = here, self.stream.record_event()
 
     def taken_back(self) -> Tensor:
@@ -152,7 +157,7 @@ class Parked:
         self.fetch()
         assert self.here is not None
         (here, come), self.here = self.here, None
-        torch.cuda.current_stream(self.device).wait_event(come)
+        self.computation.wait_event(come)
         for each in self.before:
             if (parked := each()) is not None:
                 parked.fetch()
@@ -160,6 +165,6 @@ class Parked:
         return here
 
     def __del__(self) -> None:
-        if self.here is not None:  # fetched for a backward pass that was given up
-            here, come = self.here
-            torch.cuda.current_stream(here.device).wait_event(come)
+        for held in (self.gone, self.here):  # of a pass that was given up half-way
+            if held is not None:
+                self.computation.wait_event(held[1])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from grpo_kernels import lora_mlp, rope
-from grpo_kernels.attention import Memory, group_attention
+from grpo_kernels.attention import Memory, group_attention, is_flash
 from grpo_kernels.gates import ACTIVATIONS, Activation, gated
 from grpo_kernels.layout import GroupLayout
 from torch import Tensor, nn
@@ -211,6 +211,13 @@ class FusedModel(nn.Module):
             assert isinstance(layer, FusedLayer)
             layer.treated(treatment)
 
+    @property
+    def remembered(self) -> int:
+        """Bytes a token of what attention in an offloaded layer leaves to its second pass: result and log-sum-exp; 0
+        where there is a layer whose attention leaves nothing."""
+        sizes = [_remembered(layer) for layer in self.layers if isinstance(layer, FusedLayer)]
+        return max(sizes) if all(sizes) else 0
+
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
         return self._run(batch.tokens, batch.positions, [packed(batch.layout, memory()) for memory in self.memories])
@@ -253,6 +260,13 @@ class FusedModel(nn.Module):
         for (layer, run, rotary), attend in zip(of_layers, attends, strict=False):  # they may be endless
             x = run(layer, x, angles[rotary], attend)
         return self.norm(x)
+
+
+def _remembered(layer: FusedLayer) -> int:
+    mirror, queries = layer.qkv.mirrors[0], layer.form.query_size
+    plain = layer.scores.window is None and layer.scores.softcap is None
+    known = plain and is_flash(mirror.device, mirror.dtype, layer.head_size)
+    return queries * mirror.itemsize + 4 * (queries // layer.head_size) if known else 0
 
 
 def _no_memory() -> None:

@@ -85,6 +85,11 @@ class GenericModel(nn.Module):
         for layer, forward, run in zip(self.layers, self.forwards, runs, strict=True):
             layer.forward = partial(run, forward)
 
+    @property
+    def remembered(self) -> int:
+        """See FusedModel: its layers' attention leaves nothing."""
+        return 0
+
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of a packed batch, [N, D]."""
         states, places = self._run(batch)

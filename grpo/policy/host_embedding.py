@@ -17,27 +17,29 @@ from grpo_kernels import take_rows
 from torch import nn
 
 
-def to_host(model: Any) -> int:
+def to_host(model: Any, room: int) -> int:
     """Move the embedding of a FusedModel or GenericModel to pinned memory of the host, from where its GPU reads rows.
-    Returns the bytes that it had there.
+    room: bytes that may be pinned. Returns the bytes that it had on the GPU.
 
-    It stays, and has 0, where it is the head too or a module of another kind, and where the host's memory cannot be
-    pinned or not be read by the GPU.
+    It stays, and has 0, where it is the head too or a module of another kind, and where the host's memory has no room,
+    cannot be pinned or not be read by the GPU.
     """
     embed, head = model.embed, model.head
     # A class of its own may do more than look up: Gemma 3's multiplies.
     if type(embed) is not nn.Embedding or embed.max_norm is not None or not embed.weight.is_cuda:
         return 0
     table = embed.weight.detach()
-    if table.data_ptr() == head.data_ptr():
+    if table.data_ptr() == head.data_ptr() or table.nbytes > room:
         return 0
+    device = table.device
     # Each system has its own way of saying no: limits of what may be pinned, drivers without a common address space.
     with suppress(RuntimeError, ValueError):
         hosted = table.cpu().pin_memory()
-        ends = torch.tensor([0, len(table) - 1], device=table.device)
+        ends = torch.tensor([0, len(table) - 1], device=device)
         if torch.equal(take_rows(ends, hosted), table[ends]):
             embed.weight = nn.Parameter(hosted, requires_grad=False)
-            embed.forward = lambda input: take_rows(input, embed.weight)
+            # Who asks for the table's device brings its tokens there: Llama 4 does.
+            embed.forward = lambda input: take_rows(input.to(device), embed.weight)
             return table.nbytes
     return 0
 

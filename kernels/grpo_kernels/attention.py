@@ -153,10 +153,14 @@ def _check(
 def _flash_knows(q: Tensor, layout: GroupLayout, window: int | None, softcap: float | None) -> bool:
     """Whether flash attention computes this. It counts a window from the last of a query's keys, which therefore have
     to lie together."""
-    is_16_bit = q.dtype in (torch.float16, torch.bfloat16)
-    fits = capability(q.device) >= (8, 0) and is_16_bit and q.shape[2] <= 256 and q.shape[2] % 8 == 0
     together = layout.gathered is not None or layout.num_tokens == layout.num_prompt_tokens
-    return fits and softcap is None and (window is None or together)
+    return is_flash(q.device, q.dtype, q.shape[2]) and softcap is None and (window is None or together)
+
+
+def is_flash(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether flash attention computes heads of this size where there is neither window nor cap: it asks a memory."""
+    fits = head_size <= 256 and head_size % 8 == 0
+    return fits and dtype in (torch.float16, torch.bfloat16) and capability(device) >= (8, 0)
 
 
 def _torch_attention(

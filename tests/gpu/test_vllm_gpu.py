@@ -86,7 +86,7 @@ def test_sampler_and_policy_agree_through_updates_and_sleep(base, hosted, tmp_pa
         eval_prompts=4, kv_cache_gib=2.0,
     )  # fmt: skip
     policy = Policy(load_model(config, torch.device("cuda"), 256), config)
-    assert (to_host(policy.model) > 0) == hosted
+    assert (to_host(policy.model, 2**40) > 0) == hosted
     engine = VllmEngine(policy, NoText(), contexts(ask(0)), config, 256)
     try:
         fresh = gap(engine, policy, 1)
