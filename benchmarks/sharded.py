@@ -82,7 +82,7 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a rank sees."""
     import torch
 
-    from grpo.build import plan_memory, settle_memory
+    from grpo.build import parkable, plan_memory, settle_memory
     from grpo.config import Config
     from grpo.fitting import Fitting
     from grpo.objectives import OBJECTIVES
@@ -102,7 +102,8 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         made_s = time.perf_counter() - began
         allocated = torch.cuda.memory_allocated() if on_gpu else 0
         world.prepare(policy.masters())
-        if plan := plan_memory(config, policy, arguments.tokens, 0, told.append):
+        room = min(world.gather(parkable()))
+        if plan := plan_memory(config, policy, arguments.tokens, 0, room, told.append):
             plan = settle_memory(plan, config, policy, Idle(), told.append)
             config = replace(config, tokens_per_batch=plan.tokens_per_batch)
     policy.fit = Fitting(batch_limit(config))
