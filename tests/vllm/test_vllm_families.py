@@ -87,7 +87,7 @@ def test_shared_and_the_same(name, base, tmp_path, monkeypatch):
         engine.close()
 
 
-@pytest.mark.parametrize(("name", "base"), [("llama", "nf4"), ("phi3", "float32"), ("starcoder2", "float32")])
+@pytest.mark.parametrize(("name", "base"), [("llama", "nf4"), ("phi3", "float32"), ("stablelm", "bf16")])
 def test_an_embedding_in_the_hosts_memory_is_read_there(name, base, tmp_path, monkeypatch):
     """As on a GPU, but that there the policy's rows come from where vLLM's do."""
     config = config_of(tmp_path, name, base, tie_word_embeddings=False)
