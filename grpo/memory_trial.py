@@ -131,11 +131,12 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     (head_fixed, head), (fixed, recomputing) = (
         _line(num_few, one, num_more, other) for one, other in zip(at_few, at_more, strict=True)
     )
-    (_, some_of_few), (_, some_of_more) = _peaks(policy, few, some), _peaks(policy, more, some)
-    _, most_of_few = _peaks(policy, few, most)
-    beside = some_of_few if most > some else at_few[1]  # of one layer it is what keeping it adds
-    keeping = max(0.0, (most_of_few - beside) / num_few / max(1, most - some))
-    kept_fixed, some_kept = _line(num_few, some_of_few, num_more, some_of_more)
+    some_of_few, some_of_more = _peaks(policy, few, some), _peaks(policy, more, some)
+    most_of_few = _peaks(policy, few, most)
+    # Of a model of one layer it is what keeping it adds while the head is at work.
+    grown = most_of_few[1] - some_of_few[1] if most > some else some_of_few[0] - at_few[0]
+    keeping = max(0.0, grown / num_few / max(1, most - some))
+    kept_fixed, some_kept = _line(num_few, some_of_few[1], num_more, some_of_more[1])
     adapter = _adapter_bytes(policy)
     return Sizes(
         others=_others(device),

@@ -465,3 +465,14 @@ def test_what_cuda_has_grown_by_is_not_pytorchs_to_take(cuda_gib, monkeypatch):
     keep_within_now(plan, torch.device("cuda"))
     more = shares[0] * card - own - cache  # than PyTorch has
     assert own + int(cuda_gib * GIB) + more == pytest.approx(limit - OF_CUDA_LATER / 2)
+
+
+def test_a_plan_is_short_where_more_memory_would_help_and_not_where_the_user_chose():
+    without_vllm = replace(NEED, gives_cache_back=(True,), kv_bytes_per_token=0, engine_bytes=0)
+    assert not plan_for(141, without_vllm).is_short(FREE)  # it gives a cache back that nobody has
+    assert not plan_for(141).is_short(FREE)
+    assert plan_for(24).is_short(FREE)
+    asked = Asked("layer", 0, 0)
+    assert not plan_for(141, asked=asked).is_short(asked)
+    asked = Asked("auto", 0, int(2 * GIB))
+    assert not plan_for(141, asked=asked).is_short(asked)

@@ -88,11 +88,11 @@ def counted(policy, monkeypatch):
         each.detach()
 
 
-def policy_of(sizes, folder):
+def policy_of(sizes, folder, layers=6):
     torch.manual_seed(0)
     settings = transformers.Qwen3Config(
         **sizes,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
@@ -216,3 +216,17 @@ def test_what_kept_layers_take_is_measured_where_they_are_the_highest_moment(pol
         for tokens in (20_000, 200_000):
             foretold = sizes.update(tokens, kept, 0) - 4 * sizes.parameters
             assert foretold == pytest.approx(max(peaks(None, SimpleNamespace(tokens=range(tokens)), kept)), rel=0.001)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_of_a_model_of_one_or_two_layers_too(layers, tmp_path, monkeypatch):
+    policy = policy_of(SHAPES["wide_layers"], tmp_path, layers)
+    with counted(policy, monkeypatch) as counter:
+        sizes = measure(policy, 96)
+        batch = memory_trial._batch_of(policy, 3000, 96)
+        for kept in range(layers + 1):
+            policy.model.treat(["recompute"] * (layers - kept) + ["keep"] * kept)
+            before = counter.highest = counter.now
+            torch.autograd.grad(policy.logprobs(batch)[0].sum(), policy.masters())
+            share = (sizes.update(len(batch.tokens), kept, 0) - 4 * sizes.parameters) / (counter.highest - before)
+            assert 0.98 < share < 1.35, kept
