@@ -82,9 +82,9 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """What a rank sees."""
     import torch
 
-    from grpo.build import parkable, plan_memory, settle_memory
     from grpo.config import Config
     from grpo.fitting import Fitting
+    from grpo.memory_of_run import parkable, plan_memory, settle_memory
     from grpo.objectives import OBJECTIVES
     from grpo.packing import PACKERS, batch_limit
     from grpo.policy import Policy

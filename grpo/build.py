@@ -8,10 +8,8 @@ build_run(...)                       a Run, ready to train or resumed
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo import generators, memory, memory_trial, system
+from grpo import generators, memory, system
 from grpo.checkpoint import Progress, load_checkpoint, read_state
 from grpo.config import Config
 from grpo.errors import UnsuitedEngine, UserError
@@ -28,7 +26,8 @@ from grpo.evaluate import Evaluator, measure_reward, measure_solved
 from grpo.fitting import Fitting
 from grpo.folder import REWARDS_LOG, leave_later
 from grpo.loss import Loss
-from grpo.memory import Asked, Need, Plan
+from grpo.memory import Plan
+from grpo.memory_of_run import parkable, plan_memory, settle_memory, suits_vllm
 from grpo.methods import build_examiner, build_rollouts, build_taught, headline_of, planned_for
 from grpo.objectives import OBJECTIVES
 from grpo.packing import (
@@ -40,19 +39,8 @@ from grpo.packing import (
 )
 from grpo.policy import Policy, load_model
 from grpo.policy.actor_critic import ActorCritic
-from grpo.policy.cache import kv_bytes_per_token
-from grpo.policy.fused import FusedModel
-from grpo.policy.host_embedding import to_host
 from grpo.policy.load import choose_device
-from grpo.policy.optimizer import (
-    STATE_BYTES,
-    beside_pages,
-    check_optimizer,
-    has_pages,
-    lift_state,
-    page_state,
-    restore_optimizer,
-)
+from grpo.policy.optimizer import check_optimizer, lift_state, restore_optimizer
 from grpo.policy.promises import Progressed, no_progress
 from grpo.policy.quantization import PROMPTS
 from grpo.questions import Questions
@@ -67,7 +55,6 @@ from grpo.rollout import Engine
 from grpo.rollout.idle import Idle, OnCall
 from grpo.rollout.server import ServerEngine, check_reachable
 from grpo.rollout.torch_engine import TorchEngine
-from grpo.rollout.vllm_compat import why_not
 from grpo.seeds import Purpose, mix_seed
 from grpo.start import begin, keep
 from grpo.task import Task
@@ -209,115 +196,6 @@ def build_vllm_engine(
     return VllmEngine(policy, tokenizer, canary_prompts, config, longest, note)
 
 
-def plan_memory(
-    config: Config, policy: Policy, longest: int, batch_before: int, room: int, note: Callable[[str], object]
-) -> Plan | None:
-    """What fits a GPU's memory, by trial on a few tokens, before there is an engine; None on a CPU, whose memory is
-    shared with everything else. batch_before: tokens of a resumed run's batches; 0: a new run. room: bytes of the
-    host's memory that may be pinned.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    if policy.device.type != "cuda":
-        if config.memory_gib:
-            note("note: --memory-gib is of a GPU's memory, and the policy is on a CPU: nothing is kept to it.")
-        return None
-    limit = torch.cuda.get_device_properties(policy.device).total_memory
-    if config.memory_gib:
-        limit = min(limit, int(config.memory_gib * memory.GIB))
-        room -= host_embedding(policy, room, note)  # which the trial, too, has no place for
-    sizes = memory_trial.measure(policy, longest, limit if config.memory_gib else 0)
-    need, asked = _need(config, policy, longest, batch_before, room), _asked(config)
-    plan = None
-    with suppress(UserError):
-        plan = memory.foresee(sizes, need, limit, asked)
-    if (plan is None or plan.is_short(asked)) and (size := host_embedding(policy, room, note)):
-        sizes, plan = replace(sizes, weights=sizes.weights - size), None
-        need = replace(need, parkable=room - size)
-    plan = plan or memory.foresee(sizes, need, limit, asked)
-    if plan.sizes.double_quantised:
-        policy.store.double_quantize()
-        torch.cuda.empty_cache()
-    policy.head_rows = plan.sizes.head_rows or None
-    if config.memory_gib:
-        memory.keep_within(plan, policy.device)
-    return plan
-
-
-def host_embedding(policy: Policy, room: int, note: Callable[[str], object]) -> int:
-    """The bytes of a GPU that are free with the embedding in the host's memory, where so many may be pinned; 0 where it
-    stays. `note` is told."""
-    size = to_host(policy.model, room)
-    if size:
-        torch.cuda.empty_cache()
-        note(f"The embedding, {size / memory.GIB:.2f} GiB, is in the host's memory, from where the GPU reads its rows.")
-    return size
-
-
-def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Plan:
-    """The plan once more, now that it can be measured what the engine takes, and the policy's layers as it has them, as
-    its optimizer has, which is without its state. `note` is told.
-
-    Raises:
-        UserError: the engine takes so much that nothing fits any more.
-    """
-    engine.release()
-    held = 0 if plan.gives_cache_back else plan.kv_cache
-    taken = memory_trial.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
-    need = replace(
-        plan.need,
-        engine_bytes=max(0, taken),
-        cache_stands=plan.kv_cache,
-        gives_cache_back=(plan.gives_cache_back,),
-    )
-    plan = memory.settle(plan.sizes, need, plan.limit, _asked(config))
-    policy.model.treat(plan.treatments)
-    if plan.need.paged:
-        page_state(policy.optimizer)
-    policy.head_rows = plan.sizes.head_rows or None
-    if config.memory_gib:
-        memory.keep_within_now(plan, policy.device)
-    note(plan.table())
-    return plan
-
-
-def _need(config: Config, policy: Policy, longest: int, batch_before: int, room: int) -> Need:
-    from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
-
-    with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
-    shares = isinstance(policy.model, FusedModel)
-    of_group = longest + (config.group_size - 1) * config.max_completion_tokens  # its prompt is there once
-    per_token = kv_bytes_per_token(policy.source, policy.store.compute_dtype)
-    copied = 0 if shares else sum(p.numel() for p in policy.model.parameters()) * policy.store.compute_dtype.itemsize
-    return Need(
-        longest=longest,
-        longest_completion=config.max_completion_tokens,
-        tokens_per_step=math.ceil(config.prompts_per_step / config.mini_batches) * of_group,
-        sequences=sequences_at_once(config),
-        kv_bytes_per_token=0 if config.engine in ("server", "none") else per_token,
-        bytes_per_parameter=STATE_BYTES[config.optimizer],
-        gives_cache_back=(True,) if not with_vllm else (False, True) if config.release_kv_cache else (False,),
-        engine_bytes=memory.ENGINE_BYTES + copied if with_vllm else 0,
-        batch_before=batch_before,
-        parkable=room,
-        may_page=config.page_optimizer == "auto" and has_pages(policy.device),
-        paged=config.page_optimizer == "on",
-        beside_pages=beside_pages(policy.optimizer),
-    )
-
-
-def parkable() -> int:
-    """Bytes of the host's memory that layers may take: half of what is free, of each process of this host as much;
-    rounded down to a power of two, that what else runs there decides nothing as a rule."""
-    half = system.free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 1 << max(0, half.bit_length() - 1)
-
-
-def _asked(config: Config) -> Asked:
-    return Asked(config.recompute, config.tokens_per_batch, int(config.kv_cache_gib * memory.GIB))
-
-
 def rehearse(
     config: Config, policy: Policy, engine: Engine, loss: Loss, questions: Questions, note: Callable[[str], object]
 ) -> None:
@@ -329,11 +207,6 @@ def rehearse(
     policy.rehearse(batch, loss)
     size = min(len(batch.tokens), max(policy.fit.limit.tokens, questions.longest_sequence))
     note(f"rehearsal: a batch of {size:,} tokens, the largest that can come, fits into the memory")
-
-
-def suits_vllm(config: Config, policy: Policy) -> bool:
-    """Whether vLLM is the better engine."""
-    return not why_not(config, policy.device)
 
 
 def build_scorer(

@@ -69,7 +69,7 @@ LAYERS = (
     {"export": ("grpo.export.*",)},
     {"source of groups": ("grpo.ahead", "grpo.rollouts", "grpo.taught")},
     {"loop": ("grpo.train",), "methods": ("grpo.methods",), "chat": ("grpo.chat.*",)},
-    {"build": ("grpo.build",)},
+    {"build": ("grpo.build", "grpo.memory_of_run")},
     {"verbs": ("grpo.verbs.*",)},
     {"Python API": ("grpo.api",)},
     {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo import memory_trial
-from grpo.build import build_policy, plan_memory, settle_memory
+from grpo.build import build_policy
 from grpo.errors import UserError
 from grpo.memory import (
     ENGINE_BYTES,
@@ -26,6 +26,7 @@ from grpo.memory import (
     keep_within_now,
     settle,
 )
+from grpo.memory_of_run import plan_memory, settle_memory
 from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer

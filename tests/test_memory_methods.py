@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_memory import NEED, SIZES
 
-from grpo import build, memory
-from grpo.build import _need, build_policy, settle_memory
+from grpo import memory, memory_of_run
+from grpo.build import build_policy
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory import GIB, Asked, choose, foresee
+from grpo.memory_of_run import _need, settle_memory
 from grpo.methods import planned_for
 from grpo.packing import PACKERS, batch_limit, lay_out_longest, lay_out_longest_pairs
 from grpo.policy import load_tokenizer
@@ -71,7 +72,7 @@ def test_the_optimizer_is_planned_in_pages_as_asked(mode, may_page, paged, there
     """By itself only where such pages are to be had."""
     config = tiny_config(optimizer="adamw8bit", page_optimizer=mode)
     policy = build_policy(config, load_tokenizer("embedded"), 32)
-    monkeypatch.setattr(build, "has_pages", lambda device: there)
+    monkeypatch.setattr(memory_of_run, "has_pages", lambda device: there)
     need = _need(config, policy, 32, 0, GIB)
     assert (need.may_page, need.paged) == (may_page and there, paged)
     assert need.bytes_per_parameter == 2 and 0 < need.beside_pages == beside_pages(policy.optimizer)
@@ -89,7 +90,7 @@ def test_an_engine_that_takes_a_little_more_than_expected_is_no_reason_to_stop(g
     plan = foresee(SIZES, need, 24 * GIB, Asked("auto", 0, 0))
     held = 0 if gives_cache_back else plan.kv_cache
     standing = SIZES.others + SIZES.weights + SIZES.adapter
-    monkeypatch.setattr(build.memory_trial, "taken", lambda device: standing + held + GIB + GIB // 8)
+    monkeypatch.setattr(memory_of_run.memory_trial, "taken", lambda device: standing + held + GIB + GIB // 8)
     policy = SimpleNamespace(device=torch.device("cuda"), model=SimpleNamespace(treat=lambda treatments: None))
     told = []
     settled = settle_memory(plan, Config(), policy, SimpleNamespace(release=lambda: None), told.append)
@@ -106,6 +107,6 @@ def test_an_engine_that_leaves_an_update_no_memory_is_told_with_its_cache():
 
 @pytest.mark.parametrize(("free", "ranks", "expected"), [(20, 1, 8), (20, 2, 4), (16, 1, 8), (15.9, 1, 4), (250, 8, 8)])
 def test_half_of_the_hosts_free_memory_may_be_taken(free, ranks, expected, monkeypatch):
-    monkeypatch.setattr(build.system, "free_memory", lambda: int(free * GIB))
+    monkeypatch.setattr(memory_of_run.system, "free_memory", lambda: int(free * GIB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert build.parkable() == expected * GIB
+    assert memory_of_run.parkable() == expected * GIB

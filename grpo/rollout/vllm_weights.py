@@ -312,10 +312,10 @@ class SharedTable(UnquantizedEmbeddingMethod):
         wanted = (sum(output_partition_sizes), input_size_per_partition)
         if tuple(self.table.shape) != wanted:
             raise NotShareableError(f"it has a table of {list(wanted)} where the policy's is {list(self.table.shape)}")
-        layer.register_parameter("weight", nn.Parameter(self.table, requires_grad=False))
+        layer.register_parameter("weight", _frozen(self.weight_on()))
 
-    def weight_on(self, device: torch.device) -> Tensor:
-        """What a layer has as its weight, on the device of the policy."""
+    def weight_on(self, device: torch.device | None = None) -> Tensor:
+        """What a layer has as its weight, on a device of the policy's; None: on that which vLLM builds for."""
         return self.table
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -341,21 +341,7 @@ class HostTable(SharedTable):
         super().__init__(weight)
         self.number = numbered(weight)
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """The stand-in, in the shape that is asked for."""
-        shape = (sum(output_partition_sizes), input_size_per_partition)
-        layer.register_parameter("weight", _frozen(torch.empty(1, 1, dtype=params_dtype).expand(shape)))
-
-    def weight_on(self, device: torch.device) -> Tensor:
+    def weight_on(self, device: torch.device | None = None) -> Tensor:
         """See SharedTable."""
         return torch.empty(1, 1, dtype=self.table.dtype, device=device).expand(self.table.shape)
 
