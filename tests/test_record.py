@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from recorded import NAMES, group_of, held_out_of, metrics_of, record_steps, scalars, scores_of
+from tensorboard.summary.writer import event_file_writer
 
 from grpo.config import Config
 from grpo.errors import UserError
@@ -20,6 +21,13 @@ from grpo.record.jsonl import JsonLines, finite, read_lines
 from grpo.record.sinks import Sink, Tolerated
 from grpo.record.starts import write_start
 from grpo.types import Prompt
+
+
+@pytest.fixture(autouse=True)
+def files_that_are_read_as_they_were_made(monkeypatch):
+    """TensorBoard reads a run's files in the order of their names: the second, then the process, then how many it has
+    made. Of one second a process's tenth comes before its ninth; a run that is resumed is another process, later."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 def test_a_run_is_written_down_everywhere(tmp_path, capsys):
