@@ -166,6 +166,7 @@ class GpuMemory:
     def __init__(self) -> None:
         self.before: float | None = None
         self.peak = 0.0
+        self.peak_at = self.began = time.time()
         self.watching: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -189,11 +190,15 @@ class GpuMemory:
         assert self.watching and self.watching.stdout
         for line in self.watching.stdout:
             with suppress(ValueError):
-                self.peak = max(self.peak, float(line))
+                if float(line) > self.peak:
+                    self.peak, self.peak_at = float(line), time.time()
 
     def record(self) -> Record:
-        """The peak, less what was taken before, in GiB."""
-        return {} if self.before is None else {"device_peak_gib": round((self.peak - self.before) / 1024, 2)}
+        """The peak, less what was taken before, in GiB, and when it was first seen, in seconds since the beginning."""
+        if self.before is None:
+            return {}
+        peak = round((self.peak - self.before) / 1024, 2)
+        return {"device_peak_gib": peak, "device_peak_at_s": round(self.peak_at - self.began, 1)}
 
 
 def ask_gpu(what: str) -> str:

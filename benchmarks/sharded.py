@@ -104,7 +104,7 @@ def measure(world: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         world.prepare(policy.masters())
         room = min(world.gather(parkable()))
         if plan := plan_memory(config, policy, arguments.tokens, 0, room, told.append):
-            plan = settle_memory(plan, config, policy, Idle(), told.append)
+            plan = settle_memory(plan, config, policy, Idle(), [], told.append)
             config = replace(config, tokens_per_batch=plan.tokens_per_batch)
     policy.fit = Fitting(batch_limit(config))
     if on_gpu:  # the plan's trial is no part of a step

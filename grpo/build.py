@@ -284,7 +284,8 @@ def build_run(
         note,
     )
     engine = OnCall(engine) if questions.lessons else engine
-    plan = settle_memory(plan, planned, policy, engine, note) if plan else None
+    words = questions.canary_prompts[0]
+    plan = settle_memory(plan, planned, policy, engine, words, note) if plan else None
     restore_optimizer(policy.optimizer, moments)
     tokens = plan.tokens_per_batch if plan else config.tokens_per_batch or progress.tokens_per_batch
     config = replace(config, tokens_per_batch=tokens)

@@ -5,24 +5,25 @@
     settle(sizes, need, ...)         the same once an engine stands
     Plan.table()                     what was chosen, what it costs, and how far the card is filled
 
-A step has two peaks. In the rollout there is the KV cache, in the update there are activations; where the engine gives
-its cache back in between, each may have all that the rest leaves. That takes time, so with memory enough it stays. Of
-the update, over n tokens in a batch of a model of L layers, of which the last k keep their activations and the first o
-park their inputs in the host's memory, three moments are the highest: when the head is at work; when the backward pass
-is in its first layer, the last one, where that keeps its activations; and when it is in one that is computed again:
+A step has two peaks. In the rollout there is the KV cache, and what the engine has at work while it reads prompts; in
+the update there are activations. Where the engine gives its cache back in between, each may have all that the rest
+leaves. That takes time, so with memory enough it stays. Of the update, over n tokens in a batch of a model of L layers,
+of which the last k keep their activations and the first o park their inputs in the host's memory, three moments are the
+highest: when the head is at work; when the backward pass is in its first layer, the last one, where that keeps its
+activations; and when it is in one that is computed again:
 
     bytes(n, k, o) = gradients + max(head_fixed + n (head + k keeping - away),
                                      kept_fixed + n (one_kept + (k - 1) keeping - away)     where k > 0,
-                                     fixed + n (recomputing - away)),     away = max(0, o input - 2 (input + result))
+                                     fixed + n (recomputing - away)),     away = max(0, o input - 2 input - result)
 
 `head`, `one_kept` and `recomputing` (every layer, or every other one, but its input computed again) and `keeping` (what
 one more kept layer adds) are measured, each where it alone changes. A layer that is computed again has its MLP in
 parts, so it takes less at work than one that keeps. In the backward pass the kept layers are gone when the first is
 computed again, so the two never add up. The head holds some hundred megabytes of logits however few the tokens: taken
 together, as one line through two small trials, head and layers made a kept layer 17 to 25% larger than it is. Of what
-is parked the GPU has two layers' at a time, inputs and what attention gave. A batch of few tokens takes most at the end
-of its backward pass, when there are all of its gradients; the trial must be above that, or it measures the slope of
-something else.
+is parked the GPU has two layers' at a time, of which what attention gave to the one at work would be there anyway. A
+batch of few tokens takes most at the end of its backward pass, when there are all of its gradients; the trial must be
+above that, or it measures the slope of something else.
 
 Moments in 8 bits may be in pages of the host's memory, and then count nothing here: they are on the GPU for the
 optimizer's step, when activations are not, and make way where these want the room. They are moved in every step, so
@@ -61,8 +62,8 @@ GIB = 2**30
 SPARE_SHARE, SPARE_BYTES = 0.04, 2**26
 
 # What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it, or, where
-# that leaves too little, the least that was seen.
-ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 4
+# that leaves too little, the least that was seen: 0.10 GiB of a 1.5B, 0.12 of a 14B.
+ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 8
 
 LEAST_STATE = STATE_BYTES["adamw8bit"]  # bytes of the optimizer's state for a parameter
 
@@ -104,6 +105,9 @@ class Need:
     may_page: bool = False  # where the optimizer's state is in 8 bits, it may be in pages of the host's memory
     paged: bool = False  # and is
     beside_pages: int = 0  # bytes of it that stay on the GPU then
+    read_at_once: int = 0  # tokens of prompts that the engine reads at once; 0: it is not planned for
+    logits: int = 0  # bytes that it draws from at once
+    at_work: int | None = None  # bytes that it takes at work, beside its cache: measured; None: to be reckoned
 
     def state(self, parameters: int) -> int:
         """Bytes of the optimizer's state on the GPU."""
@@ -164,7 +168,14 @@ class Plan:
     def peaks(self) -> tuple[int, int]:
         """Bytes of rollout and update at their highest."""
         held = 0 if self.gives_cache_back else self.kv_cache
-        return self.standing + self.kv_cache, self.standing + held + self.update
+        return self.standing + self.kv_cache + self.at_work, self.standing + held + self.update
+
+    @property
+    def at_work(self) -> int:
+        """Bytes that the engine takes while it reads prompts or draws, beside its cache."""
+        if self.need.at_work is not None:
+            return self.need.at_work
+        return max(self.sizes.read(self.need.read_at_once), self.need.logits) if self.need.read_at_once else 0
 
     def is_short(self, asked: Asked) -> bool:
         """Whether a run would be faster with more memory, where it was left to the plan what to do with it."""
@@ -230,6 +241,7 @@ class Plan:
             self._optimizer_row(),
             ("engine beside its cache" if self.need.kv_bytes_per_token else "the rest", self.need.engine_bytes, ""),
             (cache, self.kv_cache if self.need.kv_bytes_per_token else 0, "--kv-cache-gib"),
+            ("rollout, at work on prompts", self.at_work, ""),
             (batches, self.update, "--tokens-per-batch"),
         ]
         width = max(len(name) for name, *_ in rows)
@@ -300,19 +312,24 @@ def _first(cases: list[tuple[Sizes, Need]], limit: int, asked: Asked) -> Plan:
     return choose(*last, limit, asked)
 
 
+def usable_of(limit: int) -> int:
+    """Bytes of so many that are planned with."""
+    return int(limit * (1 - SPARE_SHARE)) - SPARE_BYTES
+
+
 def choose(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
     """The fastest plan that fits into `limit` bytes.
 
     Raises:
         UserError: there is none; with the nearest settings that there is one for.
     """
-    usable = int(limit * (1 - SPARE_SHARE)) - SPARE_BYTES
+    usable = usable_of(limit)
     small = sizes.with_small_head()
     heads = [sizes] if small == sizes else [sizes, small]
     anything = Plan(sizes, need, limit, 0, 0, 0, 0, gives_cache_back=False)
     # The cache first: with a small one sequences wait for each other, which costs more than layers computed again.
     for batches in _batches(need, asked):
-        for cache in _caches(need, asked, usable - anything.standing):
+        for cache in _caches(need, asked, usable - anything.standing - anything.at_work):
             some = product(heads, need.gives_cache_back)
             plans = [replace(anything, sizes=each, kv_cache=cache, gives_cache_back=given) for each, given in some]
             if fitting := [plan for each in plans for plan in _fitting(each, batches, asked, usable)]:
@@ -411,7 +428,7 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
     per_token = (smallest.update - fixed) / need.longest
     held = 0 if gives_back else need.kv_bytes_per_token
     of_update = (left - fixed - CACHE_TO_SPARE * held) / (per_token + held)
-    of_cache = left / max(1, need.kv_bytes_per_token) - CACHE_TO_SPARE
+    of_cache = (left - smallest.at_work) / max(1, need.kv_bytes_per_token) - CACHE_TO_SPARE
     fits, prompts = math.floor(min(of_update, of_cache)), need.longest - need.longest_completion
     if fits >= need.longest and not flags:
         return f"{told} beside a KV cache of {need.cache_stands / GIB:.1f} GiB. Give it less with --kv-cache-gib."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -27,6 +28,10 @@ from grpo.policy.host_embedding import to_host
 from grpo.policy.optimizer import STATE_BYTES, beside_pages, has_pages, page_state
 from grpo.rollout import Engine
 from grpo.rollout.vllm_compat import why_not
+from grpo.types import Request
+
+# Bytes of a logit that vLLM draws from: 16 bits, and as often as three times in float32.
+LOGIT_BYTES = 14
 
 
 def plan_memory(
@@ -47,7 +52,7 @@ def plan_memory(
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
         room -= host_embedding(policy, room, note)  # which the trial, too, has no place for
-    sizes = memory_trial.measure(policy, longest, limit if config.memory_gib else 0)
+    sizes = memory_trial.measure(policy, longest, memory.usable_of(limit) if config.memory_gib else 0)
     need, asked = _need(config, policy, longest, batch_before, room), _asked(config)
     plan = None
     with suppress(UserError):
@@ -75,19 +80,23 @@ def host_embedding(policy: Policy, room: int, note: Callable[[str], object]) -> 
     return size
 
 
-def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, note: Callable[[str], object]) -> Plan:
+def settle_memory(
+    plan: Plan, config: Config, policy: Policy, engine: Engine, words: list[int], note: Callable[[str], object]
+) -> Plan:
     """The plan once more, now that it can be measured what the engine takes, and the policy's layers as it has them, as
-    its optimizer has, which is without its state. `note` is told.
+    its optimizer has, which is without its state. words: tokens such as prompts have. `note` is told.
 
     Raises:
         UserError: the engine takes so much that nothing fits any more.
     """
+    at_work = at_work_of(engine, plan.need, words) if plan.need.read_at_once else None
     engine.release()
     held = 0 if plan.gives_cache_back else plan.kv_cache
     taken = memory_trial.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
     need = replace(
         plan.need,
         engine_bytes=max(0, taken),
+        at_work=at_work,
         cache_stands=plan.kv_cache,
         gives_cache_back=(plan.gives_cache_back,),
     )
@@ -102,8 +111,23 @@ def settle_memory(plan: Plan, config: Config, policy: Policy, engine: Engine, no
     return plan
 
 
+def at_work_of(engine: Engine, need: Need, words: list[int]) -> int:
+    """Bytes that an engine takes beside its cache when it reads as many tokens of prompts as it does at once and draws
+    for as many sequences; what is drawn is of no use. Its kernels are loaded behind this, so that what they take of
+    the GPU can be seen."""
+    length = max(1, min(need.longest - 1, need.read_at_once // need.sequences))
+    # Every prompt another one, or they would be read once.
+    prompts = [random.Random(index).choices(words, k=length) for index in range(need.sequences)]
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    engine.sample([Request(prompt, seed=index, max_tokens=1) for index, prompt in enumerate(prompts)])
+    return torch.cuda.max_memory_reserved() - before
+
+
 def _need(config: Config, policy: Policy, longest: int, batch_before: int, room: int) -> Need:
-    from grpo.rollout.vllm_engine import sequences_at_once  # with vLLM's settings, which few runs need
+    # With vLLM's settings, which few runs need.
+    from grpo.rollout.vllm_engine import MAX_BATCHED_TOKENS, sequences_at_once
 
     with_vllm = config.engine == "vllm" or (config.engine == "auto" and suits_vllm(config, policy))
     shares = isinstance(policy.model, FusedModel)
@@ -124,6 +148,8 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int, room:
         may_page=config.page_optimizer == "auto" and has_pages(policy.device),
         paged=config.page_optimizer == "on",
         beside_pages=beside_pages(policy.optimizer),
+        read_at_once=min(MAX_BATCHED_TOKENS, sequences_at_once(config) * longest) if with_vllm else 0,
+        logits=LOGIT_BYTES * sequences_at_once(config) * policy.model.head.shape[0] if with_vllm else 0,
     )
 
 

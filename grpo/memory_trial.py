@@ -32,7 +32,7 @@ ROUTED = 16  # tokens that are sent to experts, to see to how many of them
 # to so much less than a limit.
 OF_CUDA_LATER = 160 * 2**20
 
-ON_THEIR_WAY = 2  # layers whose parked tensors are on the GPU at a time: that at work, and the next
+ON_THEIR_WAY = 2  # layers whose parked inputs are on the GPU at a time: that at work, and the next
 
 SMALL_HEAD = 256  # tokens whose logits there are at once, where memory is short
 
@@ -61,6 +61,8 @@ class Sizes:
     double_quantised: bool = False  # `weights` is with that done, which it is not yet
     shared_by: int = 1  # ranks that keep a part each of the layers in `weights`
     remembered: int = 0  # a token of what attention leaves to an offloaded layer's second pass; 0: it leaves nothing
+    reading_fixed: int = 0  # of a batch that nothing is kept of, as a rollout reads prompts, whatever its size
+    reading: float = 0.0  # a token likewise
     met: float = 1.0  # share of weights_per_layer that a token is multiplied by: of experts those that it is sent to
 
     def with_double_quant(self) -> Sizes:
@@ -73,9 +75,14 @@ class Sizes:
             return self
         return replace(self, head_fixed=self.small_head, head_rows=SMALL_HEAD)
 
+    def read(self, tokens: int) -> int:
+        """Of so many tokens that nothing is kept of, beside weights, adapter and their keys and values."""
+        return int(self.reading_fixed + tokens * self.reading)
+
     def update(self, tokens: int, kept: int, offloaded: int) -> int:
         """Of a batch of so many tokens, beside weights, adapter and optimizer."""
-        on_their_way = ON_THEIR_WAY * (self.layer_input + self.remembered)
+        # What attention gave to the layer at work is where it would be had it been computed again.
+        on_their_way = ON_THEIR_WAY * self.layer_input + (ON_THEIR_WAY - 1) * self.remembered
         parked = max(0, offloaded * self.layer_input - on_their_way)
         in_head = self.head_fixed + tokens * (self.head + kept * self.keeping - parked)
         again = self.fixed + tokens * (self.recomputing - parked)
@@ -137,6 +144,7 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
     grown = most_of_few[1] - some_of_few[1] if most > some else some_of_few[0] - at_few[0]
     keeping = max(0.0, grown / num_few / max(1, most - some))
     kept_fixed, some_kept = _line(num_few, some_of_few[1], num_more, some_of_more[1])
+    reading_fixed, reading = _line(num_few, _read(policy, few), num_more, _read(policy, more))
     adapter = _adapter_bytes(policy)
     return Sizes(
         others=_others(device),
@@ -153,6 +161,8 @@ def _measured(policy: Policy, longest: int, tokens: int) -> Sizes:
         keeping=keeping,
         layer_input=_layer_input(policy),
         remembered=policy.model.remembered,
+        reading_fixed=reading_fixed,
+        reading=reading,
         head_fixed=head_fixed,
         head=head,
         small_head=_small_head(policy, few, head),
@@ -256,3 +266,17 @@ def _peaks(policy: Policy, batch: Batch, kept: int) -> tuple[int, int]:
         backward = torch.cuda.max_memory_allocated(policy.device) - before
         del logprobs, passed
     return forward, backward
+
+
+@torch.no_grad()
+def _read(policy: Policy, batch: Batch) -> int:
+    """Bytes that a pass takes at most of which nothing is kept, beside what is there before."""
+    policy.model.treat(["keep" for _ in policy.model.layers])  # as engines have it: no MLP in parts
+    peak = 0
+    for _ in range(2):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(policy.device)
+        torch.cuda.reset_peak_memory_stats(policy.device)
+        policy.model.hidden(batch)
+        peak = torch.cuda.max_memory_allocated(policy.device) - before
+    return peak

@@ -25,8 +25,10 @@ from shapes import SHAPES  # noqa: E402
 
 from grpo.errors import UserError  # noqa: E402
 from grpo.memory import CACHE_TO_SPARE, ENGINE_BYTES, GIB, Asked, Need, Plan, foresee  # noqa: E402
+from grpo.memory_of_run import LOGIT_BYTES  # noqa: E402
 from grpo.memory_trial import SMALL_HEAD, Sizes  # noqa: E402
 from grpo.policy.fused import MLP_ROWS  # noqa: E402
+from grpo.rollout.vllm_engine import MAX_BATCHED_TOKENS  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -141,6 +143,8 @@ def sizes_of(shape: Shape, base: str, ranks: int = 1) -> Sizes:
         keeping=shape.kept,
         layer_input=2 * shape.hidden,
         remembered=2 * shape.queries,
+        reading_fixed=max(unpacked),
+        reading=2 * (3 * shape.inner + 2 * shape.hidden),
         head_fixed=ROUTE_CHUNK_BYTES,
         head=inputs + IN_THE_HEAD * 2 * shape.hidden,
         small_head=SMALL_HEAD * 8 * shape.vocabulary,  # float32, and 16 bits twice; less on a Hopper
@@ -177,6 +181,8 @@ def plan_of(
         bytes_per_parameter=8,
         gives_cache_back=(False, True) if ranks == 1 else (True,),
         engine_bytes=ENGINE_BYTES if ranks == 1 else 0,
+        read_at_once=MAX_BATCHED_TOKENS if ranks == 1 else 0,
+        logits=LOGIT_BYTES * step.prompts * GROUP * shape.vocabulary,
     )
     one = (longest + CACHE_TO_SPARE) * need.kv_bytes_per_token
     asked = Asked("offload", longest, one) if at_least else Asked("auto", 0, 0)

@@ -26,7 +26,7 @@ from grpo.memory import (
     keep_within_now,
     settle,
 )
-from grpo.memory_of_run import plan_memory, settle_memory
+from grpo.memory_of_run import at_work_of, plan_memory, settle_memory
 from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
@@ -435,9 +435,76 @@ def test_the_policys_optimizer_is_as_planned(more, tiny_config, monkeypatch):
     in_use = before.sizes.others + before.sizes.weights + before.sizes.adapter + held + engine
     monkeypatch.setattr(memory_trial, "taken", lambda device: in_use)
     told = []
-    plan = settle_memory(before, config, policy, Standing(), told.append)
+    plan = settle_memory(before, config, policy, Standing(), [], told.append)
     assert plan.need.engine_bytes == engine
     assert policy.optimizer.is_paged == plan.need.paged == ("in pages" in told[0]) == bool(more)
+
+
+READING = replace(SIZES, reading_fixed=int(0.2 * GIB), reading=100.0 * KIB)
+READS = replace(NEED, read_at_once=4096, logits=int(0.1 * GIB))
+AT_WORK = READING.read(4096)
+
+
+@pytest.mark.parametrize("gib", LIMITS)
+def test_what_an_engine_has_at_work_is_part_of_a_rollout_and_not_of_an_update(gib):
+    plan, without = plan_for(gib, READS, sizes=READING), plan_for(gib)
+    rollout, update = plan.peaks
+    assert rollout == plan.standing + plan.kv_cache + AT_WORK <= gib * GIB * (1 - SPARE_SHARE) - SPARE_BYTES
+    assert update == plan.standing + plan.update + (0 if plan.gives_cache_back else plan.kv_cache)
+    assert plan.kv_cache <= without.kv_cache
+    assert f"at work on prompts{AT_WORK / GIB:>12.2f}" in re.sub(r"prompts\s+", "prompts" + " " * 8, plan.table())
+
+
+def test_drawing_for_many_may_take_more_than_reading():
+    assert plan_for(80, replace(READS, logits=2 * AT_WORK), sizes=READING).at_work == 2 * AT_WORK
+    assert plan_for(80, replace(READS, at_work=GIB), sizes=READING).at_work == GIB  # measured
+
+
+def test_a_cache_that_leaves_an_engine_nothing_to_work_with_is_refused_with_one_that_does():
+    """Of layers so small that it is the rollout that does not fit."""
+    of_a_token = dict(recomputing=20.0 * KIB, head=20.0 * KIB, layer_input=256, remembered=0)
+    small = replace(READING, **of_a_token, small_head=0, head_fixed=2**20)
+    long = replace(READS, longest=6000, longest_completion=5744, sequences=4096)
+    with pytest.raises(UserError, match=r"\. ([\d,]+) tokens do: lower --max-completion-tokens") as refused:
+        plan_for(10.3, long, sizes=small)
+    fits = int(re.search(r"\. ([\d,]+) tokens do", str(refused.value))[1].replace(",", ""))
+    plan = plan_for(10.3, replace(long, longest=fits, longest_completion=fits - 256), sizes=small)
+    assert plan.peaks[0] > plan.peaks[1]
+
+
+class Drawing:
+    """An engine whose memory is counted by the test."""
+
+    def __init__(self):
+        self.held = self.highest = 9 * GIB
+        self.requests = []
+
+    def sample(self, requests):
+        self.requests = requests
+        self.highest = self.held + GIB // 2
+
+
+@pytest.mark.parametrize(
+    ("sequences", "longest", "length"), [(64, 768, 64), (2, 9000, 2048), (3, 20, 19), (8192, 9, 1)]
+)
+def test_what_an_engine_has_at_work_is_measured_on_as_much_as_it_reads_at_once(sequences, longest, length, monkeypatch):
+    engine = Drawing()
+    for name, instead in {
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda: engine.held,
+        "max_memory_reserved": lambda: engine.highest,
+        "reset_peak_memory_stats": lambda: setattr(engine, "highest", engine.held),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, instead)
+    need = replace(READS, sequences=sequences, longest=longest)
+    assert at_work_of(engine, need, list(range(50, 300))) == GIB // 2
+    contexts = [request.context for request in engine.requests]
+    assert len(contexts) == sequences and {len(context) for context in contexts} == {length}
+    assert all(
+        len(context) + request.max_tokens <= longest for context, request in zip(contexts, engine.requests, strict=True)
+    )
+    assert length == 1 or len(set(map(tuple, contexts))) == sequences  # equal ones are read once
+    assert {token for context in contexts for token in context} <= set(range(50, 300))
 
 
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):

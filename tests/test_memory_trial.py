@@ -134,6 +134,17 @@ def test_a_larger_batch_takes_what_a_small_one_foretells(tokens, policy, monkeyp
     assert sizes.others == BESIDE
 
 
+def test_prompts_that_are_read_take_what_few_tokens_foretell(policy, monkeypatch):
+    with counted(policy, monkeypatch) as counter:
+        sizes = measure(policy, 96)
+        batch = memory_trial._batch_of(policy, 3000, 96)
+        before = counter.highest = counter.now
+        with torch.no_grad():
+            policy.model.hidden(batch)
+        assert sizes.read(len(batch.tokens)) == pytest.approx(counter.highest - before, rel=0.03)
+        assert sizes.read(len(batch.tokens)) < sizes.update(len(batch.tokens), 0, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["wide_head"], indirect=True)
 def test_logits_of_few_tokens_at_once_take_what_is_foretold(policy, monkeypatch):

@@ -12,7 +12,6 @@ What belongs to vLLM's inside is in vllm_compat.py, vllm_memory.py and vllm_samp
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -113,7 +112,7 @@ class VllmEngine:
         try:
             self.link.attach(self.llm)
             self.run = vllm_compat.choose_run(self.llm)
-            self.kv_memory = find_kv_memory(self.llm, self._can_release(), gpu_limit(config))
+            self.kv_memory = find_kv_memory(self.llm, self._can_release())
             self.awake = True
             with refusal_in_words(policy.source):  # some attention kernels refuse only when they are run
                 self.canary = build_canary(
@@ -346,11 +345,6 @@ def refusal_in_words(source: str) -> Iterator[None]:
         raise UnsuitedEngine(
             f"vLLM cannot sample from {source} with an adapter: {vllm_compat.reason_of(error)} Use --engine torch."
         ) from error
-
-
-def gpu_limit(config: Config) -> int:
-    """Bytes of the GPU that may be in use at most."""
-    return int(config.memory_gib * 2**30) or sys.maxsize
 
 
 def sequences_at_once(config: Config) -> int:

@@ -26,29 +26,25 @@ class KvMemory:
 
 @dataclass
 class SleepingKvMemory(KvMemory):
-    """vLLM's own calls. The memory does not come from PyTorch, which may hold what it does not use any more."""
+    """vLLM's own calls. The memory does not come from PyTorch, which holds what an update does not use any more: it
+    would not give it up for vLLM."""
 
     let_go: Callable[[], object]
     take_back: Callable[[], object]
-    limit: int  # bytes of the GPU that may be in use, by whomever
-    size: int = 0  # bytes that letting go gave
 
     def release(self) -> None:
-        """See KvMemory.release."""
-        before = torch.cuda.mem_get_info()[0]
+        """See KvMemory.release. Its pages go at once, whatever a kernel that still runs has to do with them."""
+        torch.cuda.synchronize()
         self.let_go()
-        self.size = torch.cuda.mem_get_info()[0] - before
 
     def restore(self) -> None:
         """See KvMemory.restore."""
-        free, total = torch.cuda.mem_get_info()
-        if self.limit - (total - free) < self.size:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         self.take_back()
 
 
-def find_kv_memory(llm: Any, can_sleep: bool, limit: int) -> KvMemory:
-    """The way that this version has. limit: bytes of the GPU that may be in use while the cache is there.
+def find_kv_memory(llm: Any, can_sleep: bool) -> KvMemory:
+    """The way that this version has.
 
     0.31 and later release the cache alone. Before, sleep level 1 also moves vLLM's weights to the CPU: norms
     and biases where the base is shared, all of its copy where it is not. Without sleep mode nothing is released.
@@ -57,8 +53,8 @@ def find_kv_memory(llm: Any, can_sleep: bool, limit: int) -> KvMemory:
         return KvMemory()
     if hasattr(llm, "release_kv_cache_memory"):
         take_back = partial(llm.wake_up, tags=["kv_cache"])
-        return SleepingKvMemory(partial(_heap_frozen, _release, llm), take_back, limit)
-    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up, limit)
+        return SleepingKvMemory(partial(_heap_frozen, _release, llm), take_back)
+    return SleepingKvMemory(partial(_heap_frozen, llm.sleep, 1), llm.wake_up)
 
 
 def _release(llm: Any) -> None:

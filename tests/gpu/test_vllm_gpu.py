@@ -1,6 +1,7 @@
 """vLLM over the trainer's weights on a CUDA GPU, compiled and with CUDA graphs: the program, and the engine alone."""
 
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from test_run_gpu import train, write_checkpoint
 from tiny_engines import contexts, rollout, z_of
 
 from grpo.config import Config
+from grpo.memory_of_run import at_work_of
+from grpo.memory_trial import measure
 from grpo.packing import lay_out_to_read
 from grpo.policy import Policy
 from grpo.policy.host_embedding import to_host
 from grpo.policy.load import load_model
+from grpo.rollout.vllm_memory import find_kv_memory
 from grpo.types import Prompt
 
 pytestmark = [
@@ -105,3 +109,51 @@ def test_sampler_and_policy_agree_through_updates_and_sleep(base, hosted, tmp_pa
         assert gap(engine, policy, 4) < allowed
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("base", ["bf16", "nf4"])
+def test_a_rollout_takes_no_more_than_was_measured_and_about_what_was_reckoned(base, tmp_path):
+    from grpo.rollout.vllm_engine import VllmEngine
+
+    folder = write_checkpoint(QWEN3_0_6B, tmp_path / "model")
+    config = Config(
+        model=str(folder), base=base, engine="vllm", prompts_per_step=16, group_size=4, max_completion_tokens=64,
+        eval_prompts=4, kv_cache_gib=2.0,
+    )  # fmt: skip
+    policy = Policy(load_model(config, torch.device("cuda"), 256), config)
+    reckoned = measure(policy, 256).read(4096)
+    policy.model.treat(["keep"] * len(policy.model.layers))
+    engine = VllmEngine(policy, NoText(), contexts(ask(0)), config, 256)
+    try:
+        need = SimpleNamespace(longest=256, read_at_once=4096, sequences=64)
+        measured = at_work_of(engine, need, list(range(100, 900)))
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        prompts = [Prompt(index, "", [3 + index, *range(500, 690)], {}) for index in range(16)]
+        rollout(engine, prompts, 4, seed=1)
+        taken = torch.cuda.max_memory_reserved() - before
+        print(f"reckoned {reckoned / 2**20:.0f} MiB, measured {measured / 2**20:.0f}, taken {taken / 2**20:.0f}")
+        assert 0 < taken <= measured + 2**25
+        assert 0.9 * measured < reckoned < 1.8 * measured
+    finally:
+        engine.close()
+
+
+def test_a_cache_is_taken_back_where_pytorch_holds_what_is_left_of_the_card():
+    """Freed, and not given up: so it is after the largest batch that a card has room for."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    torch.cuda.empty_cache()
+    allocator = CuMemAllocator.get_instance()
+    with allocator.use_memory_pool(tag="kv_cache"):
+        cache = torch.zeros(2**31, dtype=torch.uint8, device="cuda")
+    llm = SimpleNamespace(sleep=lambda level: allocator.sleep(()), wake_up=allocator.wake_up)
+    memory = find_kv_memory(llm, can_sleep=True)
+    memory.release()  # while the zeros may still be written
+    batch = torch.empty(torch.cuda.mem_get_info()[0] - 2**30, dtype=torch.uint8, device="cuda")
+    del batch
+    assert torch.cuda.mem_get_info()[0] < 2**31
+    memory.restore()
+    cache.fill_(3)
+    assert cache[:: 2**16].eq(3).all()
