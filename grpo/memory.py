@@ -450,7 +450,8 @@ def _flags(asked: Asked) -> list[str]:
 
 
 def keep_within(plan: Plan, device: torch.device) -> None:
-    """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for.
+    """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for: of a whole
+    card too, or CUDA would have no room for kernels that are loaded later, which no error of PyTorch's tells of.
 
     It counts a KV cache that was given back as if it were there.
     """

@@ -65,8 +65,7 @@ def plan_memory(
         policy.store.double_quantize()
         torch.cuda.empty_cache()
     policy.head_rows = plan.sizes.head_rows or None
-    if config.memory_gib:
-        memory.keep_within(plan, policy.device)
+    memory.keep_within(plan, policy.device)
     return plan
 
 
@@ -105,8 +104,7 @@ def settle_memory(
     if plan.need.paged:
         page_state(policy.optimizer)
     policy.head_rows = plan.sizes.head_rows or None
-    if config.memory_gib:
-        memory.keep_within_now(plan, policy.device)
+    memory.keep_within_now(plan, policy.device)
     note(plan.table())
     return plan
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo import memory_trial
+from grpo import memory, memory_trial
 from grpo.build import build_policy
 from grpo.errors import UserError
 from grpo.memory import (
@@ -434,9 +434,10 @@ def test_the_policys_optimizer_is_as_planned(more, tiny_config, monkeypatch):
     engine = before.need.engine_bytes + more
     in_use = before.sizes.others + before.sizes.weights + before.sizes.adapter + held + engine
     monkeypatch.setattr(memory_trial, "taken", lambda device: in_use)
-    told = []
+    held, told = [], []
+    monkeypatch.setattr(memory, "keep_within_now", lambda plan, device: held.append(plan))
     plan = settle_memory(before, config, policy, Standing(), [], told.append)
-    assert plan.need.engine_bytes == engine
+    assert plan.need.engine_bytes == engine and held == [plan]  # whether a limit was given or not
     assert policy.optimizer.is_paged == plan.need.paged == ("in pages" in told[0]) == bool(more)
 
 

@@ -211,6 +211,20 @@ def test_a_task_that_says_of_no_answer_that_it_is_right_has_its_page(tmp_path):
     assert not re.search('class="answer (right|wrong)', html)
 
 
+def test_an_answer_that_is_taught_is_neither_right_nor_wrong(tmp_path):
+    """Of a run by SFT on a task with rewards: held-out answers are judged, the given ones are not."""
+    folder = make_run(tmp_path / "run", steps=2)
+    taught = [line | {"parts": {}, "reward": None} for line in lines_of(folder / "completions.jsonl")]
+    (folder / "completions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in taught))
+    reading = read(folder)
+    assert set(reading.counts) == {None} and not reading.suspects
+    page = render([reading])
+    steps, held_out = page.index('class="step"'), page.index("Held-out prompts</h2>")
+    assert 'class="answer "' in page[steps:held_out]
+    assert not re.search('class="answer (right|wrong)|class="badge all-', page[steps:held_out])
+    assert re.search('class="answer (right|wrong)', page[held_out:])
+
+
 def test_an_answer_that_a_reward_failed_on_is_neither_right_nor_wrong(tmp_path):
     folder = make_run(tmp_path / "run", steps=2)
     lines = lines_of(folder / "completions.jsonl")

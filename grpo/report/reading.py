@@ -375,9 +375,9 @@ def answer_of(record: dict[str, Any], solved: tuple[str, float] | None) -> Answe
     failures = (
         [(str(n), str(why)[: LONGEST_OPENING * 4]) for n, why in failed.items()] if isinstance(failed, dict) else []
     )
-    # What nobody could judge is neither right nor wrong.
-    is_judged = solved is not None and solved[0] not in dict(failures)
-    is_right = values.get(solved[0], math.nan) >= solved[1] if solved and is_judged else None
+    # What nobody judged, as an answer that is taught, or could judge is neither right nor wrong.
+    is_judged = solved is not None and solved[0] in values and solved[0] not in dict(failures)
+    is_right = values[solved[0]] >= solved[1] if solved and is_judged else None
     return Answer(
         step=whole(record.get("step")),
         group=whole(record.get("group")),
