@@ -100,12 +100,8 @@ def work(case: Case, arguments: argparse.Namespace) -> cases.Record:
 def measure(arguments: argparse.Namespace) -> cases.Record:
     """One case, in its own process."""
     import our_run
-    import torch
 
     case = KNOWN[arguments.case]
-    if case.limit_gib and torch.cuda.is_available():
-        whole = torch.cuda.get_device_properties().total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, case.limit_gib * 2**30 / whole))
     usual = {
         "steps": arguments.steps, "prompts_per_step": case.prompts, "group_size": case.group,
         "eval_prompts": case.prompts * case.group,

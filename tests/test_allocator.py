@@ -3,11 +3,12 @@
 import os
 import platform
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo.policy.allocator import VARIABLES, grow_segments, restore_options
+from grpo.policy.allocator import VARIABLES, grow_segments, hold_to, let_loose, restore_options
 
 
 @pytest.fixture
@@ -62,3 +63,30 @@ def test_where_there_is_no_such_memory_nothing_is_set(elsewhere, told, monkeypat
     grow_segments()
     restore_options()
     assert told == [] and not any(name in os.environ for name in VARIABLES)
+
+
+@pytest.mark.parametrize("users", [1.0, 0.5])
+def test_pytorch_is_held_to_what_a_run_may_take_and_let_loose_behind_it(users, monkeypatch):
+    """Never to more than the user allowed it; and what one run was held to is not what the next one is."""
+    shares = {"cuda:0": users, "cuda:1": 1.0}
+    for name, instead in {
+        "get_device_properties": lambda device: SimpleNamespace(total_memory=80),
+        "get_per_process_memory_fraction": lambda device: shares[str(device)],
+        "set_per_process_memory_fraction": lambda share, device: shares.update({str(device): share}),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, instead)
+    one, other = torch.device("cuda:0"), torch.device("cuda:1")
+    hold_to(20, one)
+    assert shares == {"cuda:0": 0.25, "cuda:1": 1.0}
+    hold_to(60, one)
+    assert shares["cuda:0"] == min(users, 0.75)
+    hold_to(-5, other)
+    assert shares["cuda:1"] == 0
+    hold_to(100, other)
+    assert shares["cuda:1"] == 1
+    for _ in range(2):
+        let_loose()
+        assert shares == {"cuda:0": users, "cuda:1": 1.0}
+    hold_to(8, one)
+    assert shares["cuda:0"] == 0.1
+    let_loose()

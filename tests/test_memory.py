@@ -30,6 +30,7 @@ from grpo.memory_of_run import at_work_of, plan_memory, settle_memory
 from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.packing import fill
 from grpo.policy import load_tokenizer
+from grpo.policy.allocator import let_loose
 from grpo.types import Completion, Group, Prompt
 
 KIB = 1024
@@ -528,11 +529,13 @@ def test_what_cuda_has_grown_by_is_not_pytorchs_to_take(cuda_gib, monkeypatch):
         "mem_get_info": lambda device: (card - own - int(cuda_gib * GIB), card),
         "get_device_properties": lambda device: SimpleNamespace(total_memory=card),
         "set_per_process_memory_fraction": lambda fraction, device: shares.append(fraction),
+        "get_per_process_memory_fraction": lambda device: 1.0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     plan = replace(plan_for(14), limit=limit, kv_cache=cache, gives_cache_back=True)
     keep_within_now(plan, torch.device("cuda"))
     more = shares[0] * card - own - cache  # than PyTorch has
+    let_loose()
     assert own + int(cuda_gib * GIB) + more == pytest.approx(limit - OF_CUDA_LATER / 2)
 
 

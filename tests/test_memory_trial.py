@@ -16,6 +16,7 @@ from grpo import memory_trial
 from grpo.config import Config
 from grpo.memory_trial import measure
 from grpo.policy import Policy
+from grpo.policy.allocator import let_loose
 from grpo.policy.load import load_model
 
 CARD = 2**36
@@ -78,12 +79,14 @@ def counted(policy, monkeypatch):
             "reset_peak_memory_stats": lambda device: lowered(),
             "mem_get_info": lambda device: (CARD - BESIDE - counter.now, CARD),
             "set_per_process_memory_fraction": share,
+            "get_per_process_memory_fraction": lambda device: 1.0,
             "get_device_properties": lambda device: type("Card", (), {"total_memory": CARD}),
         }.items():
             patch.setattr(torch.cuda, name, instead)
         with counter:
             torch.autograd.grad(policy.logprobs(memory_trial._batch_of(policy, 8, 8))[0].sum(), policy.masters())
             yield counter
+        let_loose()
     for each in counter.living.values():
         each.detach()
 

@@ -7,6 +7,7 @@ memory that grow: works, 61 of 79"). A segment that grows is address space, whos
     grow_segments()       before the first tensor; a user who has set PyTorch's options has chosen
     restore_options()     after vLLM, whose pool of its own turns growth off and on again, and loses the other options
     hold_to(size, device) no more than so many bytes: what asks for more is told that memory ran out
+    let_loose()           as it was before
 """
 
 from __future__ import annotations
@@ -37,10 +38,23 @@ def restore_options() -> None:
         torch._C._accelerator_setAllocatorSettings(options)
 
 
+# The share of a GPU that PyTorch might take before it was first held to something: the user's own, where there is one.
+_before: dict[torch.device, float] = {}
+
+
 def hold_to(size: int, device: torch.device) -> None:
-    """From now on PyTorch takes no more bytes of a GPU than these, what it holds already included."""
+    """From now on PyTorch takes no more bytes of a GPU than these, what it holds already included, and no larger share
+    than the user allowed it."""
+    allowed = _before.setdefault(device, torch.cuda.get_per_process_memory_fraction(device))
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, size) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(allowed, max(0, size) / total), device)
+
+
+def let_loose() -> None:
+    """As it was before: the process goes on, and its next run may have another limit."""
+    while _before:
+        device, allowed = _before.popitem()
+        torch.cuda.set_per_process_memory_fraction(allowed, device)
 
 
 def _options() -> str:

@@ -16,6 +16,7 @@ from grpo.guards import memory_in_words
 from grpo.methods import build_examiner
 from grpo.objectives import OBJECTIVES
 from grpo.policy import Policy
+from grpo.policy.allocator import let_loose
 from grpo.questions import Questions
 from grpo.rewards.staff import staffed
 from grpo.rollout import Engine
@@ -85,4 +86,5 @@ def free_memory() -> None:
     """Give back what nobody refers to any more: models are rings of references, which Python finds late."""
     gc.collect()
     if torch.cuda.is_available():
+        let_loose()
         torch.cuda.empty_cache()
