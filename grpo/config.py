@@ -155,6 +155,9 @@ class RolloutConfig(Part):
     """server: 1 samples the next step while the update runs, by the adapter before it; --correction corrects for it."""
     kv_cache_gib: float = 0.0
     """vllm: GiB for keys and values; 0 takes what a full rollout needs, at most half of the free GPU memory."""
+    max_num_seqs: int = 0
+    """vllm: sequences that are written side by side at most; 0 takes all of a step or of a held-out score, at most 512,
+    and where the cache holds few of them fewer: what is drawn from takes memory for each."""
     release_kv_cache: bool = True
     """vllm: that memory may be given to the update while it runs, where that needs it or is the faster for it."""
     rollout_graphs: Literal["decode", "compiled", "none"] = "decode"
@@ -194,6 +197,7 @@ class RolloutConfig(Part):
             *self.between(0, 10**9, "max_context"),
             *self.between(0, 10_000, "max_refills"),
             *self.between(0, 10**6, "kv_cache_gib"),
+            *self.between(0, MOST_COMPLETIONS, "max_num_seqs"),
             *self.between(1, 10**9, "servers_patience"),
             *self.between(0, 1, "staleness"),
             (

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 # Whose memory ran out is told by words where there is no class: torch says so of this machine's, CUDA, Triton (whose
-# kernels are loaded late), cuBLAS and vLLM (while it warms up) of a GPU's.
+# kernels are loaded late), cuBLAS and vLLM (while it warms up, and when it takes
+# its cache back) of a GPU's.
 OUT_OF_CPU_MEMORY = "DefaultCPUAllocator"
 OUT_OF_GPU_MEMORY = (
     "CUDA error: out of memory",
+    "CUDA Error: out of memory",
     "CUDA out of memory",
     "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",

@@ -50,7 +50,7 @@ import torch
 
 from grpo.config import Config
 from grpo.errors import UserError
-from grpo.memory_trial import OF_CUDA_LATER, Sizes, taken
+from grpo.memory_trial import OF_CUDA_LATER, Sizes
 from grpo.policy.activations import PIECE, Treatment
 from grpo.policy.allocator import hold_to
 from grpo.policy.cache import full_cache_bytes
@@ -62,10 +62,17 @@ GIB = 2**30
 SPARE_SHARE, SPARE_BYTES = 0.04, 2**26
 
 # What a vLLM engine takes beside its cache is only known when it stands; before, so much is set aside for it, or, where
-# that leaves too little, the least that was seen: 0.10 GiB of a 1.5B, 0.12 of a 14B.
-ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 8
+# that leaves too little, less, at last the least that was seen: 0.10 GiB of a 1.5B, 0.12 of a 14B.
+ENGINE_BYTES, LESS_ENGINE_BYTES, LEAST_ENGINE_BYTES = int(1.25 * GIB), GIB // 2, GIB // 8
+
+# Sequences that are written side by side where the cache does not hold all of them at full length, as a multiple of
+# those that it does: most are shorter, or not yet as long.
+SEQUENCES_OF_CACHE = 4
 
 LEAST_STATE = STATE_BYTES["adamw8bit"]  # bytes of the optimizer's state for a parameter
+
+# Of what CUDA's own memory grows by later, that which is still to come once an engine stands and has worked.
+OF_CUDA_NOW = OF_CUDA_LATER // 2
 
 # Batches to choose from: a step in so many equal parts, of at most so many tokens. Larger ones gain nothing.
 MOST_PARTS, LARGEST_BATCH = 64, 32768
@@ -94,7 +101,7 @@ class Need:
     longest: int  # prompt and completion together, tokens
     longest_completion: int
     tokens_per_step: int  # of an optimizer step, packed, at most
-    sequences: int  # written at once
+    sequences: int  # written at once, at most
     kv_bytes_per_token: int
     bytes_per_parameter: int  # of the optimizer's state: 8, or 2 in 8 bits
     gives_cache_back: tuple[bool, ...]  # between rollout and update: what there is to choose from
@@ -106,7 +113,7 @@ class Need:
     paged: bool = False  # and is
     beside_pages: int = 0  # bytes of it that stay on the GPU then
     read_at_once: int = 0  # tokens of prompts that the engine reads at once; 0: it is not planned for
-    logits: int = 0  # bytes that it draws from at once
+    logits: int = 0  # bytes that it draws from for each sequence
     at_work: int | None = None  # bytes that it takes at work, beside its cache: measured; None: to be reckoned
 
     def state(self, parameters: int) -> int:
@@ -175,7 +182,16 @@ class Plan:
         """Bytes that the engine takes while it reads prompts or draws, beside its cache."""
         if self.need.at_work is not None:
             return self.need.at_work
-        return max(self.sizes.read(self.need.read_at_once), self.need.logits) if self.need.read_at_once else 0
+        drawing = self.need.logits * self.sequences
+        return max(self.sizes.read(self.need.read_at_once), drawing) if self.need.read_at_once else 0
+
+    @property
+    def sequences(self) -> int:
+        """Written at once: all that are wanted, where the cache has room."""
+        of_one = self.need.longest * self.need.kv_bytes_per_token
+        if not of_one:
+            return self.need.sequences
+        return min(self.need.sequences, max(1, SEQUENCES_OF_CACHE * self.kv_cache // of_one))
 
     def is_short(self, asked: Asked) -> bool:
         """Whether a run would be faster with more memory, where it was left to the plan what to do with it."""
@@ -195,13 +211,14 @@ class Plan:
         """Whether both peaks do. Of a rollout whose cache stands nothing is left to foresee: it may take what was kept
         to spare."""
         rollout, update = self.peaks
-        return update <= usable and rollout <= (self.limit if self.need.cache_stands else usable)
+        return update <= usable and rollout <= (self.limit - OF_CUDA_NOW if self.need.cache_stands else usable)
 
     def settled(self, config: Config) -> Config:
         """The same with the cache, and the batches' size, as planned."""
         return replace(
             config,
             kv_cache_gib=self.kv_cache / GIB,
+            max_num_seqs=self.sequences,
             release_kv_cache=self.gives_cache_back,
             tokens_per_batch=self.tokens_per_batch,
         )
@@ -241,7 +258,7 @@ class Plan:
             self._optimizer_row(),
             ("engine beside its cache" if self.need.kv_bytes_per_token else "the rest", self.need.engine_bytes, ""),
             (cache, self.kv_cache if self.need.kv_bytes_per_token else 0, "--kv-cache-gib"),
-            ("rollout, at work on prompts", self.at_work, ""),
+            self._at_work_row(),
             (batches, self.update, "--tokens-per-batch"),
         ]
         width = max(len(name) for name, *_ in rows)
@@ -265,6 +282,12 @@ class Plan:
             return "optimizer, its state in pages of the host's memory", state, "--optimizer, --page-optimizer"
         return "optimizer", state, "--optimizer"
 
+    def _at_work_row(self) -> tuple[str, int, str]:
+        told = "rollout, at work on prompts"
+        if self.sequences < self.need.sequences:
+            return f"{told}, {self.sequences:,} sequences at once", self.at_work, "--max-num-seqs"
+        return told, self.at_work, ""
+
     def _told(self) -> str:
         recomputed = self.sizes.layers - self.kept - self.offloaded
         of_host = self.offloaded * _parked(self.tokens_per_batch, self.sizes, self.need) / GIB
@@ -287,7 +310,8 @@ def foresee(sizes: Sizes, need: Need, limit: int, asked: Asked) -> Plan:
         UserError: nothing fits beside the least either.
     """
     # Where an engine was expected to have a copy of the weights, it may share them after all. 0: there is to be none.
-    engines = [need.engine_bytes, LEAST_ENGINE_BYTES] if need.engine_bytes >= ENGINE_BYTES else [need.engine_bytes]
+    less = [LESS_ENGINE_BYTES, LEAST_ENGINE_BYTES] if need.engine_bytes >= ENGINE_BYTES else []
+    engines = [need.engine_bytes, *less]
     weights = [sizes, sizes.with_double_quant()] if sizes.spared else [sizes]
     cases = product(need.resorts(), weights, engines)
     return _first([(each, replace(needed, engine_bytes=engine)) for needed, each, engine in cases], limit, asked)
@@ -419,9 +443,10 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
     flags = _flags(asked)
     told = f"A run of sequences of {need.longest:,} tokens does not fit into {limit / GIB:.1f} GiB"
     told += f" with {', '.join(flags)}" * bool(flags)
-    if left <= 0:
+    if left <= smallest.at_work:
+        alone = (smallest.standing + smallest.at_work) / GIB
         return (
-            f"{told}: weights, adapter and engine alone take {smallest.standing / GIB:.1f}. Take a smaller model, keep "
+            f"{told}: weights, adapter and engine alone take {alone:.1f}. Take a smaller model, keep "
             "its base in 4 bits with --base nf4, or lower --lora-rank; several GPUs share a base by --shard-base."
         )
     fixed = sizes.update(0, 0, 0)
@@ -430,13 +455,20 @@ def _refusal(sizes: Sizes, need: Need, asked: Asked, limit: int, usable: int) ->
     of_update = (left - fixed - CACHE_TO_SPARE * held) / (per_token + held)
     of_cache = (left - smallest.at_work) / max(1, need.kv_bytes_per_token) - CACHE_TO_SPARE
     fits, prompts = math.floor(min(of_update, of_cache)), need.longest - need.longest_completion
-    if fits >= need.longest and not flags:
-        return f"{told} beside a KV cache of {need.cache_stands / GIB:.1f} GiB. Give it less with --kv-cache-gib."
-    if fits >= need.longest:
+    if fits >= need.longest and flags and _is_possible(sizes, need, limit):
         return f"{told}. It does where that is left to the plan: without {' and '.join(flags)}."
+    if fits >= need.longest:
+        return f"{told} beside a KV cache of {need.cache_stands / GIB:.1f} GiB. Give it less with --kv-cache-gib."
     if fits > prompts:
         return f"{told}. {fits:,} tokens do: lower --max-completion-tokens to {fits - prompts:,}."
     return f"{told}, nor do its prompts of {prompts:,} tokens. Leave long prompts out, or take a smaller model."
+
+
+def _is_possible(sizes: Sizes, need: Need, limit: int) -> bool:
+    """Whether there is a plan where all is left to it."""
+    with suppress(UserError):
+        return bool(choose(sizes, need, limit, Asked("auto", 0, 0)))
+    return False
 
 
 def _flags(asked: Asked) -> list[str]:
@@ -451,16 +483,19 @@ def _flags(asked: Asked) -> list[str]:
 
 def keep_within(plan: Plan, device: torch.device) -> None:
     """PyTorch takes no more of a GPU than the plan's limit leaves it, from now on and whatever is asked for: of a whole
-    card too, or CUDA would have no room for kernels that are loaded later, which no error of PyTorch's tells of.
+    card too, or CUDA would have no room for kernels that are loaded later.
 
-    It counts a KV cache that was given back as if it were there.
+    It counts a KV cache that was given back as if it were there, so until then it may take as much more.
     """
     own = plan.limit - plan.sizes.others - OF_CUDA_LATER
     hold_to(own + plan.kv_cache * plan.gives_cache_back, device)
 
 
-def keep_within_now(plan: Plan, device: torch.device) -> None:
+def keep_within_now(plan: Plan, taken: int, device: torch.device) -> None:
     """The same once the engine stands, and a cache that it gives back is given back: what CUDA itself has grown by is
-    seen then, and most of what it will. PyTorch may take what is left in addition to what it counts as its own."""
-    left = plan.limit - taken(device) - OF_CUDA_LATER // 2
-    hold_to(torch.cuda.memory_reserved(device) + left, device)
+    among the bytes that are taken then, and most of what it will. PyTorch may take what is left in addition to what it
+    counts as its own, and what was planned in any case."""
+    left = plan.limit - taken - OF_CUDA_NOW
+    rollout, update = plan.peaks
+    planned = max(rollout, update + plan.kv_cache * plan.gives_cache_back) - plan.sizes.others
+    hold_to(max(torch.cuda.memory_reserved(device) + left, planned), device)

@@ -22,6 +22,7 @@ from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory import Asked, Need, Plan
 from grpo.policy import Policy
+from grpo.policy.allocator import allowed
 from grpo.policy.cache import kv_bytes_per_token
 from grpo.policy.fused import FusedModel
 from grpo.policy.host_embedding import to_host
@@ -48,7 +49,7 @@ def plan_memory(
         if config.memory_gib:
             note("note: --memory-gib is of a GPU's memory, and the policy is on a CPU: nothing is kept to it.")
         return None
-    limit = torch.cuda.get_device_properties(policy.device).total_memory
+    limit = allowed(policy.device)
     if config.memory_gib:
         limit = min(limit, int(config.memory_gib * memory.GIB))
         room -= host_embedding(policy, room, note)  # which the trial, too, has no place for
@@ -88,13 +89,14 @@ def settle_memory(
     Raises:
         UserError: the engine takes so much that nothing fits any more.
     """
-    at_work = at_work_of(engine, plan.need, words) if plan.need.read_at_once else None
+    at_work = at_work_of(engine, plan, words) if plan.need.read_at_once else None
     engine.release()
     held = 0 if plan.gives_cache_back else plan.kv_cache
-    taken = memory_trial.taken(policy.device) - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
+    taken = memory_trial.taken(policy.device)
+    own = taken - plan.sizes.others - plan.sizes.weights - plan.sizes.adapter - held
     need = replace(
         plan.need,
-        engine_bytes=max(0, taken),
+        engine_bytes=max(0, own),
         at_work=at_work,
         cache_stands=plan.kv_cache,
         gives_cache_back=(plan.gives_cache_back,),
@@ -104,22 +106,24 @@ def settle_memory(
     if plan.need.paged:
         page_state(policy.optimizer)
     policy.head_rows = plan.sizes.head_rows or None
-    memory.keep_within_now(plan, policy.device)
+    memory.keep_within_now(plan, taken, policy.device)
     note(plan.table())
     return plan
 
 
-def at_work_of(engine: Engine, need: Need, words: list[int]) -> int:
-    """Bytes that an engine takes beside its cache when it reads as many tokens of prompts as it does at once and draws
-    for as many sequences; what is drawn is of no use. Its kernels are loaded behind this, so that what they take of
-    the GPU can be seen."""
-    length = max(1, min(need.longest - 1, need.read_at_once // need.sequences))
-    # Every prompt another one, or they would be read once.
-    prompts = [random.Random(index).choices(words, k=length) for index in range(need.sequences)]
+def at_work_of(engine: Engine, plan: Plan, words: list[int]) -> int:
+    """Bytes that an engine takes beside its cache when it reads as many tokens of prompts as it does at once, and when
+    it draws for as many sequences; what is drawn is of no use. Its kernels are loaded behind this, so that what they
+    take of the GPU can be seen. PyTorch's peaks are counted anew from here on."""
+    length = max(1, min(plan.need.longest - 1, plan.need.read_at_once))
+    long_ones = min(plan.sequences, math.ceil(plan.need.read_at_once / length))
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()
-    engine.sample([Request(prompt, seed=index, max_tokens=1) for index, prompt in enumerate(prompts)])
+    for count, tokens in ((long_ones, length), (plan.sequences, 1)):
+        # Every long prompt another one, or they would be read once.
+        prompts = [random.Random(index).choices(words, k=tokens) for index in range(count)]
+        engine.sample([Request(prompt, seed=index, max_tokens=1) for index, prompt in enumerate(prompts)])
     return torch.cuda.max_memory_reserved() - before
 
 
@@ -147,7 +151,7 @@ def _need(config: Config, policy: Policy, longest: int, batch_before: int, room:
         paged=config.page_optimizer == "on",
         beside_pages=beside_pages(policy.optimizer),
         read_at_once=min(MAX_BATCHED_TOKENS, sequences_at_once(config) * longest) if with_vllm else 0,
-        logits=LOGIT_BYTES * sequences_at_once(config) * policy.model.head.shape[0] if with_vllm else 0,
+        logits=LOGIT_BYTES * policy.model.head.shape[0] if with_vllm else 0,
     )
 
 

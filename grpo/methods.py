@@ -96,7 +96,9 @@ def build_examiner(
 
 
 def planned_for(config: Config, questions: Questions) -> Config:
-    """What memory is planned for: of lessons, that all are as long as the longest."""
+    """What memory is planned for: no more held-out prompts than there are; of lessons, that all are as long as the
+    longest."""
+    config = replace(config, eval_prompts=min(config.eval_prompts, max(1, len(questions.test))))
     if not (questions.lessons and questions.held_out):
         return config
     longest = max(questions.lessons.longest_completion, questions.held_out.longest_completion)

@@ -182,7 +182,7 @@ def plan_of(
         gives_cache_back=(False, True) if ranks == 1 else (True,),
         engine_bytes=ENGINE_BYTES if ranks == 1 else 0,
         read_at_once=MAX_BATCHED_TOKENS if ranks == 1 else 0,
-        logits=LOGIT_BYTES * step.prompts * GROUP * shape.vocabulary,
+        logits=LOGIT_BYTES * shape.vocabulary,
     )
     one = (longest + CACHE_TO_SPARE) * need.kv_bytes_per_token
     asked = Asked("offload", longest, one) if at_least else Asked("auto", 0, 0)

@@ -12,6 +12,7 @@ import torch
 
 from grpo import memory, memory_trial
 from grpo.build import build_policy
+from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory import (
     ENGINE_BYTES,
@@ -435,15 +436,15 @@ def test_the_policys_optimizer_is_as_planned(more, tiny_config, monkeypatch):
     engine = before.need.engine_bytes + more
     in_use = before.sizes.others + before.sizes.weights + before.sizes.adapter + held + engine
     monkeypatch.setattr(memory_trial, "taken", lambda device: in_use)
-    held, told = [], []
-    monkeypatch.setattr(memory, "keep_within_now", lambda plan, device: held.append(plan))
+    told = []
+    monkeypatch.setattr(memory, "keep_within_now", lambda *given: None)
     plan = settle_memory(before, config, policy, Standing(), [], told.append)
-    assert plan.need.engine_bytes == engine and held == [plan]  # whether a limit was given or not
+    assert plan.need.engine_bytes == engine
     assert policy.optimizer.is_paged == plan.need.paged == ("in pages" in told[0]) == bool(more)
 
 
 READING = replace(SIZES, reading_fixed=int(0.2 * GIB), reading=100.0 * KIB)
-READS = replace(NEED, read_at_once=4096, logits=int(0.1 * GIB))
+READS = replace(NEED, read_at_once=4096, logits=GIB // 640)
 AT_WORK = READING.read(4096)
 
 
@@ -458,7 +459,7 @@ def test_what_an_engine_has_at_work_is_part_of_a_rollout_and_not_of_an_update(gi
 
 
 def test_drawing_for_many_may_take_more_than_reading():
-    assert plan_for(80, replace(READS, logits=2 * AT_WORK), sizes=READING).at_work == 2 * AT_WORK
+    assert plan_for(80, replace(READS, logits=AT_WORK // 32), sizes=READING).at_work == 2 * (AT_WORK // 32) * 32
     assert plan_for(80, replace(READS, at_work=GIB), sizes=READING).at_work == GIB  # measured
 
 
@@ -474,6 +475,32 @@ def test_a_cache_that_leaves_an_engine_nothing_to_work_with_is_refused_with_one_
     assert plan.peaks[0] > plan.peaks[1]
 
 
+def test_a_cache_of_few_sequences_has_few_written_at_once():
+    """What is drawn from takes memory for each; a cache of thirteen does not hold hundreds."""
+    many = replace(READS, sequences=512, logits=2**21)
+    plans = {gib: plan_for(gib, many, sizes=READING) for gib in (10.5, 12, 16, 24, 48, 141)}
+    for plan in plans.values():
+        held = plan.kv_cache / (many.longest * many.kv_bytes_per_token)
+        assert plan.sequences <= 4 * held and plan.at_work == max(AT_WORK, plan.sequences * 2**21)
+        assert plan.sequences == min(512, int(4 * held))
+        told = f"{plan.sequences:,} sequences at once"
+        assert (told in plan.table()) == (plan.sequences < 512) == ("--max-num-seqs" in plan.table())
+        assert plan.settled(Config()).max_num_seqs == plan.sequences
+    assert plans[10.5].sequences < 64 and plans[141].sequences == 512
+    assert plan_for(10.5, replace(many, kv_bytes_per_token=0, read_at_once=0)).sequences == 512  # another process'
+
+
+def test_a_flag_is_not_blamed_for_what_is_not_its_doing():
+    """A rollout that does not fit beside the cache that stands fits no better with other layers."""
+    plan = plan_for(24, READS, sizes=READING)
+    at_work = 24 * GIB - plan.standing - plan.kv_cache // 2
+    stands = replace(plan.need, cache_stands=plan.kv_cache, at_work=at_work, gives_cache_back=(True,))
+    with pytest.raises(UserError, match=r"beside a KV cache of .* GiB\. Give it less with --kv-cache-gib\.$"):
+        choose(READING, stands, 24 * GIB, Asked("layer", 0, 0))
+    with pytest.raises(UserError, match=r"engine alone take \d+\.\d\. Take a smaller model"):
+        choose(READING, replace(READS, at_work=16 * GIB), 24 * GIB, FREE)
+
+
 class Drawing:
     """An engine whose memory is counted by the test."""
 
@@ -482,15 +509,14 @@ class Drawing:
         self.requests = []
 
     def sample(self, requests):
-        self.requests = requests
-        self.highest = self.held + GIB // 2
+        self.requests.append(requests)
+        self.highest = max(self.highest, self.held + GIB // 2 // len(self.requests))
+
+    def release(self):
+        self.requests.append("released")
 
 
-@pytest.mark.parametrize(
-    ("sequences", "longest", "length"), [(64, 768, 64), (2, 9000, 2048), (3, 20, 19), (8192, 9, 1)]
-)
-def test_what_an_engine_has_at_work_is_measured_on_as_much_as_it_reads_at_once(sequences, longest, length, monkeypatch):
-    engine = Drawing()
+def counted_by(engine, monkeypatch):
     for name, instead in {
         "empty_cache": lambda: None,
         "memory_reserved": lambda: engine.held,
@@ -498,15 +524,42 @@ def test_what_an_engine_has_at_work_is_measured_on_as_much_as_it_reads_at_once(s
         "reset_peak_memory_stats": lambda: setattr(engine, "highest", engine.held),
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
-    need = replace(READS, sequences=sequences, longest=longest)
-    assert at_work_of(engine, need, list(range(50, 300))) == GIB // 2
-    contexts = [request.context for request in engine.requests]
-    assert len(contexts) == sequences and {len(context) for context in contexts} == {length}
-    assert all(
-        len(context) + request.max_tokens <= longest for context, request in zip(contexts, engine.requests, strict=True)
-    )
-    assert length == 1 or len(set(map(tuple, contexts))) == sequences  # equal ones are read once
-    assert {token for context in contexts for token in context} <= set(range(50, 300))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "longest", "prompts", "length"),
+    [(64, 768, 6, 767), (2, 9000, 1, 4096), (3, 20, 3, 19), (1, 2, 1, 1), (512, 2000, 3, 1999)],
+)
+def test_what_an_engine_has_at_work_is_measured_on_as_much_as_it_reads_and_draws_at_once(
+    sequences, longest, prompts, length, monkeypatch
+):
+    engine = Drawing()
+    counted_by(engine, monkeypatch)
+    need = replace(READS, sequences=sequences, longest=longest, read_at_once=min(4096, sequences * longest))
+    plan = replace(plan_for(80, need, sizes=READING), kv_cache=sequences * longest * need.kv_bytes_per_token)
+    assert at_work_of(engine, plan, list(range(50, 300))) == GIB // 2
+    long_ones, short_ones = ([request.context for request in requests] for requests in engine.requests)
+    assert len(long_ones) == prompts and {len(context) for context in long_ones} == {length}
+    assert length == 1 or len(set(map(tuple, long_ones))) == prompts  # equal ones are read once
+    assert len(short_ones) == sequences and {len(context) for context in short_ones} == {1}
+    assert {token for context in long_ones + short_ones for token in context} <= set(range(50, 300))
+    assert all(request.max_tokens == 1 for requests in engine.requests for request in requests)
+    assert engine.held + GIB // 2 == engine.highest  # the higher of both
+
+
+def test_what_was_measured_takes_the_place_of_what_was_reckoned(tiny_config, monkeypatch):
+    """Before the cache is let go of; and PyTorch is held to what is left, whether a limit was given or not."""
+    policy = build_policy(tiny_config(), load_tokenizer("embedded"), 32)
+    sizes = replace(READING, layers=len(policy.model.layers))
+    before, engine, held = plan_for(40, READS, sizes=sizes), Drawing(), []
+    counted_by(engine, monkeypatch)
+    in_use = before.standing + (0 if before.gives_cache_back else before.kv_cache)
+    monkeypatch.setattr(memory_trial, "taken", lambda device: in_use)
+    monkeypatch.setattr(memory, "keep_within_now", lambda *given: held.append(given))
+    plan = settle_memory(before, tiny_config(), policy, engine, list(range(50, 300)), lambda told: None)
+    assert before.need.at_work is None and plan.need.at_work == plan.at_work == GIB // 2
+    assert engine.requests[-1] == "released" and len(engine.requests) == 3
+    assert held == [(plan, in_use, policy.device)]
 
 
 def test_a_limit_that_nothing_is_kept_to_is_told(tiny_config):
@@ -533,10 +586,14 @@ def test_what_cuda_has_grown_by_is_not_pytorchs_to_take(cuda_gib, monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, instead)
     plan = replace(plan_for(14), limit=limit, kv_cache=cache, gives_cache_back=True)
-    keep_within_now(plan, torch.device("cuda"))
+    taken = own + int(cuda_gib * GIB)
+    keep_within_now(plan, taken, torch.device("cuda"))
     more = shares[0] * card - own - cache  # than PyTorch has
+    keep_within_now(plan, taken + 60 * GIB, torch.device("cuda"))  # while another process is there, for a while
     let_loose()
-    assert own + int(cuda_gib * GIB) + more == pytest.approx(limit - OF_CUDA_LATER / 2)
+    assert taken + more == pytest.approx(limit - OF_CUDA_LATER / 2)
+    rollout, update = plan.peaks
+    assert shares[1] * card == pytest.approx(max(rollout, update + cache) - plan.sizes.others)
 
 
 def test_a_plan_is_short_where_more_memory_would_help_and_not_where_the_user_chose():

@@ -12,7 +12,7 @@ from grpo.build import build_policy
 from grpo.config import Config
 from grpo.errors import UserError
 from grpo.memory import GIB, Asked, choose, foresee
-from grpo.memory_of_run import _need, settle_memory
+from grpo.memory_of_run import LOGIT_BYTES, _need, settle_memory
 from grpo.methods import planned_for
 from grpo.packing import PACKERS, batch_limit, lay_out_longest, lay_out_longest_pairs
 from grpo.policy import load_tokenizer
@@ -32,7 +32,9 @@ def of_method(method, **more):
         group_size=4, max_completion_tokens=ANSWER, max_grad_norm=1.0, **more,
     )  # fmt: skip
     lessons = None if method == "grpo" else SimpleNamespace(longest_completion=ANSWER)
-    return config, planned_for(config, SimpleNamespace(lessons=lessons, held_out=lessons, max_completion_tokens=ANSWER))
+    return config, planned_for(
+        config, SimpleNamespace(lessons=lessons, held_out=lessons, max_completion_tokens=ANSWER, test=[])
+    )
 
 
 def longest_step(config, method):
@@ -61,7 +63,25 @@ def test_a_step_has_as_many_tokens_as_were_planned(method, tiny_config):
 def test_a_cache_is_planned_for_who_samples(engine, has_cache, tiny_config):
     config = tiny_config(method="sft", engine=engine)
     policy = build_policy(config, load_tokenizer("embedded"), 32)
-    assert bool(_need(config, policy, 32, 0, GIB).kv_bytes_per_token) == has_cache
+    need = _need(config, policy, 32, 0, GIB)
+    assert bool(need.kv_bytes_per_token) == has_cache
+    assert need.read_at_once == need.logits == 0  # of vLLM alone it is known
+
+
+@pytest.mark.parametrize(("asked", "sequences"), [(0, 512), (100, 100), (600, 512)])
+def test_vllms_work_is_planned_for(asked, sequences, tiny_config):
+    config = tiny_config(engine="vllm", eval_prompts=200, eval_samples=4, max_num_seqs=asked)
+    policy = build_policy(config, load_tokenizer("embedded"), 32)
+    need = _need(config, policy, 32, 0, GIB)
+    assert (need.sequences, need.read_at_once) == (sequences, min(4096, 32 * sequences))
+    assert need.logits == LOGIT_BYTES * len(policy.model.head)
+
+
+def test_no_more_held_out_prompts_are_planned_for_than_there_are():
+    questions = SimpleNamespace(lessons=None, held_out=None, test=range(20))
+    assert planned_for(Config(eval_prompts=128), questions).eval_prompts == 20
+    assert planned_for(Config(eval_prompts=8), questions).eval_prompts == 8
+    assert planned_for(Config(eval_prompts=8), SimpleNamespace(**vars(questions) | {"test": []})).eval_prompts == 1
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -92,7 +112,7 @@ def test_an_engine_that_takes_a_little_more_than_expected_is_no_reason_to_stop(g
     standing = SIZES.others + SIZES.weights + SIZES.adapter
     monkeypatch.setattr(memory_of_run.memory_trial, "taken", lambda device: standing + held + GIB + GIB // 8)
     policy = SimpleNamespace(device=torch.device("cuda"), model=SimpleNamespace(treat=lambda treatments: None))
-    monkeypatch.setattr(memory, "keep_within_now", lambda plan, device: None)
+    monkeypatch.setattr(memory, "keep_within_now", lambda *given: None)
     told = []
     settled = settle_memory(plan, Config(), policy, SimpleNamespace(release=lambda: None), [], told.append)
     assert settled.kv_cache == plan.kv_cache and max(settled.peaks) <= 24 * GIB

@@ -8,6 +8,7 @@ memory that grow: works, 61 of 79"). A segment that grows is address space, whos
     restore_options()     after vLLM, whose pool of its own turns growth off and on again, and loses the other options
     hold_to(size, device) no more than so many bytes: what asks for more is told that memory ran out
     let_loose()           as it was before
+    allowed(device)       bytes that PyTorch may take by what the user has said
 """
 
 from __future__ import annotations
@@ -45,16 +46,22 @@ _before: dict[torch.device, float] = {}
 def hold_to(size: int, device: torch.device) -> None:
     """From now on PyTorch takes no more bytes of a GPU than these, what it holds already included, and no larger share
     than the user allowed it."""
-    allowed = _before.setdefault(device, torch.cuda.get_per_process_memory_fraction(device))
+    share = _before.setdefault(device, torch.cuda.get_per_process_memory_fraction(device))
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(allowed, max(0, size) / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(share, max(0, size) / total), device)
 
 
 def let_loose() -> None:
     """As it was before: the process goes on, and its next run may have another limit."""
     while _before:
-        device, allowed = _before.popitem()
-        torch.cuda.set_per_process_memory_fraction(allowed, device)
+        device, share = _before.popitem()
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def allowed(device: torch.device) -> int:
+    """Bytes of a GPU that PyTorch may take: all, unless the user has set a smaller share."""
+    share = _before.get(device, torch.cuda.get_per_process_memory_fraction(device))
+    return int(share * torch.cuda.get_device_properties(device).total_memory)
 
 
 def _options() -> str:

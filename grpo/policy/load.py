@@ -30,7 +30,7 @@ from grpo.config import Config, ModelConfig, RolloutConfig
 from grpo.embedded import MODEL_DIR
 from grpo.errors import UserError, is_out_of_memory
 from grpo.policy import fused, generic
-from grpo.policy.allocator import grow_segments
+from grpo.policy.allocator import grow_segments, let_loose
 from grpo.policy.building import build_experts, build_projection, compute_dtype, kept_dtype
 from grpo.policy.complete import check_complete
 from grpo.policy.form import LINEARS, ModelForm
@@ -157,6 +157,7 @@ def load_model(
     """
     if device.type == "cuda":
         grow_segments()
+        let_loose()  # what an earlier run of this process was held to
     shards = Shards(world) if is_sharded(config, world, note) else None
     dtype = compute_dtype(config.base, device)
     model = _read_checkpoint(config.model, dtype, note, progressed)

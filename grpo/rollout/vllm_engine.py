@@ -350,7 +350,8 @@ def refusal_in_words(source: str) -> Iterator[None]:
 def sequences_at_once(config: Config) -> int:
     """How many vLLM writes side by side."""
     rollout = config.prompts_per_step * config.group_size
-    return min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
+    wanted = min(MAX_SEQUENCES, max(rollout, config.eval_prompts * config.eval_samples))
+    return min(wanted, config.max_num_seqs or wanted)
 
 
 def _gpu_arguments() -> dict[str, Any]:

@@ -125,8 +125,8 @@ def test_a_rollout_takes_no_more_than_was_measured_and_about_what_was_reckoned(b
     policy.model.treat(["keep"] * len(policy.model.layers))
     engine = VllmEngine(policy, NoText(), contexts(ask(0)), config, 256)
     try:
-        need = SimpleNamespace(longest=256, read_at_once=4096, sequences=64)
-        measured = at_work_of(engine, need, list(range(100, 900)))
+        plan = SimpleNamespace(need=SimpleNamespace(longest=256, read_at_once=4096), sequences=64)
+        measured = at_work_of(engine, plan, list(range(100, 900)))
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
