@@ -6,11 +6,10 @@
 
 Each case is a process of its own that runs a few steps of the product's loop (our_run.py) over random weights in NF4:
 one prompt and so many completions of one length, or the usual step of step.py (64x768). Where there is a limit the run
-is told (--memory-gib); whether the process stayed below it is seen from
-outside, for vLLM's KV cache and CUDA's own memory are not torch's. Of long contexts only the first tokens are sampled
-and the rest is made up (our_run.Lengthened): the engine holds its whole cache from the start, and the update reads full
-lengths. The peak is the GPU's as nvidia-smi sees it, less what was taken before; what is predicted is the run's own
-plan (grpo/memory.py).
+is told (--memory-gib); whether the process stayed below it is seen from outside, for vLLM's KV cache and CUDA's own
+memory are not torch's. Of long contexts only the first tokens are sampled and the rest is made up (our_run.Lengthened):
+the engine holds its whole cache from the start, and the update reads full lengths. The peak is the GPU's as nvidia-smi
+sees it, less what was taken before; what is predicted is the run's own plan (grpo/memory.py).
 """
 
 from __future__ import annotations
